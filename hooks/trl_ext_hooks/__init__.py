@@ -1,0 +1,57 @@
+"""The contract between trl_ext and its plugins: everything that a plugin author imports.
+
+    from trl_ext_hooks import Plugin, hookimpl, option, Round
+
+`trl_ext_hooks.specs` documents every hook; `trl_ext_hooks.ops` holds the tensor functions that plugins share
+(it imports torch, so it is not imported from here).
+"""
+
+from .plugin import CLAIMS, NEEDS, NoOptions, Plugin, hookimpl, hookspec, option
+from .types import (
+    Config,
+    Generation,
+    Logps,
+    LogpsCall,
+    Loss,
+    Need,
+    PolicyLoss,
+    Recommend,
+    Refuse,
+    Require,
+    Requirement,
+    Rewards,
+    Rollout,
+    Round,
+    Scored,
+    TrainerKind,
+    TrainerView,
+    Warn,
+)
+
+__all__ = [
+    "CLAIMS",
+    "NEEDS",
+    "Config",
+    "Generation",
+    "Logps",
+    "LogpsCall",
+    "Loss",
+    "Need",
+    "NoOptions",
+    "Plugin",
+    "PolicyLoss",
+    "Recommend",
+    "Refuse",
+    "Require",
+    "Requirement",
+    "Rewards",
+    "Rollout",
+    "Round",
+    "Scored",
+    "TrainerKind",
+    "TrainerView",
+    "Warn",
+    "hookimpl",
+    "hookspec",
+    "option",
+]

@@ -1,0 +1,85 @@
+"""What a plugin declares: the base class, the option helper and pluggy's two markers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import pluggy
+
+from .types import TrainerKind
+
+hookspec = pluggy.HookspecMarker("trl_ext")
+hookimpl = pluggy.HookimplMarker("trl_ext")
+
+CLAIMS: dict[str, str] = {
+    "estimator": "computes the advantages from the rewards, in place of TRL; other plugins may only adjust them",
+    "policy_loss": "replaces the policy loss (implied by the hook `policy_loss`)",
+    "logps": "owns the log-probability forward (implied by the hook `logps`)",
+}
+"""Exclusive resources: at most one plugin of a run may claim each."""
+
+NEEDS: dict[str, str] = {
+    "whole_groups": "every micro-batch holds whole groups; a batch size that would split one is refused",
+    "grouped_order": "rows of a group stay next to each other in the micro-batches, as far as the sizes allow",
+    "old_logps": "`old_per_token_logps` in every micro-batch, computed once per round where TRL leaves it out",
+    "ref_logps": "`ref_per_token_logps` in every micro-batch; with beta = 0 only a PEFT model can provide it",
+    "tools": "rollouts that can call tools: `tools`, `environment_factory` or `rollout_func` of the trainer",
+    "column:NAME": "the column NAME in the training data",
+    "reward:NAME": "a reward function of that name",
+}
+"""What the core can provide or check for a plugin."""
+
+
+def option(default: Any = dataclasses.MISSING, *, help: str, source: str = "") -> Any:
+    """A field of a plugin's options.
+
+    Args:
+        default: The paper's or the authors' setting; without one the user must give a value.
+        help: One sentence for `trl_ext show`: what the value does, its unit and its useful range.
+        source: Where the default comes from, such as `paper, table 2` or `ours`.
+    """
+    metadata = {"help": help, "source": source}
+    if isinstance(default, list | dict | set):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class NoOptions:
+    """The options of a plugin that has none."""
+
+
+class Plugin:
+    """Base class of every plugin. A subclass declares itself in class attributes and implements hooks.
+
+    Every trainer gets an instance of its own, so what a plugin keeps on `self` belongs to one run. Keep what must
+    survive a restart in `state_dict`.
+
+    Attributes:
+        name: How users ask for it: lower case, digits and hyphens.
+        paper: The publication, for example `arXiv 2601.05242`.
+        summary: One line: what it changes.
+        trainers: The trainers that it serves, of `"grpo"`, `"rloo"` and `"dpo"`.
+        Options: A frozen dataclass whose fields are made with `option`; checks belong in its `__post_init__`.
+        needs: What the core must provide, of `NEEDS`.
+        claims: Exclusive resources that it takes, of `CLAIMS`.
+        fields: Names that its `annotate` and `batch_fields` may return; no other plugin of the run may own them.
+        honours: Only with the hook `policy_loss`: the loss settings of the trainer that the new loss applies itself
+            (`beta`, `top_entropy_quantile`, ...). Every other one is refused when it is switched on.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    trainers: ClassVar[tuple[TrainerKind, ...]]
+    Options: ClassVar[type] = NoOptions
+    needs: ClassVar[tuple[str, ...]] = ()
+    claims: ClassVar[tuple[str, ...]] = ()
+    fields: ClassVar[tuple[str, ...]] = ()
+    honours: ClassVar[tuple[str, ...]] = ()
+
+    options: Any
+
+    def __init__(self, options: Any = None) -> None:
+        self.options = self.Options() if options is None else options

@@ -1,0 +1,363 @@
+# mypy: disable-error-code="empty-body"
+"""The hooks. A docstring here is the contract: when the hook runs, where, what it gets and what its result means.
+
+A hook is a method of a `Plugin` under `@hookimpl` that takes any of the arguments named here. "Collective" hooks run on
+every process at the same point; they must call the same collectives everywhere. Hooks that return None change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .plugin import hookspec
+from .types import (
+    Compute,
+    Config,
+    Fields,
+    Generate,
+    Generation,
+    Logps,
+    LogpsCall,
+    Loss,
+    Metric,
+    PolicyLoss,
+    Requirement,
+    Rewards,
+    Rollout,
+    Round,
+    Scored,
+    TrainerView,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+
+@hookspec
+def configure(config: Config) -> Iterable[Requirement] | None:
+    """Checks the run before the trainer is built and the model is loaded.
+
+    Runs on every process. All plugins' answers are collected; refusals are reported together in one error. Nothing can
+    be changed here: a plugin requires a value, and the user sets it.
+
+    ```python
+    class NoGroupScaling(Plugin):
+        name = "no-group-scaling"
+        trainers = ("grpo",)
+
+        @hookimpl
+        def configure(self, config):
+            yield Require("scale_rewards", ("none",), why="the method divides by nothing")
+            if config.args.num_generations < 4:
+                yield Warn("fewer than 4 completions per prompt make the group mean noisy")
+    ```
+    """
+
+
+@hookspec
+def setup(trainer: TrainerView) -> None:
+    """Prepares what needs the built trainer. The random state is restored afterwards.
+
+    Runs once on every process, after construction and before the first step.
+
+    ```python
+    class CountParameters(Plugin):
+        name = "count-parameters"
+        trainers = ("grpo", "rloo", "dpo")
+
+        @hookimpl
+        def setup(self, trainer):
+            self.size = sum(p.numel() for p in trainer.unwrapped_model.parameters() if p.requires_grad)
+    ```
+    """
+
+
+@hookspec
+def teardown(trainer: TrainerView) -> None:
+    """Releases what `setup` took. Runs when the plugin is switched off.
+
+    ```python
+    class Trace(Plugin):
+        name = "trace"
+        trainers = ("grpo",)
+
+        @hookimpl
+        def setup(self, trainer):
+            self.handle = trainer.unwrapped_model.register_forward_hook(lambda module, inputs, output: None)
+
+        @hookimpl
+        def teardown(self):
+            self.handle.remove()
+    ```
+    """
+
+
+@hookspec
+def select_rows(rows: list[dict[str, Any]], trainer: TrainerView) -> list[dict[str, Any]] | None:
+    """Replaces the prompts of a training round, before anything is generated. Chained.
+
+    Gets the dataset rows of all processes (N, every prompt G times in a row) and returns N rows in the same layout.
+    Every process gets the same rows and has to return the same rows; each then keeps its own part. GRPO, RLOO; training
+    rounds only.
+
+    ```python
+    class EasiestFirst(Plugin):
+        name = "easiest-first"
+        trainers = ("grpo", "rloo")
+        needs = ("column:difficulty",)
+
+        @hookimpl
+        def select_rows(self, rows):
+            return sorted(rows, key=lambda row: row["difficulty"])  # stable: copies of a prompt stay together
+    ```
+    """
+
+
+@hookspec
+def rollout(prompts: list[Any], generate: Generate, trainer: TrainerView) -> Generation:
+    """Surrounds the generation of a round. Plugins nest in order, the first one outermost. Collective.
+
+    `generate(prompts)` runs the next plugin and finally TRL's generation, tools included. It may be called again for
+    a second pass, on every process the same number of times, and always takes and returns b rows (a group may lie on
+    two processes). GRPO and RLOO.
+
+    ```python
+    class ThinkHint(Plugin):
+        name = "think-hint"
+        trainers = ("grpo",)
+
+        @hookimpl
+        def rollout(self, prompts, generate):
+            return generate([[*prompt, {"role": "user", "content": "Think first."}] for prompt in prompts])
+    ```
+    """
+
+
+@hookspec
+def annotate(rollout: Rollout) -> Fields | None:
+    """Adds values per row after generation and before rewards, such as counted tool calls. All plugins. Collective.
+
+    Returns {name: b values}; names must be declared in `fields`. Reward functions receive them as keyword arguments,
+    later hooks in `fields`, and tensors (b, ...) also from all processes in `gathered`.
+
+    ```python
+    class CountQuestions(Plugin):
+        name = "count-questions"
+        trainers = ("grpo", "rloo")
+        fields = ("questions",)
+
+        @hookimpl
+        def annotate(self, rollout):
+            return {"questions": torch.tensor([float(str(text).count("?")) for text in rollout.completions])}
+    ```
+    """
+
+
+@hookspec
+def rewards(scored: Scored) -> Rewards | torch.Tensor | None:
+    """Rewrites the rewards of all processes, before any statistic and before they are logged. Chained.
+
+    Returns (N, F) values, or `Rewards` to add, drop or rename columns. NaN means "does not apply". Every process must
+    return the same values.
+
+    ```python
+    class ClipRewards(Plugin):
+        name = "clip-rewards"
+        trainers = ("grpo", "rloo")
+
+        @hookimpl
+        def rewards(self, scored):
+            return scored.rewards.clamp(-1, 1)
+    ```
+    """
+
+
+@hookspec
+def advantages(round: Round) -> torch.Tensor | None:
+    """Computes or adjusts the advantages of a round. One estimator first, then the other plugins in order. Collective.
+
+    A plugin that claims `estimator` computes them from `round.rewards`; the others start from `round.advantages`.
+    Returns (N,) for all processes, equal on each, or (b, T) for this process's tokens (GRPO only). Both must be finite.
+
+    ```python
+    class MeanOnly(Plugin):
+        name = "mean-only"
+        trainers = ("grpo",)
+        claims = ("estimator",)
+
+        @hookimpl
+        def advantages(self, round):
+            total = (round.rewards * round.reward_weights).nansum(1)
+            return ops.group_normalize(total, round.group_ids, scale=False)
+    ```
+    """
+
+
+@hookspec
+def batch_fields(round: Round) -> Mapping[str, torch.Tensor] | None:
+    """Adds tensors (b, ...) that travel with their rows through shuffling and splitting to the loss. All plugins.
+
+    Names must be declared in `fields`. A 0-d tensor reaches every micro-batch unchanged. Collective. GRPO and RLOO.
+
+    ```python
+    class CarryLengths(Plugin):
+        name = "carry-lengths"
+        trainers = ("grpo", "rloo")
+        fields = ("completion_lengths",)
+
+        @hookimpl
+        def batch_fields(self, round):
+            return {"completion_lengths": round.loss_mask.sum(1)}
+    ```
+    """
+
+
+@hookspec
+def logps(call: LogpsCall, compute: Compute) -> Logps:
+    """Owns the forward that gives completion log-probabilities, in all three roles. One owner. GRPO and RLOO.
+
+    `compute()` is TRL's own forward. The result must carry gradients in the role `policy`, be 0 on masked tokens and
+    hold entropies when they are asked for.
+
+    ```python
+    class TimeForward(Plugin):
+        name = "time-forward"
+        trainers = ("grpo", "rloo")
+
+        @hookimpl
+        def logps(self, call, compute):
+            start = time.perf_counter()
+            result = compute()
+            self.seconds = time.perf_counter() - start
+            return result
+    ```
+    """
+
+
+@hookspec
+def loss_inputs(batch: Mapping[str, Any], trainer: TrainerView) -> Mapping[str, Any] | None:
+    """Replaces entries of a micro-batch just before its loss. Chained.
+
+    `batch` is a copy by TRL's names (m rows); the entries returned replace those of the same name.
+
+    ```python
+    class HalveNegatives(Plugin):
+        name = "halve-negatives"
+        trainers = ("grpo",)
+
+        @hookimpl
+        def loss_inputs(self, batch):
+            advantages = batch["advantages"]
+            return {"advantages": torch.where(advantages < 0, 0.5 * advantages, advantages)}
+    ```
+    """
+
+
+@hookspec
+def policy_loss(loss: Loss) -> PolicyLoss:
+    """Replaces the policy loss of a micro-batch. One owner. GRPO and RLOO.
+
+    Everything that TRL would add (KL term, entropy bonus, importance correction) is replaced too, so settings that ask
+    for it are refused before training unless they are declared in `honours`. The core scales for accumulation.
+
+    ```python
+    class Reinforce(Plugin):
+        name = "reinforce"
+        trainers = ("grpo",)
+
+        @hookimpl
+        def policy_loss(self, loss):
+            return PolicyLoss(-loss.advantages * loss.per_token_logps)
+    ```
+    """
+
+
+@hookspec
+def loss_terms(loss: Loss) -> Mapping[str, torch.Tensor] | None:
+    """Adds named scalars to the loss of a micro-batch, each a mean over it. Summed over plugins.
+
+    The core scales them for gradient accumulation, so a term counts the same whatever the micro-batch size, and reports
+    each as the metric `<plugin>/<term>`. GRPO and RLOO.
+
+    ```python
+    class EntropyFloor(Plugin):
+        name = "entropy-floor"
+        trainers = ("grpo",)
+
+        @hookimpl
+        def loss_terms(self, loss):
+            entropy = (loss.entropies * loss.mask).sum() / loss.mask.sum().clamp(min=1)
+            return {"entropy_floor": torch.relu(0.5 - entropy)}
+    ```
+    """
+
+
+@hookspec
+def round_metrics(round: Round) -> Mapping[str, Metric] | None:
+    """Reports values of a finished round as {name: (sum, count)}. All plugins. Collective. GRPO and RLOO.
+
+    The core adds sums and counts over processes, and reports the ratio as `<plugin>/<name>`.
+
+    ```python
+    class ZeroShare(Plugin):
+        name = "zero-share"
+        trainers = ("grpo", "rloo")
+
+        @hookimpl
+        def round_metrics(self, round):
+            return {"zero": ((round.advantages == 0).sum().item(), round.advantages.numel())}
+    ```
+    """
+
+
+@hookspec
+def loss_metrics(loss: Loss) -> Mapping[str, Metric] | None:
+    """The same for every micro-batch. All plugins. Collective. GRPO and RLOO.
+
+    ```python
+    class MeanLogp(Plugin):
+        name = "mean-logp"
+        trainers = ("grpo", "rloo")
+
+        @hookimpl
+        def loss_metrics(self, loss):
+            return {"logp": ((loss.per_token_logps * loss.mask).sum().item(), loss.mask.sum().item())}
+    ```
+    """
+
+
+@hookspec
+def state_dict() -> Mapping[str, Any] | None:
+    """Returns what must survive a restart: tensors, numbers, strings, lists and dicts of them.
+
+    Called for every checkpoint on the main process, so the state must be the same on every process.
+
+    ```python
+    class Counter(Plugin):
+        name = "counter"
+        trainers = ("grpo",)
+        rounds = 0
+
+        @hookimpl
+        def round_metrics(self, round):
+            self.rounds += round.mode == "train"
+            return {"rounds": (self.rounds, 1)}
+
+        @hookimpl
+        def state_dict(self):
+            return {"rounds": self.rounds}
+
+        @hookimpl
+        def load_state_dict(self, state):
+            self.rounds = state["rounds"]
+    ```
+    """
+
+
+@hookspec
+def load_state_dict(state: Mapping[str, Any]) -> None:
+    """Takes back what `state_dict` returned. Runs on every process when training resumes, before the first step.
+
+    See `state_dict` for an example; a plugin implements both or neither.
+    """

@@ -1,0 +1,338 @@
+"""Frozen dataclasses that cross the hook boundary.
+
+Axis letters: `b` rows of a generation round on this process, `N = b * processes` rows of all processes, `G` rows of a
+group, `F` reward functions, `m` rows of a micro-batch, `P` padded prompt tokens, `T` padded completion tokens (`T` may
+differ between processes). Rows are ordered by process: this process owns rows `offset .. offset + b - 1` of the `N`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+TrainerKind = Literal["grpo", "rloo", "dpo"]
+Mode = Literal["train", "eval"]
+Role = Literal["policy", "old", "reference"]
+
+
+# --- before training: what `configure` receives and returns -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """A trainer about to be built. `args` is a copy: editing it changes nothing.
+
+    Attributes:
+        kind: Which trainer.
+        args: The training arguments (`GRPOConfig`, `RLOOConfig` or `DPOConfig`).
+        reward_names: Names of the reward functions; empty for DPO.
+        columns: Columns of the training data, or None where they cannot be known before it is read.
+        plugins: Names of all plugins of the run, in the order in which they act.
+    """
+
+    kind: TrainerKind
+    args: Any
+    reward_names: tuple[str, ...]
+    columns: tuple[str, ...] | None
+    plugins: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Require:
+    """The setting must have one of the `allowed` values; anything else is refused with `why`."""
+
+    setting: str
+    allowed: tuple[Any, ...]
+    why: str
+
+
+@dataclass(frozen=True)
+class Recommend:
+    """The setting works best with `value`; another one is reported once, with the `source` of the advice."""
+
+    setting: str
+    value: Any
+    source: str
+
+
+@dataclass(frozen=True)
+class Need:
+    """A need that depends on the options, in addition to the plugin's declared `needs`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """The run cannot work: `what` is wrong, and how to `fix` it."""
+
+    what: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class Warn:
+    """The run works, but not as the user may expect."""
+
+    message: str
+
+
+Requirement = Require | Recommend | Need | Refuse | Warn
+
+
+# --- the running trainer ----------------------------------------------------------------------------------------------
+
+
+class TrainerView(Protocol):
+    """What a plugin may use of the trainer that it serves."""
+
+    @property
+    def kind(self) -> TrainerKind: ...
+    @property
+    def args(self) -> Any:
+        """The training arguments; read them, never write them."""
+
+    @property
+    def model(self) -> Any:
+        """The policy as the trainer calls it (wrapped for distributed training)."""
+
+    @property
+    def unwrapped_model(self) -> Any:
+        """The policy without distributed wrappers."""
+
+    @property
+    def processing_class(self) -> Any:
+        """The tokenizer or processor."""
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def num_processes(self) -> int: ...
+    @property
+    def process_index(self) -> int: ...
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(b, ...) of each process -> (N, ...) on all, in row order. Collective: every process must call it."""
+
+    def gather_objects(self, values: list[Any]) -> list[Any]:
+        """The same for a list of picklable values."""
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a transformers `TrainerCallback`; it is removed again when the plugin is switched off."""
+
+
+# --- one generation round ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a rollout produced, one entry per prompt (b rows).
+
+    Attributes:
+        prompt_ids: Token ids of each prompt, unpadded.
+        completion_ids: Token ids of each completion, unpadded, tool results included.
+        completions: Text or messages, as the reward functions receive them.
+        tool_mask: Per completion token 1 = written by the model, 0 = tool result; None without tools.
+        logprobs: Log-probabilities reported by the sampler, or None.
+        extra: Further values of TRL's own rollout, to be passed on unchanged.
+    """
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    completions: list[Any]
+    tool_mask: list[list[int]] | None = None
+    logprobs: Any = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A generated round before scoring. Lists have the b local rows.
+
+    Attributes:
+        mode: `"train"` or `"eval"`.
+        step: Optimizer steps taken so far.
+        num_generations: G of this mode.
+        rows: Dataset rows.
+        prompts, completions: Text or messages.
+        completion_ids: Token ids of each completion, unpadded.
+        tool_mask: See `Generation.tool_mask`.
+        group_ids: (N,) which rows share a prompt: equal numbers, equal group.
+        offset: Index of this process's first row among the N.
+        trainer: The trainer.
+    """
+
+    mode: Mode
+    step: int
+    num_generations: int
+    rows: list[dict[str, Any]]
+    prompts: list[Any]
+    completions: list[Any]
+    completion_ids: list[list[int]]
+    tool_mask: list[list[int]] | None
+    group_ids: torch.Tensor
+    offset: int
+    trainer: TrainerView
+
+    @property
+    def local(self) -> slice:
+        """Selects this process's rows from a tensor over the N rows."""
+        return slice(self.offset, self.offset + len(self.rows))
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Rewards (N, F') with their names and weights, where a plugin adds or removes columns."""
+
+    values: torch.Tensor
+    names: tuple[str, ...]
+    weights: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Scored(Rollout):
+    """A scored round.
+
+    Attributes:
+        fields: What `annotate` of any plugin returned, by name: b local values.
+        gathered: The tensors among them, of all processes: (N, ...).
+        rewards: (N, F) float32 of all processes; NaN = this reward does not apply to the row.
+        reward_names: The F names.
+        reward_weights: (F,).
+    """
+
+    fields: Mapping[str, Any]
+    gathered: Mapping[str, torch.Tensor]
+    rewards: torch.Tensor
+    reward_names: tuple[str, ...]
+    reward_weights: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Round(Scored):
+    """A round with advantages.
+
+    Attributes:
+        advantages: What the loss would use now: (N,) one per row of all processes, or (b, T) one per local token.
+        batch: The tensors that go to the loss, by TRL's names, b rows, still in group order: `prompt_ids` (b, P),
+            `completion_ids`, `completion_mask` (b, T), and where they exist `tool_mask`, `old_per_token_logps`,
+            `ref_per_token_logps`.
+    """
+
+    advantages: torch.Tensor
+    batch: Mapping[str, Any]
+
+    @property
+    def loss_mask(self) -> torch.Tensor:
+        """(b, T): 1 on the tokens that the loss counts."""
+        return _loss_mask(self.batch)
+
+    @property
+    def token_advantages(self) -> torch.Tensor:
+        """(b, T): the advantages of this process, one per token, 0 on tokens that the loss does not count."""
+        rows = self.advantages if self.advantages.dim() == 2 else self.advantages[self.local].unsqueeze(1)
+        return rows * self.loss_mask
+
+
+# --- forward and loss -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LogpsCall:
+    """One request for completion log-probabilities.
+
+    Attributes:
+        role: `"policy"` (with gradient, inside the loss), `"old"` (no gradient, right after sampling) or
+            `"reference"`.
+        model: The model to call, wrapped as the trainer holds it.
+        input_ids, attention_mask: (B, P + T).
+        logits_to_keep: T.
+        batch_size: Rows per forward that the trainer asks for, or None for all at once.
+        compute_entropy: Whether entropies are wanted.
+        extra: Further arguments, such as image tensors or `compute_aux_loss`.
+    """
+
+    role: Role
+    model: Any
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    logits_to_keep: int
+    batch_size: int | None
+    compute_entropy: bool
+    extra: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Logps:
+    """(B, T) log-probabilities, 0 on masked tokens; (B, T) entropies where asked for; scalar auxiliary loss or None."""
+
+    per_token_logps: torch.Tensor
+    entropies: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One micro-batch inside the loss, after the policy's forward.
+
+    Attributes:
+        mode, step, trainer: As in `Rollout`.
+        batch: The micro-batch by TRL's names (m rows), with every field that `batch_fields` added.
+        per_token_logps: (m, T) with gradient.
+        entropies: (m, T) or None.
+    """
+
+    mode: Mode
+    step: int
+    trainer: TrainerView
+    batch: Mapping[str, Any]
+    per_token_logps: torch.Tensor
+    entropies: torch.Tensor | None
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """(m, T): 1 on the tokens that the loss counts."""
+        return _loss_mask(self.batch)
+
+    @property
+    def advantages(self) -> torch.Tensor:
+        """(m, 1) or (m, T), ready to multiply token values."""
+        advantages = self.batch["advantages"]
+        return advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+
+    @property
+    def old_per_token_logps(self) -> torch.Tensor:
+        """(m, T) under the sampling policy; the detached current ones where the round is on-policy."""
+        old = self.batch.get("old_per_token_logps")
+        return self.per_token_logps.detach() if old is None else old
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """A replacement of the policy loss.
+
+    Attributes:
+        values: (m, T) loss per token, or a scalar that already is a mean over the micro-batch.
+        normalisation: For (m, T) only: `"trainer"` averages as the trainer's `loss_type` does, `"token_mean"` over the
+            micro-batch's tokens, `"sequence_mean"` over each row first.
+    """
+
+    values: torch.Tensor
+    normalisation: Literal["trainer", "token_mean", "sequence_mean"] = "trainer"
+
+
+def _loss_mask(batch: Mapping[str, Any]) -> torch.Tensor:
+    mask: torch.Tensor = batch["completion_mask"]
+    tool_mask = batch.get("tool_mask")
+    return mask if tool_mask is None else mask * tool_mask
+
+
+Metric = tuple[float, float]
+"""A sum and a count; the core adds both over processes and reports their ratio."""
+
+Generate = Callable[[list[Any]], Generation]
+Compute = Callable[[], Logps]
+Fields = Mapping[str, "torch.Tensor | Sequence[Any]"]

@@ -1,0 +1,1 @@
+"""The built-in methods, one module each. They are asked for by name; see `trl_ext plugins`."""

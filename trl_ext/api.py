@@ -1,0 +1,247 @@
+"""Switching plugins on and off: for every trainer that is built, for one trainer, or as a class."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, TypeVar
+
+from trl_ext_hooks import Config, TrainerKind
+
+from . import registry, report
+from .compat import seams
+from .errors import ConfigError
+from .plan import Plan, check_kind, common_trainers, compose, make_plan
+from .registry import PluginSpec
+
+T = TypeVar("T")
+_active: Handle | None = None
+
+
+def enable(*plugins: str | Mapping[str, Any], **options: Mapping[str, Any]) -> Handle:
+    """Gives every TRL trainer built from now on these plugins, whatever was imported before.
+
+    Args:
+        plugins: Names, `file.py` paths or `module:attribute`, or mappings of them to options.
+        options: Plugin names with their options; naming a plugin here enables it.
+
+    Returns:
+        A handle. `handle.disable()`, or leaving a `with` block, undoes everything.
+
+    Raises:
+        TrlExtError: A plugin, an option, a combination or the installed TRL cannot work.
+
+    Example:
+        >>> import trl_ext
+        >>> with trl_ext.enable("gdpo", gdpo={"group_eps": 1e-4}) as handle:
+        ...     print(handle)
+        <trl_ext: gdpo on grpo>
+    """
+    global _active
+    if _active is not None:
+        raise ConfigError(f"{_active!r} is already enabled. Name all plugins in one call, or disable it first.")
+    handle = Handle(_resolve(plugins, options))
+    handle._install()
+    _active = handle
+    return handle
+
+
+def attach(trainer: T, *plugins: str | Mapping[str, Any], **options: Mapping[str, Any]) -> T:
+    """Gives one built trainer these plugins, and returns it. Undo: `detach(trainer)`. Arguments as in `enable`."""
+    specs = _resolve(plugins, options)
+    kind = _check_class(type(trainer), specs)
+    plan = make_plan(specs, _config_of_trainer(trainer, kind))
+    _put_in_front(trainer, plan)
+    return trainer
+
+
+def detach(trainer: Any) -> None:
+    """Takes all plugins off a trainer and gives it its class back."""
+    session = vars(trainer).get("_trl_ext")
+    if session is None:
+        raise ConfigError(f"this {type(trainer).__name__} has no plugins.")
+    session.teardown()
+    trainer.__class__ = type(trainer)._trl_ext_original
+    del trainer._trl_ext
+
+
+def extend(trainer_class: type[T], *plugins: str | Mapping[str, Any], **options: Mapping[str, Any]) -> type[T]:
+    """A subclass of a TRL trainer whose instances have these plugins. Arguments as in `enable`."""
+    specs = _resolve(plugins, options)
+    _check_class(trainer_class, specs)
+
+    @functools.wraps(trainer_class.__init__)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        _construct(specs, trainer_class.__init__, self, args, kwargs)
+
+    return type(
+        trainer_class.__name__, (trainer_class,), {"__init__": __init__, "__module__": trainer_class.__module__}
+    )
+
+
+class Handle:
+    """Plugins enabled for every trainer; see `enable`."""
+
+    def __init__(self, specs: tuple[PluginSpec, ...]) -> None:
+        self.specs = compose(specs)
+        self.kinds = common_trainers(specs)
+        self._trainers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._undo: list[Callable[[], None]] = []
+        self._listeners: list[Callable[[Any], None]] = []
+
+    def __repr__(self) -> str:
+        return f"<trl_ext: {', '.join(spec.name for spec in self.specs)} on {', '.join(self.kinds)}>"
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.disable()
+
+    @property
+    def trainers(self) -> list[Any]:
+        """The living trainers that got the plugins."""
+        return list(self._trainers)
+
+    def disable(self) -> None:
+        """Restores TRL's classes and every trainer built meanwhile. Calling it again does nothing."""
+        global _active
+        for trainer in self.trainers:
+            if "_trl_ext" in vars(trainer):
+                detach(trainer)
+        while self._undo:
+            self._undo.pop()()
+        if _active is self:
+            _active = None
+
+    def on_trainer(self, listener: Callable[[Any], None]) -> None:
+        """Calls `listener(trainer)` for every trainer that gets the plugins."""
+        self._listeners.append(listener)
+
+    def _install(self) -> None:
+        seams.check_version()
+        for kind in self.kinds:
+            seams.check_seams(kind, _users(self.specs))
+        for kind in registry.KINDS:
+            self._undo.append(_wrap_init(seams.trainer_class(kind), self))
+
+    def _built(self, trainer: Any) -> None:
+        self._trainers.add(trainer)
+        for listener in self._listeners:
+            listener(trainer)
+
+
+def _wrap_init(owner: type[Any], handle: Handle) -> Callable[[], None]:
+    """Wraps the constructor of a TRL trainer; returns the undo."""
+    original = owner.__init__
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        _construct(handle.specs, original, self, args, kwargs)
+        handle._built(self)
+
+    owner.__init__ = __init__
+
+    def undo() -> None:
+        if owner.__init__ is not __init__:
+            raise ConfigError(
+                f"{owner.__name__}.__init__ was wrapped again after trl_ext.enable; undo that wrap first, then disable."
+            )
+        owner.__init__ = original
+
+    return undo
+
+
+def _construct(
+    specs: tuple[PluginSpec, ...], original: Callable[..., None], trainer: Any, args: Any, kwargs: Any
+) -> None:
+    kind = _check_class(type(trainer), specs)
+    bound = inspect.signature(original).bind_partial(trainer, *args, **kwargs).arguments
+    plan = None
+    if bound.get("args") is not None:  # without arguments TRL makes its own, and the plan waits for them
+        plan = make_plan(specs, _config_of_arguments(kind, bound))
+    original(trainer, *args, **kwargs)
+    _put_in_front(trainer, plan or make_plan(specs, _config_of_trainer(trainer, kind)))
+
+
+def _check_class(cls: type[Any], specs: tuple[PluginSpec, ...]) -> TrainerKind:
+    seams.check_version()
+    kind = seams.kind_of(cls)
+    if kind is None:
+        raise ConfigError(f"{cls.__name__} is none of TRL's GRPOTrainer, RLOOTrainer and DPOTrainer, nor a subclass.")
+    if hasattr(cls, "_trl_ext_original"):
+        raise ConfigError(f"this {cls.__name__} already has plugins. Name all of them in one call.")
+    check_kind(specs, kind)
+    seams.check_seams(kind, _users(specs))
+    return kind
+
+
+def _put_in_front(trainer: Any, plan: Plan) -> None:
+    """Gives the instance a class with our mixin in front, and sets the plugins up."""
+    from .compat.mixins import MIXINS
+    from .session import Session
+
+    cls = type(trainer)
+    if "_trl_ext" in vars(trainer):
+        raise ConfigError(f"this {cls.__name__} already has plugins. Name all of them in one call.")
+    session = Session(trainer, plan)
+    namespace = {"_trl_ext_original": cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    trainer._trl_ext = session
+    trainer.__class__ = type(cls.__name__, (MIXINS[plan.kind], cls), namespace)
+    try:
+        session.setup()
+    except BaseException:
+        detach(trainer)
+        raise
+    if trainer.accelerator.is_main_process:
+        report.print_plan(plan)
+
+
+def _resolve(
+    plugins: tuple[str | Mapping[str, Any], ...], options: Mapping[str, Mapping[str, Any]]
+) -> tuple[PluginSpec, ...]:
+    requests: dict[str, Any] = {}
+    for plugin in plugins:
+        for reference, values in ({plugin: None} if isinstance(plugin, str) else plugin).items():
+            requests[reference] = values
+    for name, values in options.items():
+        same = [r for r in requests if registry.canonical(r) == registry.canonical(name)]
+        requests[same[0] if same else name] = values
+    if not requests:
+        raise ConfigError("name at least one plugin, for example trl_ext.enable('gdpo').")
+    return registry.resolve(requests)
+
+
+def _users(specs: tuple[PluginSpec, ...]) -> set[str]:
+    return {entry for spec in specs for entry in (*spec.hooks, *spec.cls.needs)}
+
+
+def _config_of_arguments(kind: TrainerKind, bound: Mapping[str, Any]) -> Config:
+    functions = bound.get("reward_funcs") or ()
+    functions = functions if isinstance(functions, list | tuple) else [functions]
+    return Config(kind, bound["args"], tuple(map(_reward_name, functions)), _columns(bound.get("train_dataset")), ())
+
+
+def _config_of_trainer(trainer: Any, kind: TrainerKind) -> Config:
+    from .compat import access
+
+    return Config(kind, trainer.args, access.reward_names(trainer), _columns(trainer.train_dataset), ())
+
+
+def _reward_name(function: Any) -> str:
+    """The name under which TRL reports a reward function."""
+    if isinstance(function, str):
+        return function.split("/")[-1]
+    if hasattr(function, "config"):
+        return str(function.config._name_or_path).split("/")[-1]
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _columns(dataset: Any) -> tuple[str, ...] | None:
+    names = getattr(dataset, "column_names", None)
+    return tuple(names) if isinstance(names, list) else None

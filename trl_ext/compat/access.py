@@ -1,0 +1,254 @@
+"""Private state of a TRL trainer, read and written for the rest of trl_ext."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from trl_ext_hooks import Generation, TrainerKind
+from trl_ext_hooks.types import Mode
+
+from ..errors import CompatError
+from .seams import trainer_class
+
+_GENERATED: dict[TrainerKind, tuple[str, ...]] = {
+    "grpo": (
+        "prompt_ids",
+        "completion_ids",
+        "tool_mask",
+        "completions",
+        "logprobs",
+        "extra_fields",
+        "images",
+        "tool_images",
+    ),
+    "rloo": ("prompt_ids", "completion_ids", "completions"),
+}
+_OWN = ("prompt_ids", "completion_ids", "completions", "tool_mask", "logprobs")
+
+
+def mode(trainer: Any) -> Mode:
+    return "train" if trainer.model.training else "eval"
+
+
+def num_generations(trainer: Any) -> int:
+    return int(trainer.num_generations if mode(trainer) == "train" else trainer.num_generations_eval)
+
+
+def reward_names(trainer: Any) -> tuple[str, ...]:
+    return tuple(getattr(trainer, "reward_func_names", ()))
+
+
+def reward_weights(trainer: Any) -> torch.Tensor:
+    return trainer.reward_weights.to(trainer.accelerator.device)
+
+
+def unpack_generation(kind: TrainerKind, result: tuple[Any, ...]) -> Generation:
+    """TRL's tuple of a generated round by names."""
+    layout = _GENERATED[kind]
+    if len(result) != len(layout):
+        raise CompatError(f"{kind.upper()} generation returned {len(result)} values, expected {len(layout)}: {layout}.")
+    named = dict(zip(layout, result, strict=True))
+    own = {name: named.pop(name) for name in _OWN if name in named}
+    return Generation(**own, extra=named)
+
+
+def pack_generation(kind: TrainerKind, generation: Generation) -> tuple[Any, ...]:
+    named = {**generation.extra, **{name: getattr(generation, name) for name in _OWN}}
+    return tuple(named[name] for name in _GENERATED[kind])
+
+
+def add_metric(trainer: Any, name: str, value: float) -> None:
+    """Adds a value that is already reduced over processes; TRL averages over the logging interval."""
+    trainer._metrics[mode(trainer)][name].append(value)
+
+
+def replace_last_metric(trainer: Any, name: str, value: float) -> None:
+    values = trainer._metrics[mode(trainer)].get(name)
+    if values:
+        values[-1] = value
+
+
+@contextlib.contextmanager
+def only_metrics(trainer: Any, keep: Sequence[str]) -> Iterator[None]:
+    """Drops what TRL records inside the block, except for some names."""
+    metrics = trainer._metrics[mode(trainer)]
+    before = {name: len(values) for name, values in metrics.items()}
+    yield
+    for name in list(metrics):
+        if name not in keep:
+            del metrics[name][before.get(name, 0) :]
+            if not metrics[name]:
+                del metrics[name]
+
+
+def replace_logged_advantages(trainer: Any, values: list[float]) -> None:
+    """Puts the advantages that are really used into the completions table, one float per row of the round."""
+    logged = trainer._logs["advantages"]
+    for _ in range(min(len(values), len(logged))):
+        logged.pop()
+    logged.extend(values)
+
+
+class RewardColumns:
+    """Lets a round have other reward columns than the trainer has reward functions, and restores them after it."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.saved: dict[str, Any] = {}
+
+    def use(self, names: Sequence[str], weights: torch.Tensor) -> None:
+        if tuple(names) == reward_names(self.trainer) and torch.equal(weights, reward_weights(self.trainer)):
+            return
+        for attribute in ("reward_func_names", "reward_weights", "reward_funcs"):
+            self.saved.setdefault(attribute, getattr(self.trainer, attribute))
+        self.trainer.reward_func_names = list(names)
+        self.trainer.reward_weights = weights
+        self.trainer.reward_funcs = [None] * len(names)  # from here on TRL uses its length only
+
+    def restore(self) -> None:
+        for attribute, value in self.saved.items():
+            setattr(self.trainer, attribute, value)
+        self.saved.clear()
+
+
+def loss_divisor(trainer: Any, kind: TrainerKind) -> float:
+    """What a mean over a micro-batch must be divided by: GRPO scales for accumulation itself, the others do not."""
+    if kind == "grpo" and mode(trainer) == "train":
+        return float(trainer.current_gradient_accumulation_steps)
+    return 1.0
+
+
+def aggregate(
+    trainer: Any, kind: TrainerKind, values: torch.Tensor, mask: torch.Tensor, batch: Mapping[str, Any]
+) -> torch.Tensor:
+    """Averages (m, T) token losses as the trainer's own loss does, scaled for accumulation.
+
+    GRPO follows `loss_type`; RLOO adds up each row and averages over rows.
+    """
+    if kind != "grpo":
+        return (values * mask).sum(dim=1).mean()
+    loss_type, training = trainer.loss_type, mode(trainer) == "train"
+    if loss_type in ("dapo", "cispo", "vespo"):
+        # the count spans the generation batch of all processes; rescale it to one accumulation window
+        items = batch["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes
+        if training:
+            items = items * trainer.current_gradient_accumulation_steps / trainer.args.steps_per_generation
+        return (values * mask).sum() / items
+    if loss_type in ("grpo", "sapo"):
+        loss = ((values * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)).mean()
+    elif loss_type == "bnpo":
+        loss = (values * mask).sum() / mask.sum().clamp(min=1.0)
+    elif loss_type == "dr_grpo":
+        loss = (values * mask).sum() / (values.size(0) * trainer.max_completion_length)
+    elif loss_type == "luspo":
+        loss = (values * mask).sum(dim=1).mean()
+    else:
+        raise CompatError(
+            f"loss_type {loss_type!r} has no known normalisation; use another normalisation or loss_type."
+        )
+    return loss / loss_divisor(trainer, kind)
+
+
+def adapters_off(trainer: Any, model: Any) -> bool:
+    """Whether a PEFT model computes its reference now: adapters disabled, or the frozen copy `ref` active."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = trainer.accelerator.unwrap_model(model)
+    if not hasattr(base, "peft_config"):
+        return False
+    layer = next((module for module in base.modules() if isinstance(module, BaseTunerLayer)), None)
+    return layer is not None and (layer.disable_adapters or layer.active_adapters == ["ref"])
+
+
+def peft_reference(trainer: Any) -> contextlib.AbstractContextManager[Any]:
+    """Turns a PEFT policy into its reference inside the block.
+
+    Raises:
+        CompatError: The policy is not a PEFT model.
+    """
+    from trl.trainer.utils import use_adapter
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not hasattr(model, "peft_config"):
+        raise CompatError(
+            "a plugin needs reference log-probabilities; with a fully trained model set `beta` above 0 so that the "
+            "trainer loads a reference model, or train a PEFT adapter."
+        )
+    return use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None)
+
+
+@contextlib.contextmanager
+def scoring(trainer: Any) -> Iterator[None]:
+    """No gradients and no gradient checkpointing, as TRL scores completions."""
+    from trl.models.utils import disable_gradient_checkpointing
+
+    with torch.no_grad(), disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs):
+        yield
+
+
+_VISION = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+
+def completion_logps(trainer: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+    """(b, T) log-probabilities of a round's completions under the trainer's model as it is now, no gradient."""
+    rows = (
+        trainer.args.per_device_train_batch_size
+        if mode(trainer) == "train"
+        else trainer.args.per_device_eval_batch_size
+    )
+    with scoring(trainer):
+        return trainer._get_per_token_logps_and_entropies(
+            trainer.model,
+            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+            batch["completion_ids"].size(1),
+            rows,
+            **{name: batch[name] for name in _VISION if batch.get(name) is not None},
+        )[0]
+
+
+@contextlib.contextmanager
+def row_order(kind: TrainerKind, order: Callable[[torch.Tensor, Mapping[str, Any]], torch.Tensor]) -> Iterator[None]:
+    """Inside the block, a round is permuted by `order(TRL's own permutation, batch)` instead of TRL's permutation."""
+    module: Any = importlib.import_module(trainer_class(kind).__module__)
+    original = module.shuffle_sequence_dict
+
+    def shuffle(seq_dict: Mapping[str, Any]) -> dict[str, Any]:
+        rows = len(next(value for value in seq_dict.values() if value is not None))
+        permutation = order(torch.randperm(rows), seq_dict)  # the draw keeps the random stream of plain TRL
+
+        def permute(value: Any) -> Any:
+            if value is None or (isinstance(value, torch.Tensor) and value.dim() == 0):
+                return value
+            return value[permutation] if isinstance(value, torch.Tensor) else [value[i] for i in permutation.tolist()]
+
+        return {name: permute(value) for name, value in seq_dict.items()}
+
+    module.shuffle_sequence_dict = shuffle
+    try:
+        yield
+    finally:
+        module.shuffle_sequence_dict = original
+
+
+def checkpoint_folder(trainer: Any, trial: Any) -> str:
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+    return os.path.join(trainer._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")

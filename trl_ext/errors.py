@@ -1,0 +1,38 @@
+"""The errors that trl_ext raises; all derive from `TrlExtError`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TrlExtError(Exception):
+    """Base of all errors of trl_ext. Its text says what came, what was expected and what to do."""
+
+
+class UnknownPluginError(TrlExtError, LookupError):
+    """A plugin was asked for that nobody provides."""
+
+
+class PluginError(TrlExtError):
+    """A plugin is broken: it cannot be loaded, breaks the contract, or fails while it runs."""
+
+
+class OptionError(TrlExtError, ValueError):
+    """An option that does not exist or has a wrong value."""
+
+
+class ConfigError(TrlExtError, ValueError):
+    """Plugins, settings and trainer do not fit together."""
+
+
+class CompatError(TrlExtError, RuntimeError):
+    """The installed TRL cannot be extended, or a part of it was replaced."""
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """A sentence with the nearest of the known names, and all of them."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return f"{hint} Known: {', '.join(names) if names else 'none'}."

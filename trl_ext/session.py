@@ -1,0 +1,291 @@
+"""One trainer with its plugins: instances, calls in order, counters, metrics and state."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import random
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+
+from trl_ext_hooks import Plugin, Rollout, Scored, TrainerKind, TrainerView
+
+from .compat import access
+from .compat.seams import overrides
+from .errors import ConfigError, PluginError, TrlExtError
+from .plan import LIFECYCLE, SERVED, Plan
+from .registry import build_manager
+
+STATE_FILE = "trl_ext_state.pt"
+
+
+class View:
+    """The `TrainerView` of a TRL trainer."""
+
+    def __init__(self, trainer: Any, kind: TrainerKind) -> None:
+        self._trainer = trainer
+        self._kind: TrainerKind = kind
+        self.callbacks: list[Any] = []
+
+    @property
+    def kind(self) -> TrainerKind:
+        return self._kind
+
+    @property
+    def args(self) -> Any:
+        return self._trainer.args
+
+    @property
+    def model(self) -> Any:
+        return self._trainer.model_wrapped if self._trainer.model_wrapped is not None else self._trainer.model
+
+    @property
+    def unwrapped_model(self) -> Any:
+        return self._trainer.accelerator.unwrap_model(self._trainer.model)
+
+    @property
+    def processing_class(self) -> Any:
+        return self._trainer.processing_class
+
+    @property
+    def device(self) -> torch.device:
+        return cast(torch.device, self._trainer.accelerator.device)
+
+    @property
+    def num_processes(self) -> int:
+        return int(self._trainer.accelerator.num_processes)
+
+    @property
+    def process_index(self) -> int:
+        return int(self._trainer.accelerator.process_index)
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, self._trainer.accelerator.gather(tensor))
+
+    def gather_objects(self, values: list[Any]) -> list[Any]:
+        from accelerate.utils import gather_object
+
+        return cast(list[Any], gather_object(values))
+
+    def add_callback(self, callback: Any) -> None:
+        self._trainer.add_callback(callback)
+        self.callbacks.append(callback)
+
+
+@dataclasses.dataclass
+class RoundState:
+    """What the stages of one round hand on to each other."""
+
+    columns: access.RewardColumns
+    tool_mask: list[list[int]] | None = None
+    rollout: Rollout | None = None
+    scored: Scored | None = None
+
+
+class Session:
+    """The plugins of one trainer, made fresh for it."""
+
+    def __init__(self, trainer: Any, plan: Plan) -> None:
+        self.trainer = trainer
+        self.plan = plan
+        self.kind = plan.kind
+        self.view: TrainerView = View(trainer, plan.kind)
+        self.plugins: dict[str, Plugin] = {spec.name: spec.cls(spec.options) for spec in plan.specs}
+        manager = build_manager(list(self.plugins.values()))
+        self._callers: dict[str, list[tuple[str, Any]]] = {}
+        for hook in SERVED[self.kind]:
+            self._callers[hook] = [
+                (name, manager.subset_hook_caller(hook, [p for p in self.plugins.values() if p is not plugin]))
+                for name, plugin in self.plugins.items()
+                if name in plan.users(hook)
+            ]
+        self.calls: Counter[tuple[str, str]] = Counter()
+        self.round: RoundState | None = None
+        self.in_loss = False
+        self.policy_logps: Any = None
+        self.keeps_groups = bool({"whole_groups", "grouped_order"} & set(plan.needs))
+        self.wants_loss = self.has("policy_loss", "loss_terms", "loss_metrics")
+        self.watches_logps = self.wants_loss or self.has("logps") or bool({"old_logps", "ref_logps"} & set(plan.needs))
+        self._verified = False
+        self._check_trainer()
+
+    # --- calling plugins ---
+
+    def has(self, *hooks: str) -> bool:
+        return any(self._callers.get(hook) for hook in hooks)
+
+    def call(self, name: str, hook: str, caller: Any, **arguments: Any) -> Any:
+        """Runs one plugin's hook; what it raises is reported with the names of both."""
+        self.calls[name, hook] += 1
+        try:
+            results = caller(**arguments)
+        except TrlExtError:
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"plugin {name!r} failed in its hook {hook!r}: {type(error).__name__}: {error}"
+            ) from error
+        return results[0] if results else None
+
+    def each(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
+        """(plugin, result) of every plugin with the hook, in order, where the result is not None."""
+        for name, caller in self._callers.get(hook, ()):
+            result = self.call(name, hook, caller, **arguments)
+            if result is not None:
+                yield name, result
+
+    def chain(self, hook: str) -> list[tuple[str, Any]]:
+        """(plugin, caller) in order, for stages in which each plugin sees the result of the one before."""
+        return self._callers.get(hook, [])
+
+    def owned(self, name: str, hook: str, field: str) -> None:
+        if field not in self.plugins[name].fields:
+            declared = ", ".join(self.plugins[name].fields) or "none"
+            raise PluginError(
+                f"plugin {name!r} returned {field!r} from {hook!r} without declaring it; declared `fields`: {declared}."
+            )
+
+    # --- rounds and metrics ---
+
+    def begin_round(self, columns: access.RewardColumns) -> None:
+        self.round = RoundState(columns)
+
+    def current(self) -> RoundState:
+        assert self.round is not None, "a stage ran outside a round"
+        return self.round
+
+    def report(self, values: Mapping[str, tuple[float, float]]) -> None:
+        """Adds (sum, count) pairs over processes and records each ratio. Collective; names may differ by process."""
+        total: dict[str, list[float]] = {}
+        for local in self.view.gather_objects([dict(values)]):
+            for name, (amount, count) in local.items():
+                entry = total.setdefault(name, [0.0, 0.0])
+                entry[0] += float(amount)
+                entry[1] += float(count)
+        for name in sorted(total):
+            amount, count = total[name]
+            if count:
+                access.add_metric(self.trainer, name, amount / count)
+
+    def collect(self, hook: str, **arguments: Any) -> dict[str, tuple[float, float]]:
+        """Metrics of all plugins under `<plugin>/<name>`."""
+        return {
+            f"{name}/{key}": value for name, result in self.each(hook, **arguments) for key, value in result.items()
+        }
+
+    # --- life ---
+
+    def setup(self) -> None:
+        with untouched_random_state():
+            for _ in self.each("setup", trainer=self.view):
+                pass
+
+    def teardown(self) -> None:
+        for _ in self.each("teardown", trainer=self.view):
+            pass
+        for callback in cast(View, self.view).callbacks:
+            self.trainer.remove_callback(callback)
+
+    def _check_trainer(self) -> None:
+        """Checks that need the built trainer."""
+        users = {*(hook for spec in self.plan.specs for hook in spec.hooks), *self.plan.needs}
+        replaced = overrides(type(self.trainer), self.kind, users)
+        if replaced:
+            if self.has("policy_loss") and any(name.endswith("._compute_loss") for name in replaced):
+                owner = self.plan.users("policy_loss")[0]
+                raise ConfigError(
+                    f"plugin {owner!r} replaces the policy loss, and so does {replaced[-1]}. Leave one out."
+                )
+            warnings.warn(
+                f"{', '.join(replaced)} replaces TRL's method without calling it; plugins act on its results.",
+                stacklevel=3,
+            )
+        if "tools" in self.plan.needs and not (
+            getattr(self.trainer, "tools", None)
+            or getattr(self.trainer, "environments", None)
+            or getattr(self.trainer, "environment_factories", None)
+            or getattr(self.trainer, "rollout_func", None)
+        ):
+            raise ConfigError(
+                f"plugin {self.plan.needs['tools'][0]!r} needs rollouts that can call tools: give the trainer `tools`, "
+                f"`environment_factory` or `rollout_func`."
+            )
+
+    def verify_fired(self) -> None:
+        """After the first training step: every hook of every plugin must have run.
+
+        Raises:
+            PluginError: Naming those that did not.
+        """
+        if self._verified:
+            return
+        silent = [
+            f"{name}.{hook}"
+            for hook, callers in self._callers.items()
+            if hook not in LIFECYCLE
+            for name, _ in callers
+            if not self.calls[name, hook]
+        ]
+        if silent:
+            raise PluginError(
+                f"the first training step ended and these hooks never ran: {', '.join(silent)}. "
+                f"{type(self.trainer).__name__} does not pass through the methods that call them, so training would go "
+                f"on without the method. A subclass that overrides TRL's private methods must call super()."
+            )
+        self._verified = True
+
+    # --- state ---
+
+    def save_state(self, trial: Any) -> None:
+        if not self.trainer.args.should_save:
+            return
+        plugins = {
+            spec.name: {"version": spec.version, "options": spec.option_values, "state": None}
+            for spec in self.plan.specs
+        }
+        for name, state in self.each("state_dict"):
+            plugins[name]["state"] = dict(state)
+        torch.save({"plugins": plugins}, os.path.join(access.checkpoint_folder(self.trainer, trial), STATE_FILE))
+
+    def load_state(self, checkpoint: str | None) -> None:
+        """Gives every plugin its state back; says so where a checkpoint lacks it or was made with other settings."""
+        if checkpoint is None:
+            return
+        path = os.path.join(checkpoint, STATE_FILE)
+        saved = torch.load(path, weights_only=True, map_location="cpu")["plugins"] if os.path.isfile(path) else {}
+        for spec in self.plan.specs:
+            entry = saved.get(spec.name)
+            if entry is None:
+                warnings.warn(
+                    f"{checkpoint} was saved without plugin {spec.name!r}, which now starts fresh.", stacklevel=2
+                )
+            elif entry["options"] != spec.option_values:
+                warnings.warn(
+                    f"plugin {spec.name!r} continues {checkpoint} with other options: {spec.option_values} instead of "
+                    f"{entry['options']}.",
+                    stacklevel=2,
+                )
+        for name in saved.keys() - self.plugins.keys():
+            warnings.warn(f"{checkpoint} was saved with plugin {name!r}, which is not enabled now.", stacklevel=2)
+        for name, caller in self.chain("load_state_dict"):
+            if saved.get(name, {}).get("state") is not None:
+                self.call(name, "load_state_dict", caller, state=saved[name]["state"])
+
+
+@contextlib.contextmanager
+def untouched_random_state() -> Iterator[None]:
+    """Restores every random generator that training uses after the block."""
+    import numpy
+
+    python, legacy = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(legacy)

@@ -1,0 +1,117 @@
+"""Forward and loss: the hooks `logps`, `loss_inputs`, `policy_loss`, `loss_terms` and `loss_metrics`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trl_ext_hooks import Logps, LogpsCall, Loss, PolicyLoss
+from trl_ext_hooks.ops import masked_mean
+
+from ..compat import access
+from ..errors import PluginError
+
+if TYPE_CHECKING:
+    from ..session import Session
+
+
+def logps(session: Session, call: LogpsCall, dense: Callable[[], tuple[Any, Any, Any]]) -> tuple[Any, Any, Any]:
+    """Runs the owner of the forward, or TRL's, and keeps the policy's result for the loss hooks."""
+    result: Logps | None = None
+    for name, caller in session.chain("logps"):
+        result = session.call(name, "logps", caller, call=call, compute=lambda: Logps(*dense()))
+        shape = (call.input_ids.size(0), call.logits_to_keep)
+        if not isinstance(result, Logps) or tuple(result.per_token_logps.shape) != shape:
+            got = tuple(result.per_token_logps.shape) if isinstance(result, Logps) else type(result).__name__
+            raise PluginError(
+                f"plugin {name!r} returned {got} from 'logps', expected Logps with {shape} log-probabilities."
+            )
+        if call.compute_entropy and result.entropies is None:
+            raise PluginError(
+                f"plugin {name!r} returned no entropies from 'logps', which the {call.role} forward asked for."
+            )
+    if result is None:
+        result = Logps(*dense())
+    if call.role == "policy":
+        session.policy_logps = result
+    return result.per_token_logps, result.entropies, result.aux_loss
+
+
+def edited(session: Session, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The micro-batch after every plugin's `loss_inputs`; the buffered original stays as it was."""
+    if not session.has("loss_inputs"):
+        return inputs
+    batch = dict(inputs)
+    for name, caller in session.chain("loss_inputs"):
+        changes = session.call(name, "loss_inputs", caller, batch=dict(batch), trainer=session.view) or {}
+        unknown = [key for key in changes if key not in batch]
+        if unknown:
+            raise PluginError(
+                f"plugin {name!r} returned {unknown[0]!r} from 'loss_inputs'; the batch has {', '.join(batch)}."
+            )
+        batch.update(changes)
+    return batch
+
+
+def compute(session: Session, inputs: Mapping[str, Any], stock: Callable[[Mapping[str, Any]], Any]) -> Any:
+    """The loss of a micro-batch: TRL's or a plugin's, plus the terms of all plugins."""
+    batch = edited(session, inputs)
+    replaced = session.has("policy_loss")
+    keep = access.only_metrics(session.trainer, ("entropy", "kl")) if replaced else contextlib.nullcontext()
+    session.in_loss, session.policy_logps = True, None
+    try:
+        with keep:
+            total = stock(batch)
+    finally:
+        session.in_loss = False
+    if not session.wants_loss:
+        return total
+    if session.policy_logps is None:
+        raise PluginError(
+            f"{type(session.trainer).__name__} computed its loss without TRL's log-probability method, so "
+            f"{', '.join(session.plan.users('policy_loss', 'loss_terms', 'loss_metrics'))} cannot act."
+        )
+    loss = Loss(
+        mode=access.mode(session.trainer),
+        step=session.trainer.state.global_step,
+        trainer=session.view,
+        batch=batch,
+        per_token_logps=session.policy_logps.per_token_logps,
+        entropies=session.policy_logps.entropies,
+    )
+    session.policy_logps = None
+    metrics: dict[str, tuple[float, float]] = {}
+    for name, result in session.each("policy_loss", loss=loss):
+        total = _policy_loss(session, name, result, loss)
+    for name, terms in session.each("loss_terms", loss=loss):
+        for term, value in terms.items():
+            if value.dim() != 0:
+                raise PluginError(
+                    f"plugin {name!r} returned the loss term {term!r} of shape {tuple(value.shape)}, not a scalar."
+                )
+            total = total + value / access.loss_divisor(session.trainer, session.kind)
+            metrics[f"{name}/{term}"] = (value.detach().item(), 1)
+    metrics |= session.collect("loss_metrics", loss=loss)
+    session.report(metrics)
+    return total
+
+
+def _policy_loss(session: Session, name: str, result: PolicyLoss, loss: Loss) -> torch.Tensor:
+    if not isinstance(result, PolicyLoss):
+        raise PluginError(f"plugin {name!r} returned {type(result).__name__} from 'policy_loss', expected PolicyLoss.")
+    divisor = access.loss_divisor(session.trainer, session.kind)
+    if result.values.dim() == 0:
+        return result.values / divisor
+    if result.values.shape != loss.mask.shape:
+        raise PluginError(
+            f"plugin {name!r} returned a loss of shape {tuple(result.values.shape)}, expected a scalar or "
+            f"{tuple(loss.mask.shape)}."
+        )
+    if result.normalisation == "trainer":
+        return access.aggregate(session.trainer, session.kind, result.values, loss.mask, loss.batch)
+    if result.normalisation == "token_mean":
+        return masked_mean(result.values, loss.mask) / divisor
+    return masked_mean(result.values, loss.mask, dim=1).mean() / divisor

@@ -1,0 +1,163 @@
+"""Tools for testing plugins: a tiny model, data, trainers in seconds on a CPU, and the conformance checks.
+
+from trl_ext.testing import conformance
+conformance("my_method.py", tmp_path)      # two steps of a real trainer, resume, composition with an idle run
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl_ext_hooks import TrainerKind
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_model(folder: str | Path) -> str:
+    """Saves a two-layer Qwen2 with a character tokenizer and a chat template; returns its folder. Always the same."""
+    import torch
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from tokenizers import decoders as token_decoders
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    special = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>"]
+    letters = [chr(code) for code in range(32, 127)] + ["\n"]
+    vocabulary = {token: index for index, token in enumerate([*special, *letters])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    backend.decoder = token_decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    tokenizer.chat_template = _TEMPLATE
+    config = Qwen2Config(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_data(kind: TrainerKind = "grpo", rows: int = 16) -> Dataset:
+    """Prompts with an `answer` and an `index` column, or preference pairs for DPO."""
+    from datasets import Dataset
+
+    prompts = [[{"role": "user", "content": f"{i}+{i}="}] for i in range(rows)]
+    if kind == "dpo":
+        chosen = [[{"role": "assistant", "content": str(2 * i)}] for i in range(rows)]
+        rejected = [[{"role": "assistant", "content": "no idea"}] for _ in range(rows)]
+        return Dataset.from_dict({"prompt": prompts, "chosen": chosen, "rejected": rejected})
+    return Dataset.from_dict(
+        {"prompt": prompts, "answer": [str(2 * i) for i in range(rows)], "index": list(range(rows))}
+    )
+
+
+def digits(completions: list[Any], **kwargs: Any) -> list[float]:
+    """Share of digits in a completion."""
+    texts = [completion[0]["content"] for completion in completions]
+    return [sum(letter.isdigit() for letter in text) / max(len(text), 1) for text in texts]
+
+
+def brevity(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    """1 for an empty completion, less for every token."""
+    return [1.0 / (1 + len(ids)) for ids in completion_ids]
+
+
+def tiny_args(kind: TrainerKind, output: str | Path, **settings: Any) -> Any:
+    """Training arguments for two steps on a CPU; `settings` override them."""
+    from trl import DPOConfig, GRPOConfig, RLOOConfig
+
+    common: dict[str, Any] = {
+        "output_dir": str(output),
+        "per_device_train_batch_size": 8,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "bf16": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    if kind == "dpo":
+        return DPOConfig(**common | settings)
+    common |= {"num_generations": 4, "max_completion_length": 8}
+    return (GRPOConfig if kind == "grpo" else RLOOConfig)(**common | settings)
+
+
+def tiny_trainer(
+    kind: TrainerKind,
+    model: str,
+    output: str | Path,
+    *,
+    cls: type[Any] | None = None,
+    rewards: list[Callable[..., Any]] | None = None,
+    data: Dataset | None = None,
+    trainer: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Any:
+    """A real TRL trainer on the tiny model.
+
+    Args:
+        kind: Which trainer.
+        model: Folder made by `tiny_model`.
+        output: Output folder of the run.
+        cls: Trainer class; TRL's by default.
+        rewards: Reward functions; `digits` and `brevity` by default.
+        data: Training data; `tiny_data` by default.
+        trainer: Further arguments of the trainer.
+        settings: Training arguments that differ from `tiny_args`.
+    """
+    from trl import DPOTrainer, GRPOTrainer, RLOOTrainer
+
+    cls = cls or {"grpo": GRPOTrainer, "rloo": RLOOTrainer, "dpo": DPOTrainer}[kind]
+    arguments: dict[str, Any] = {
+        "model": model,
+        "args": tiny_args(kind, output, **settings),
+        "train_dataset": tiny_data(kind) if data is None else data,
+    }
+    if kind != "dpo":
+        arguments["reward_funcs"] = [digits, brevity] if rewards is None else rewards
+    return cls(**arguments, **dict(trainer or {}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One line of a conformance report."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def metrics_of(trainer: Any) -> list[dict[str, Any]]:
+    """The logged metrics of a run without clock times, for comparing two runs."""
+    clock = ("runtime", "per_second", "step_time", "profiling", "total_flos", "epoch")
+    return [
+        {key: value for key, value in entry.items() if not any(word in key for word in clock)}
+        for entry in trainer.state.log_history
+    ]
