@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import inspect
 import weakref
@@ -12,12 +14,13 @@ from typing import Any, TypeVar
 from trl_ext_hooks import Config, TrainerKind
 
 from . import registry, report
-from .compat import seams
+from .compat import access, seams
 from .errors import ConfigError
 from .plan import Plan, check_kind, common_trainers, compose, make_plan
 from .registry import PluginSpec
 
 T = TypeVar("T")
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _active: Handle | None = None
 
 
@@ -63,9 +66,11 @@ def detach(trainer: Any) -> None:
     session = vars(trainer).get("_trl_ext")
     if session is None:
         raise ConfigError(f"this {type(trainer).__name__} has no plugins.")
-    session.teardown()
-    trainer.__class__ = type(trainer)._trl_ext_original
-    del trainer._trl_ext
+    try:
+        session.teardown()
+    finally:
+        trainer.__class__ = type(trainer)._trl_ext_original
+        del trainer._trl_ext
 
 
 def extend(trainer_class: type[T], *plugins: str | Mapping[str, Any], **options: Mapping[str, Any]) -> type[T]:
@@ -111,13 +116,15 @@ class Handle:
     def disable(self) -> None:
         """Restores TRL's classes and every trainer built meanwhile. Calling it again does nothing."""
         global _active
-        for trainer in self.trainers:
-            if "_trl_ext" in vars(trainer):
-                detach(trainer)
         while self._undo:
-            self._undo.pop()()
+            self._undo[-1]()
+            self._undo.pop()
         if _active is self:
             _active = None
+        with contextlib.ExitStack() as stack:  # one failing teardown must not keep the others from running
+            for trainer in self.trainers:
+                if "_trl_ext" in vars(trainer):
+                    stack.callback(detach, trainer)
 
     def on_trainer(self, listener: Callable[[Any], None]) -> None:
         """Calls `listener(trainer)` for every trainer that gets the plugins."""
@@ -161,12 +168,20 @@ def _construct(
     specs: tuple[PluginSpec, ...], original: Callable[..., None], trainer: Any, args: Any, kwargs: Any
 ) -> None:
     kind = _check_class(type(trainer), specs)
-    bound = inspect.signature(original).bind_partial(trainer, *args, **kwargs).arguments
-    plan = None
+    signature = inspect.signature(original)
+    named = {name for name, parameter in signature.parameters.items() if parameter.kind not in _VARIADIC}
+    arguments = signature.bind_partial(trainer, *args, **kwargs).arguments
+    bound = {**arguments.get("kwargs", {}), **{name: value for name, value in arguments.items() if name in named}}
+    config, plan = None, None
     if bound.get("args") is not None:  # without arguments TRL makes its own, and the plan waits for them
-        plan = make_plan(specs, _config_of_arguments(kind, bound))
+        config = _config_of_arguments(kind, bound)
+        plan = make_plan(specs, config)
     original(trainer, *args, **kwargs)
-    _put_in_front(trainer, plan or make_plan(specs, _config_of_trainer(trainer, kind)))
+    if config is None or plan is None:
+        plan = make_plan(specs, _config_of_trainer(trainer, kind))
+    elif config.reward_names is None:
+        plan = make_plan(specs, dataclasses.replace(config, reward_names=access.reward_names(trainer)))
+    _put_in_front(trainer, plan)
 
 
 def _check_class(cls: type[Any], specs: tuple[PluginSpec, ...]) -> TrainerKind:
@@ -224,22 +239,12 @@ def _users(specs: tuple[PluginSpec, ...]) -> set[str]:
 def _config_of_arguments(kind: TrainerKind, bound: Mapping[str, Any]) -> Config:
     functions = bound.get("reward_funcs") or ()
     functions = functions if isinstance(functions, list | tuple) else [functions]
-    return Config(kind, bound["args"], tuple(map(_reward_name, functions)), _columns(bound.get("train_dataset")), ())
+    names = None if bound.get("environment_factory") is not None else tuple(map(access.reward_name, functions))
+    return Config(kind, bound["args"], names, _columns(bound.get("train_dataset")), ())
 
 
 def _config_of_trainer(trainer: Any, kind: TrainerKind) -> Config:
-    from .compat import access
-
     return Config(kind, trainer.args, access.reward_names(trainer), _columns(trainer.train_dataset), ())
-
-
-def _reward_name(function: Any) -> str:
-    """The name under which TRL reports a reward function."""
-    if isinstance(function, str):
-        return function.split("/")[-1]
-    if hasattr(function, "config"):
-        return str(function.config._name_or_path).split("/")[-1]
-    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def _columns(dataset: Any) -> tuple[str, ...] | None:

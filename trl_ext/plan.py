@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from trl_ext_hooks import Config, Need, Plugin, Recommend, Refuse, Require, TrainerKind, Warn
@@ -27,7 +27,6 @@ _LOSS_SETTINGS: dict[str, tuple[Any, ...]] = {
     "entropy_coef": (0.0, None),
     "use_adaptive_entropy": (False,),
     "delta": (None,),
-    "use_bias_correction_kl": (False,),
     "use_vllm": (False,),
 }
 """Settings of TRL's own policy loss and the values with which they do nothing."""
@@ -151,9 +150,13 @@ def make_plan(specs: Sequence[PluginSpec], config: Config) -> Plan:
     return Plan(config.kind, ordered, {need: tuple(names) for need, names in needs.items()}, tuple(notes))
 
 
-def _configure(plugin: Plugin, config: Config) -> Iterable[Any]:
-    for result in build_manager([plugin]).hook.configure(config=config):
-        yield from result
+def _configure(plugin: Plugin, config: Config) -> list[Any]:
+    try:
+        return [found for result in build_manager([plugin]).hook.configure(config=config) for found in result]
+    except Exception as error:
+        raise PluginError(
+            f"plugin {plugin.name!r} failed in its hook 'configure': {type(error).__name__}: {error}"
+        ) from error
 
 
 def _setting(args: Any, setting: str, plugin: str) -> Any:
@@ -168,16 +171,20 @@ def _dropped_settings(spec: PluginSpec, config: Config) -> list[str]:
         f"{spec.name} replaces the policy loss and does not apply {setting}={getattr(config.args, setting)!r}; "
         f"set {setting}={neutral[0]!r}"
         for setting, neutral in _LOSS_SETTINGS.items()
-        if setting not in spec.cls.honours and getattr(config.args, setting, neutral[0]) not in neutral
+        if setting not in spec.cls.honours
+        and getattr(config.args, setting, neutral[0]) not in neutral
+        and not (setting == "beta" and config.kind == "rloo")  # there the KL term is part of the rewards
     ]
 
 
 def _check_need(need: str, names: list[str], config: Config) -> list[str]:
     who, args = " and ".join(names), config.args
     kind, _, target = need.partition(":")
+    if config.kind == "dpo" and kind != "column":
+        return [f"{who}: the DPO trainer cannot provide {need!r}; use GRPO or RLOO"]
     if kind == "column" and config.columns is not None and target not in config.columns:
         return [f"{who}: the training data has no column {target!r}; it has {', '.join(config.columns) or 'none'}"]
-    if kind == "reward" and target not in config.reward_names:
+    if kind == "reward" and config.reward_names is not None and target not in config.reward_names:
         listed = ", ".join(config.reward_names) or "none"
         return [f"{who}: no reward function is called {target!r}; the run has {listed}"]
     if need == "whole_groups":

@@ -193,6 +193,9 @@ def check_plugin(cls: Any, origin: str) -> type[Plugin]:
         raise broken(f"`trainers` must be a tuple with some of {', '.join(KINDS)}; got {trainers!r}.")
     if not dataclasses.is_dataclass(cls.Options):
         raise broken("`Options` must be a dataclass.")
+    for attribute in ("claims", "needs", "fields", "honours"):
+        if not isinstance(getattr(cls, attribute), tuple):
+            raise broken(f"`{attribute}` must be a tuple of strings; got {getattr(cls, attribute)!r}.")
     for attribute, known in (("claims", CLAIMS), ("needs", NEEDS)):
         for entry in getattr(cls, attribute):
             pattern = entry.partition(":")[0] + ":NAME" if ":" in entry else entry

@@ -14,10 +14,11 @@ from typing import Any, cast
 import torch
 
 from trl_ext_hooks import Plugin, Rollout, Scored, TrainerKind, TrainerView
+from trl_ext_hooks.types import Role
 
 from .compat import access
 from .compat.seams import overrides
-from .errors import ConfigError, PluginError, TrlExtError
+from .errors import ConfigError, PluginError
 from .plan import LIFECYCLE, SERVED, Plan
 from .registry import build_manager
 
@@ -83,6 +84,7 @@ class RoundState:
 
     columns: access.RewardColumns
     tool_mask: list[list[int]] | None = None
+    logps: dict[Role, torch.Tensor] = dataclasses.field(default_factory=dict)
     rollout: Rollout | None = None
     scored: Scored | None = None
 
@@ -120,16 +122,13 @@ class Session:
         return any(self._callers.get(hook) for hook in hooks)
 
     def call(self, name: str, hook: str, caller: Any, **arguments: Any) -> Any:
-        """Runs one plugin's hook; what it raises is reported with the names of both."""
+        """Runs one plugin's hook; what it raises gets a note with the names of both and keeps its type."""
         self.calls[name, hook] += 1
         try:
             results = caller(**arguments)
-        except TrlExtError:
-            raise
         except Exception as error:
-            raise PluginError(
-                f"plugin {name!r} failed in its hook {hook!r}: {type(error).__name__}: {error}"
-            ) from error
+            error.add_note(f"raised in the hook {hook!r} of the trl_ext plugin {name!r}")
+            raise
         return results[0] if results else None
 
     def each(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
@@ -142,6 +141,11 @@ class Session:
     def chain(self, hook: str) -> list[tuple[str, Any]]:
         """(plugin, caller) in order, for stages in which each plugin sees the result of the one before."""
         return self._callers.get(hook, [])
+
+    def mapping(self, name: str, hook: str, result: Any) -> Mapping[str, Any]:
+        if not isinstance(result, Mapping):
+            raise PluginError(f"plugin {name!r} returned {type(result).__name__} from {hook!r}, expected a mapping.")
+        return result
 
     def owned(self, name: str, hook: str, field: str) -> None:
         if field not in self.plugins[name].fields:
@@ -174,9 +178,13 @@ class Session:
 
     def collect(self, hook: str, **arguments: Any) -> dict[str, tuple[float, float]]:
         """Metrics of all plugins under `<plugin>/<name>`."""
-        return {
-            f"{name}/{key}": value for name, result in self.each(hook, **arguments) for key, value in result.items()
-        }
+        found: dict[str, tuple[float, float]] = {}
+        for name, result in self.each(hook, **arguments):
+            for key, value in self.mapping(name, hook, result).items():
+                if not (isinstance(value, tuple | list) and len(value) == 2):
+                    raise PluginError(f"plugin {name!r} reported {key!r} as {value!r}, expected a pair (sum, count).")
+                found[f"{name}/{key}"] = (float(value[0]), float(value[1]))
+        return found
 
     # --- life ---
 
@@ -186,24 +194,29 @@ class Session:
                 pass
 
     def teardown(self) -> None:
-        for _ in self.each("teardown", trainer=self.view):
-            pass
-        for callback in cast(View, self.view).callbacks:
-            self.trainer.remove_callback(callback)
+        with contextlib.ExitStack() as stack:  # runs everything, whatever one of them raises
+            for callback in cast(View, self.view).callbacks:
+                stack.callback(self.trainer.remove_callback, callback)
+            for name, caller in reversed(self.chain("teardown")):
+                stack.callback(self.call, name, "teardown", caller, trainer=self.view)
 
     def _check_trainer(self) -> None:
         """Checks that need the built trainer."""
         users = {*(hook for spec in self.plan.specs for hook in spec.hooks), *self.plan.needs}
         replaced = overrides(type(self.trainer), self.kind, users)
         if replaced:
-            if self.has("policy_loss") and any(name.endswith("._compute_loss") for name in replaced):
+            losses = [name for name in replaced if name.endswith("._compute_loss")]
+            if self.has("policy_loss") and losses:
                 owner = self.plan.users("policy_loss")[0]
-                raise ConfigError(
-                    f"plugin {owner!r} replaces the policy loss, and so does {replaced[-1]}. Leave one out."
-                )
+                raise ConfigError(f"plugin {owner!r} replaces the policy loss, and so does {losses[0]}. Leave one out.")
             warnings.warn(
                 f"{', '.join(replaced)} replaces TRL's method without calling it; plugins act on its results.",
                 stacklevel=3,
+            )
+        if "ref_logps" in self.plan.needs and not access.has_reference(self.trainer):
+            raise ConfigError(
+                f"plugin {self.plan.needs['ref_logps'][0]!r} needs reference log-probabilities: set `beta` above 0 so "
+                f"that the trainer loads a reference model, or train a PEFT adapter."
             )
         if "tools" in self.plan.needs and not (
             getattr(self.trainer, "tools", None)
@@ -249,7 +262,7 @@ class Session:
             for spec in self.plan.specs
         }
         for name, state in self.each("state_dict"):
-            plugins[name]["state"] = dict(state)
+            plugins[name]["state"] = dict(self.mapping(name, "state_dict", state))
         torch.save({"plugins": plugins}, os.path.join(access.checkpoint_folder(self.trainer, trial), STATE_FILE))
 
     def load_state(self, checkpoint: str | None) -> None:

@@ -1,12 +1,10 @@
-"""Tools for testing plugins: a tiny model, data, trainers in seconds on a CPU, and the conformance checks.
+"""Tools for testing plugins: a tiny model, data and real trainers that take seconds on a CPU.
 
-from trl_ext.testing import conformance
-conformance("my_method.py", tmp_path)      # two steps of a real trainer, resume, composition with an idle run
+trainer = tiny_trainer("grpo", tiny_model(tmp_path / "model"), tmp_path / "run")
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +20,11 @@ _TEMPLATE = (
 )
 
 
-def tiny_model(folder: str | Path) -> str:
-    """Saves a two-layer Qwen2 with a character tokenizer and a chat template; returns its folder. Always the same."""
+def tiny_model(folder: str | Path, **config: Any) -> str:
+    """Saves a two-layer Qwen2 with a character tokenizer and a chat template; returns its folder. Always the same.
+
+    `config` overrides settings of the architecture, such as `num_hidden_layers`.
+    """
     import torch
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from tokenizers import decoders as token_decoders
@@ -43,21 +44,19 @@ def tiny_model(folder: str | Path) -> str:
         additional_special_tokens=["<|im_start|>"],
     )
     tokenizer.chat_template = _TEMPLATE
-    config = Qwen2Config(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    }
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    architecture = Qwen2Config(vocab_size=len(vocabulary), **ids, **shape | config)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        Qwen2ForCausalLM(config).save_pretrained(folder)
+        Qwen2ForCausalLM(architecture).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -143,15 +142,6 @@ def tiny_trainer(
     if kind != "dpo":
         arguments["reward_funcs"] = [digits, brevity] if rewards is None else rewards
     return cls(**arguments, **dict(trainer or {}))
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """One line of a conformance report."""
-
-    name: str
-    passed: bool
-    detail: str
 
 
 def metrics_of(trainer: Any) -> list[dict[str, Any]]:

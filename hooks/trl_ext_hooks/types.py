@@ -29,14 +29,15 @@ class Config:
     Attributes:
         kind: Which trainer.
         args: The training arguments (`GRPOConfig`, `RLOOConfig` or `DPOConfig`).
-        reward_names: Names of the reward functions; empty for DPO.
+        reward_names: Names of the reward functions, none for DPO; None where an environment owns some of them, which
+            is known once the trainer is built (`configure` then runs again).
         columns: Columns of the training data, or None where they cannot be known before it is read.
         plugins: Names of all plugins of the run, in the order in which they act.
     """
 
     kind: TrainerKind
     args: Any
-    reward_names: tuple[str, ...]
+    reward_names: tuple[str, ...] | None
     columns: tuple[str, ...] | None
     plugins: tuple[str, ...]
 

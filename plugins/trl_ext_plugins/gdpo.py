@@ -175,7 +175,7 @@ class GDPO(Plugin):
     @hookimpl
     def configure(self, config: Config) -> Sequence[Requirement]:
         found: list[Requirement] = []
-        if len(config.reward_names) == 1:
+        if config.reward_names is not None and len(config.reward_names) == 1:
             found.append(Warn("one reward function leaves nothing to decouple; advantages stay those of plain GRPO"))
         for condition in self.options.conditions:
             for name in (condition.target, condition.on):

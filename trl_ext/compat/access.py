@@ -44,6 +44,18 @@ def reward_names(trainer: Any) -> tuple[str, ...]:
     return tuple(getattr(trainer, "reward_func_names", ()))
 
 
+def reward_name(function: Any) -> str:
+    """The name under which TRL reports a reward function, before the trainer is built."""
+    from trl.trainer.utils import get_callable_name, get_config_model_id
+
+    if isinstance(function, str):
+        return function.split("/")[-1]
+    config: Any = getattr(function, "config", None)
+    if isinstance(function, torch.nn.Module) and config is not None:
+        return get_config_model_id(config).split("/")[-1]
+    return get_callable_name(function)
+
+
 def reward_weights(trainer: Any) -> torch.Tensor:
     return trainer.reward_weights.to(trainer.accelerator.device)
 
@@ -93,6 +105,11 @@ def replace_logged_advantages(trainer: Any, values: list[float]) -> None:
     for _ in range(min(len(values), len(logged))):
         logged.pop()
     logged.extend(values)
+
+
+def logged_completions(trainer: Any) -> list[Any]:
+    """Completions of the last round, as text or messages."""
+    return list(trainer._logs["completion"])
 
 
 class RewardColumns:
@@ -166,20 +183,16 @@ def adapters_off(trainer: Any, model: Any) -> bool:
     return layer is not None and (layer.disable_adapters or layer.active_adapters == ["ref"])
 
 
-def peft_reference(trainer: Any) -> contextlib.AbstractContextManager[Any]:
-    """Turns a PEFT policy into its reference inside the block.
+def has_reference(trainer: Any) -> bool:
+    """Whether reference log-probabilities can be had: the trainer computes them, or the policy is a PEFT model."""
+    return trainer.args.beta != 0.0 or hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
 
-    Raises:
-        CompatError: The policy is not a PEFT model.
-    """
+
+def peft_reference(trainer: Any) -> contextlib.AbstractContextManager[Any]:
+    """Turns a PEFT policy into its reference inside the block."""
     from trl.trainer.utils import use_adapter
 
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if not hasattr(model, "peft_config"):
-        raise CompatError(
-            "a plugin needs reference log-probabilities; with a fully trained model set `beta` above 0 so that the "
-            "trainer loads a reference model, or train a PEFT adapter."
-        )
     return use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None)
 
 

@@ -42,11 +42,14 @@ def finish(session: Session, output: dict[str, Any]) -> dict[str, Any]:
     metrics: dict[str, tuple[float, float]] = {}
     if session.has("advantages"):
         round = _chain(session, round, metrics)
-        output["advantages"] = round.advantages if round.advantages.dim() == 2 else round.advantages[round.local]
-        _log(session, round)
+        if metrics:  # without a change everything that TRL recorded is true
+            output["advantages"] = round.advantages if round.advantages.dim() == 2 else round.advantages[round.local]
+            _log(session, round)
     for name, fields in session.each("batch_fields", round=round):
-        for field, values in fields.items():
+        for field, values in session.mapping(name, "batch_fields", fields).items():
             session.owned(name, "batch_fields", field)
+            if field in output:
+                raise PluginError(f"plugin {name!r} returned the batch field {field!r}, which the trainer already has.")
             if not isinstance(values, torch.Tensor) or (values.dim() > 0 and len(values) != len(round.rows)):
                 got = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
                 raise PluginError(
@@ -77,12 +80,18 @@ def keep_groups(permutation: torch.Tensor, batch: Mapping[str, Any]) -> torch.Te
 
 def _provide_logps(session: Session, output: dict[str, Any]) -> None:
     """Adds old and reference log-probabilities that plugins need and TRL did not compute."""
-    needs, trainer = session.plan.needs, session.trainer
+    needs, trainer, known = set(session.plan.needs), session.trainer, session.current().logps
+    if session.kind == "rloo" and session.wants_loss:
+        needs.add("old_logps")  # RLOO keeps their sum only, which loss hooks cannot use
     if "old_logps" in needs and output.get("old_per_token_logps") is None:
-        output["old_per_token_logps"] = access.completion_logps(trainer, output)
+        old = known.get("old")
+        output["old_per_token_logps"] = access.completion_logps(trainer, output) if old is None else old
     if "ref_logps" in needs and output.get("ref_per_token_logps") is None:
-        with access.peft_reference(trainer):
-            output["ref_per_token_logps"] = access.completion_logps(trainer, output)
+        reference = known.get("reference")
+        if reference is None:
+            with access.peft_reference(trainer):
+                reference = access.completion_logps(trainer, output)
+        output["ref_per_token_logps"] = reference
 
 
 def _chain(session: Session, round: Round, metrics: dict[str, tuple[float, float]]) -> Round:
@@ -91,6 +100,8 @@ def _chain(session: Session, round: Round, metrics: dict[str, tuple[float, float
         result = session.call(name, "advantages", caller, round=round)
         if result is None:
             continue
+        if not isinstance(result, torch.Tensor):
+            raise PluginError(f"plugin {name!r} returned {type(result).__name__} from 'advantages', expected a tensor.")
         tokenwise = result.dim() == 2
         if tuple(result.shape) not in ((rows,), tuple(tokens)) or (tokenwise and session.kind != "grpo"):
             allowed = f"({rows},) for the rows of all processes"

@@ -37,6 +37,8 @@ def logps(session: Session, call: LogpsCall, dense: Callable[[], tuple[Any, Any,
         result = Logps(*dense())
     if call.role == "policy":
         session.policy_logps = result
+    elif session.round is not None:
+        session.round.logps[call.role] = result.per_token_logps
     return result.per_token_logps, result.entropies, result.aux_loss
 
 
@@ -46,7 +48,8 @@ def edited(session: Session, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         return inputs
     batch = dict(inputs)
     for name, caller in session.chain("loss_inputs"):
-        changes = session.call(name, "loss_inputs", caller, batch=dict(batch), trainer=session.view) or {}
+        result = session.call(name, "loss_inputs", caller, batch=dict(batch), trainer=session.view)
+        changes = session.mapping(name, "loss_inputs", {} if result is None else result)
         unknown = [key for key in changes if key not in batch]
         if unknown:
             raise PluginError(
@@ -87,11 +90,10 @@ def compute(session: Session, inputs: Mapping[str, Any], stock: Callable[[Mappin
     for name, result in session.each("policy_loss", loss=loss):
         total = _policy_loss(session, name, result, loss)
     for name, terms in session.each("loss_terms", loss=loss):
-        for term, value in terms.items():
-            if value.dim() != 0:
-                raise PluginError(
-                    f"plugin {name!r} returned the loss term {term!r} of shape {tuple(value.shape)}, not a scalar."
-                )
+        for term, value in session.mapping(name, "loss_terms", terms).items():
+            if not isinstance(value, torch.Tensor) or value.dim() != 0:
+                got = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+                raise PluginError(f"plugin {name!r} returned the loss term {term!r} as {got}, expected a 0-d tensor.")
             total = total + value / access.loss_divisor(session.trainer, session.kind)
             metrics[f"{name}/{term}"] = (value.detach().item(), 1)
     metrics |= session.collect("loss_metrics", loss=loss)

@@ -76,8 +76,10 @@ def _annotate(session: Session, rollout: Rollout) -> tuple[dict[str, Any], dict[
     fields: dict[str, Any] = {}
     gathered: dict[str, torch.Tensor] = {}
     for name, result in session.each("annotate", rollout=rollout):
-        for field, values in result.items():
+        for field, values in session.mapping(name, "annotate", result).items():
             session.owned(name, "annotate", field)
+            if rollout.rows and field in rollout.rows[0]:
+                raise PluginError(f"plugin {name!r} annotated {field!r}, which is a column of the data already.")
             if len(values) != len(rollout.rows):
                 raise PluginError(
                     f"plugin {name!r} annotated {field!r} with {len(values)} values, expected one for each of "
@@ -96,6 +98,10 @@ def _rewrite(session: Session, scored: Scored) -> Scored:
             continue
         if isinstance(result, torch.Tensor):
             result = Rewards(result, scored.reward_names, scored.reward_weights)
+        if not isinstance(result, Rewards):
+            raise PluginError(
+                f"plugin {name!r} returned {type(result).__name__} from 'rewards', expected a tensor or Rewards."
+            )
         expected = (len(scored.group_ids), len(result.names))
         if tuple(result.values.shape) != expected or len(result.weights) != len(result.names):
             raise PluginError(

@@ -1,0 +1,86 @@
+"""What all tests share: a tiny model on disk, real trainers on it, plugins made on the spot, and a clean slate after."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+    os.environ[name] = "1"
+os.environ["TQDM_DISABLE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["RICH_NO_COLOR"] = "1"
+
+import pytest
+import torch
+
+from trl_ext.testing import tiny_model, tiny_trainer
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of the tiny model."""
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def build(model: str, tmp_path: Path) -> Callable[..., Any]:
+    """`build(kind, **settings)` makes a real TRL trainer with an output folder of its own."""
+    count = itertools.count()
+
+    def make(kind: str = "grpo", **settings: Any) -> Any:
+        settings.setdefault("output", tmp_path / f"run{next(count)}")
+        return tiny_trainer(kind, model, **settings)
+
+    return make
+
+
+@pytest.fixture
+def train(build: Callable[..., Any]) -> Callable[..., Any]:
+    """`train(kind, **settings)` makes a trainer, trains it and returns it."""
+
+    def run(kind: str = "grpo", **settings: Any) -> Any:
+        trainer = build(kind, **settings)
+        trainer.train()
+        return trainer
+
+    return run
+
+
+@pytest.fixture
+def plugin(monkeypatch: pytest.MonkeyPatch) -> Callable[[type], str]:
+    """`plugin(Class)` gives the reference under which a class made in a test can be enabled."""
+    count = itertools.count()
+
+    def publish(cls: type) -> str:
+        module = types.ModuleType(f"trl_ext_test_module_{next(count)}")
+        module.Made = cls  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        return f"{module.__name__}:Made"
+
+    return publish
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fails a test after which TRL is not as before, and cleans up for the next one."""
+    from trl_ext import api
+    from trl_ext.compat import seams
+
+    classes = [seams.trainer_class(kind) for kind in ("grpo", "rloo", "dpo")]
+    before = [dict(vars(cls)) for cls in classes]
+    yield
+    left = api._active
+    if left is not None:
+        left.disable()
+    after = [dict(vars(cls)) for cls in classes]
+    assert left is None, f"{left!r} was still enabled"
+    assert after == before, "a TRL class was changed"
