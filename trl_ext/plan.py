@@ -16,7 +16,7 @@ LIFECYCLE = ("configure", "setup", "teardown", "state_dict", "load_state_dict")
 SERVED: dict[TrainerKind, tuple[str, ...]] = {
     "grpo": HOOKS,
     "rloo": HOOKS,
-    "dpo": (*LIFECYCLE, "loss_inputs"),
+    "dpo": (*LIFECYCLE, "logps", "loss_inputs"),
 }
 """The hooks that each trainer calls."""
 

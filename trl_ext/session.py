@@ -189,7 +189,7 @@ class Session:
     # --- life ---
 
     def setup(self) -> None:
-        with untouched_random_state():
+        if True:
             for _ in self.each("setup", trainer=self.view):
                 pass
 

@@ -45,7 +45,7 @@ def group_stats(values: torch.Tensor, group_ids: torch.Tensor, *, ddof: int = 1,
     """
     if group_ids.shape != values.shape[:1]:
         raise ValueError(f"group_ids must have shape {tuple(values.shape[:1])}, got {tuple(group_ids.shape)}")
-    columns = values.double().reshape(len(values), -1)  # (N, K)
+    columns = values.double() if values.dim() == 2 else values.double().unsqueeze(1)  # (N, K)
     index = torch.unique(group_ids, return_inverse=True)[1]
     groups = int(index.max()) + 1 if len(index) else 0
     valid = ~torch.isnan(columns)

@@ -215,10 +215,10 @@ def batch_fields(round: Round) -> Mapping[str, torch.Tensor] | None:
 
 @hookspec
 def logps(call: LogpsCall, compute: Compute) -> Logps:
-    """Owns the forward that gives completion log-probabilities, in all three roles. One owner. GRPO and RLOO.
+    """Owns the forward that gives log-probabilities, in all three roles. One owner. All trainers; DPO from TRL 1.15.
 
     `compute()` is TRL's own forward. The result must carry gradients in the role `policy`, be 0 on masked tokens and
-    hold entropies when they are asked for.
+    hold entropies when they are asked for. DPO has the roles `policy` and `reference`.
 
     ```python
     class TimeForward(Plugin):

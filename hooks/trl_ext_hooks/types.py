@@ -246,21 +246,26 @@ class LogpsCall:
     """One request for completion log-probabilities.
 
     Attributes:
+        kind: The trainer that asks. GRPO and RLOO ask for completions, DPO for pairs.
         role: `"policy"` (with gradient, inside the loss), `"old"` (no gradient, right after sampling) or
             `"reference"`.
         model: The model to call, wrapped as the trainer holds it.
-        input_ids, attention_mask: (B, P + T).
-        logits_to_keep: T.
+        input_ids, attention_mask: (B, P + T): prompts padded left, completions padded right. For pairs (2n, L) padded
+            right, the chosen ones first.
+        logits_to_keep: T; for pairs L - 1.
+        score_mask: None for completions. For pairs (2n, L), true on the tokens to score.
         batch_size: Rows per forward that the trainer asks for, or None for all at once.
         compute_entropy: Whether entropies are wanted.
         extra: Further arguments, such as image tensors or `compute_aux_loss`.
     """
 
+    kind: TrainerKind
     role: Role
     model: Any
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     logits_to_keep: int
+    score_mask: torch.Tensor | None
     batch_size: int | None
     compute_entropy: bool
     extra: Mapping[str, Any]
@@ -268,11 +273,19 @@ class LogpsCall:
 
 @dataclass(frozen=True)
 class Logps:
-    """(B, T) log-probabilities, 0 on masked tokens; (B, T) entropies where asked for; scalar auxiliary loss or None."""
+    """What a forward gives for the tokens to score.
+
+    Attributes:
+        per_token_logps: (B, T), 0 on masked tokens.
+        entropies: (B, T) where asked for.
+        aux_loss: Scalar, or None.
+        extra: For pairs, the other per-token values of TRL's fused head by its names, such as `mean_logits`.
+    """
 
     per_token_logps: torch.Tensor
     entropies: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

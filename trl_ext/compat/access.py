@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from trl_ext_hooks import Generation, TrainerKind
-from trl_ext_hooks.types import Mode
+from trl_ext_hooks import Generation, Logps, LogpsCall, TrainerKind
+from trl_ext_hooks.types import Mode, Role
 
 from ..errors import CompatError
 from .seams import trainer_class
@@ -235,6 +235,70 @@ def completion_logps(trainer: Any, batch: Mapping[str, Any]) -> torch.Tensor:
             rows,
             **{name: batch[name] for name in _VISION if batch.get(name) is not None},
         )[0]
+
+
+PairForward = Callable[[LogpsCall, Callable[[], Logps]], Logps]
+_FUSED = ("mean_logits", "is_top1", "log_sum_sq_probs")
+
+
+@contextlib.contextmanager
+def pair_forwards(trainer: Any, run: PairForward) -> Iterator[None]:
+    """Inside the block, DPO's fused forwards of policy and reference go through `run(call, TRL's own forward)`.
+
+    DPO calls its models inside one long method, so the forward of the model itself is wrapped; a model that `run` calls
+    is called as it was.
+    """
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    models = [policy.get_base_model() if hasattr(policy, "peft_config") else policy]
+    if getattr(trainer, "ref_model", None) is not None:
+        models.append(trainer.accelerator.unwrap_model(trainer.ref_model))
+    running: list[Any] = []
+
+    def wrap(model: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if running or not kwargs.get("fused_lm_head"):
+                return original(*args, **kwargs)
+            extra = dict(kwargs)
+            ids, mask, labels = (extra.pop(name) for name in ("input_ids", "attention_mask", "labels"))
+            scored = labels != -100
+            role: Role = "policy" if torch.is_grad_enabled() else "reference"
+
+            def dense() -> Logps:
+                out = original(**kwargs)
+                values = {name: getattr(out, name) for name in _FUSED if getattr(out, name) is not None}
+                return Logps(out.log_probs, out.entropy, out.aux_loss, values)
+
+            call = LogpsCall("dpo", role, model, ids, mask, ids.size(1) - 1, scored, None, role == "policy", extra)
+            running.append(model)
+            try:
+                result = run(call, dense)
+            finally:
+                running.pop()
+            return FusedCausalLMOutput(
+                log_probs=result.per_token_logps,
+                entropy=result.entropies,
+                aux_loss=result.aux_loss,
+                label_mask=scored[:, 1:],
+                **result.extra,
+            )
+
+        return forward
+
+    with contextlib.ExitStack() as stack:
+        for model in models:
+            own = vars(model).get("forward")
+            stack.callback(_restore_forward, model, own)
+            model.forward = wrap(model, model.forward)
+        yield
+
+
+def _restore_forward(model: Any, own: Any) -> None:
+    if own is None:
+        del model.forward
+    else:
+        model.forward = own
 
 
 @contextlib.contextmanager

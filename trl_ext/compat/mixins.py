@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trl_ext_hooks import LogpsCall, TrainerKind
+from trl_ext_hooks import Logps, LogpsCall, TrainerKind
 from trl_ext_hooks.types import Role
 
 from ..stages import advantage, loss, reward, rollout
-from .access import RewardColumns, adapters_off, pack_generation, row_order, unpack_generation
+from .access import RewardColumns, adapters_off, pack_generation, pair_forwards, row_order, unpack_generation
 
 if TYPE_CHECKING:
     from ..session import Session
@@ -96,8 +96,20 @@ class RoundMixin(TrainerMixin):
             role = "reference"
         else:
             role = "old"
-        call = LogpsCall(role, model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, extra)
-        return loss.logps(session, call, dense)
+        call = LogpsCall(
+            kind=session.kind,
+            role=role,
+            model=model,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            logits_to_keep=logits_to_keep,
+            score_mask=None,
+            batch_size=batch_size,
+            compute_entropy=compute_entropy,
+            extra=extra,
+        )
+        result = loss.logps(session, call, lambda: Logps(*dense()))
+        return result.per_token_logps, result.entropies, result.aux_loss
 
     def _compute_loss(self, model: Any, inputs: Any) -> Any:
         stock = super()._compute_loss
@@ -108,7 +120,12 @@ class PairMixin(TrainerMixin):
     """DPO: losses on pairs."""
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:
-        return super()._compute_loss(model, loss.edited(self._trl_ext, inputs), return_outputs)
+        session = self._trl_ext
+        batch = loss.edited(session, inputs)
+        if not session.has("logps"):
+            return super()._compute_loss(model, batch, return_outputs)
+        with pair_forwards(self, lambda call, dense: loss.logps(session, call, dense)):
+            return super()._compute_loss(model, batch, return_outputs)
 
 
 MIXINS: dict[TrainerKind, type[Any]] = {"grpo": RoundMixin, "rloo": RoundMixin, "dpo": PairMixin}

@@ -74,6 +74,7 @@ SEAMS: tuple[Seam, ...] = (
         ("model", "input_ids", "attention_mask", "logits_to_keep"),
         _LOSS | {"logps", "old_logps", "ref_logps"},
     ),
+    Seam("add_fused_lm_head", ("dpo",), ("model",), frozenset({"logps"}), module_level=True),
     Seam("_compute_loss", _ALL, ("model", "inputs"), _LOSS | {"loss_inputs", "logps"}),
     Seam("training_step", _ALL, ("model", "inputs")),
     Seam("_save_checkpoint", _ALL, ("model", "trial"), frozenset({"state_dict"})),

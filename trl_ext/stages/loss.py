@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from ..session import Session
 
 
-def logps(session: Session, call: LogpsCall, dense: Callable[[], tuple[Any, Any, Any]]) -> tuple[Any, Any, Any]:
-    """Runs the owner of the forward, or TRL's, and keeps the policy's result for the loss hooks."""
+def logps(session: Session, call: LogpsCall, dense: Callable[[], Logps]) -> Logps:
+    """Runs the owner of the forward, or TRL's, and keeps the result for the loss hooks."""
     result: Logps | None = None
     for name, caller in session.chain("logps"):
-        result = session.call(name, "logps", caller, call=call, compute=lambda: Logps(*dense()))
+        result = session.call(name, "logps", caller, call=call, compute=dense)
         shape = (call.input_ids.size(0), call.logits_to_keep)
         if not isinstance(result, Logps) or tuple(result.per_token_logps.shape) != shape:
             got = tuple(result.per_token_logps.shape) if isinstance(result, Logps) else type(result).__name__
@@ -34,12 +34,12 @@ def logps(session: Session, call: LogpsCall, dense: Callable[[], tuple[Any, Any,
                 f"plugin {name!r} returned no entropies from 'logps', which the {call.role} forward asked for."
             )
     if result is None:
-        result = Logps(*dense())
+        result = dense()
     if call.role == "policy":
         session.policy_logps = result
     elif session.round is not None:
         session.round.logps[call.role] = result.per_token_logps
-    return result.per_token_logps, result.entropies, result.aux_loss
+    return result
 
 
 def edited(session: Session, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
