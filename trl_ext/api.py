@@ -43,10 +43,15 @@ def enable(*plugins: str | Mapping[str, Any], **options: Mapping[str, Any]) -> H
         ...     print(handle)
         <trl_ext: gdpo on grpo>
     """
+    return start(_resolve(plugins, options))
+
+
+def start(specs: tuple[PluginSpec, ...]) -> Handle:
+    """`enable` for plugins that are resolved already; with none, trainers are wrapped and nothing is changed."""
     global _active
     if _active is not None:
         raise ConfigError(f"{_active!r} is already enabled. Name all plugins in one call, or disable it first.")
-    handle = Handle(_resolve(plugins, options))
+    handle = Handle(specs)
     handle._install()
     _active = handle
     return handle

@@ -189,7 +189,7 @@ class Session:
     # --- life ---
 
     def setup(self) -> None:
-        if True:
+        with untouched_random_state():
             for _ in self.each("setup", trainer=self.view):
                 pass
 

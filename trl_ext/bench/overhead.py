@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +16,7 @@ from trl_ext_hooks import Loss, Plugin, Round, hookimpl
 from .. import api
 from ..conformance import quiet
 from ..testing import tiny_model, tiny_trainer
+from .turns import step_times
 
 
 class Observer(Plugin):
@@ -57,25 +56,15 @@ def measure(steps: int = 40, progress: Callable[[int, int], None] = lambda done,
         Per arm `name`, `seconds` (median step), `ratio` (median over rounds of the ratio to plain TRL in the same
         round) and `ratio_low`, `ratio_high` (its quartiles).
     """
-    times: dict[str, list[float]] = {name: [] for name in ARMS}
-    turns = _Turns(list(ARMS), steps, lambda done: progress(done, steps))
     with tempfile.TemporaryDirectory() as folder, quiet():
         model = tiny_model(f"{folder}/model", hidden_size=256, intermediate_size=1024, num_hidden_layers=4)
         # every completion has the same length, so that all arms do the same work
         settings: dict[str, Any] = {"logging_steps": 1000, "generation_kwargs": {"min_new_tokens": 8}}
-        threads: list[threading.Thread] = []
+        trainers: dict[str, Any] = {}
         for name, plugin in ARMS.items():
-            trainer = tiny_trainer("grpo", model, f"{folder}/{len(threads)}", max_steps=steps + 2, **settings)
-            if plugin is not None:
-                trainer = api.attach(trainer, plugin)
-            trainer.add_callback(_callback(turns, name, times[name]))
-            threads.append(threading.Thread(target=turns.guard, args=(trainer.train,)))
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    if turns.error is not None:
-        raise turns.error
+            trainer = tiny_trainer("grpo", model, f"{folder}/{len(trainers)}", max_steps=steps + 2, **settings)
+            trainers[name] = trainer if plugin is None else api.attach(trainer, plugin)
+        times = step_times(trainers, lambda done: progress(done, steps + 2))
     plain = times["plain TRL"][2:]  # the first steps warm caches up
     rows = []
     for name in ARMS:
@@ -91,54 +80,3 @@ def measure(steps: int = 40, progress: Callable[[int, int], None] = lambda done,
             }
         )
     return rows
-
-
-class _Turns:
-    """Lets threads run one step each, in rotating order."""
-
-    def __init__(self, names: list[str], steps: int, progress: Callable[[int], None]) -> None:
-        self.names, self.steps, self.progress = names, steps, progress
-        self.condition = threading.Condition()
-        self.taken = 0
-        self.error: BaseException | None = None
-
-    def order(self, turn: int) -> str:
-        shift, place = divmod(turn, len(self.names))
-        return self.names[(place + shift) % len(self.names)]
-
-    def wait(self, name: str) -> None:
-        with self.condition:
-            self.condition.wait_for(lambda: self.order(self.taken) == name or self.error is not None)
-            if self.error is not None:
-                raise RuntimeError("another arm failed")
-
-    def done(self) -> None:
-        with self.condition:
-            self.taken += 1
-            self.progress(self.taken // len(self.names))
-            self.condition.notify_all()
-
-    def guard(self, train: Callable[[], Any]) -> None:
-        try:
-            train()
-        except BaseException as error:
-            with self.condition:
-                self.error = self.error or error
-                self.condition.notify_all()
-
-
-def _callback(turns: _Turns, name: str, times: list[float]) -> Any:
-    from transformers import TrainerCallback
-
-    class Turn(TrainerCallback):
-        start = 0.0
-
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            turns.wait(name)
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            times.append(time.perf_counter() - self.start)
-            turns.done()
-
-    return Turn()

@@ -20,9 +20,7 @@ EXTRAS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Prints versions, devices, extras and plugins, and checks every seam of the installed TRL."
-    )
+    parser.description = "Prints versions, devices, extras and plugins, and checks every seam of the installed TRL."
     parser.add_argument("--json", action="store_true", help="print one object")
 
 

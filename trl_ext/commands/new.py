@@ -129,9 +129,7 @@ def scaffold(name: str, folder: str | Path | None = None) -> Path:
     from ..errors import ConfigError
 
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
-        raise ConfigError(
-            f"{name!r} cannot be a plugin name; use words in lower case joined by hyphens."
-        )
+        raise ConfigError(f"{name!r} cannot be a plugin name; use words in lower case joined by hyphens.")
     if name in registry.BUILTINS:
         raise ConfigError(f"{name!r} is a built-in plugin; choose another name.")
     target = Path(folder or f"trl-ext-{name}")

@@ -237,6 +237,13 @@ def completion_logps(trainer: Any, batch: Mapping[str, Any]) -> torch.Tensor:
         )[0]
 
 
+def add_fused_head(model: Any) -> None:
+    """Gives a model TRL's fused head with log-probabilities and entropies, as GRPOTrainer does (from TRL 1.15)."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+
+
 PairForward = Callable[[LogpsCall, Callable[[], Logps]], Logps]
 _FUSED = ("mean_logits", "is_top1", "log_sum_sq_probs")
 
@@ -252,8 +259,10 @@ def pair_forwards(trainer: Any, run: PairForward) -> Iterator[None]:
 
     policy = trainer.accelerator.unwrap_model(trainer.model)
     models = [policy.get_base_model() if hasattr(policy, "peft_config") else policy]
-    if getattr(trainer, "ref_model", None) is not None:
-        models.append(trainer.accelerator.unwrap_model(trainer.ref_model))
+    reference = getattr(trainer, "ref_model", None)
+    if reference is not None:
+        reference = trainer.accelerator.unwrap_model(reference)
+        models.append(reference)
     running: list[Any] = []
 
     def wrap(model: Any, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -263,7 +272,7 @@ def pair_forwards(trainer: Any, run: PairForward) -> Iterator[None]:
             extra = dict(kwargs)
             ids, mask, labels = (extra.pop(name) for name in ("input_ids", "attention_mask", "labels"))
             scored = labels != -100
-            role: Role = "policy" if torch.is_grad_enabled() else "reference"
+            role: Role = "reference" if model is reference or adapters_off(trainer, trainer.model) else "policy"
 
             def dense() -> Logps:
                 out = original(**kwargs)

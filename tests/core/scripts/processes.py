@@ -1,0 +1,200 @@
+"""Trains several small runs on one or more processes and writes down what each process saw.
+
+    accelerate launch --cpu --num_processes 2 processes.py MODEL FOLDER
+
+Completions are made from the number of the row among all processes' rows, so that the data do not depend on how many
+processes share them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+
+torch.set_num_threads(1)
+
+import trl_ext
+from trl_ext.testing import metrics_of, tiny_data, tiny_trainer
+from trl_ext_hooks import Plugin, hookimpl
+
+MODEL, FOLDER = sys.argv[1], Path(sys.argv[2])
+ROWS, GROUP = 12, 4  # of all processes: two processes have 6 each, so the second group lies on both
+
+
+class Fixed(Plugin):
+    """Completions of known content, and every value that other plugins gather."""
+
+    name = "fixed"
+    trainers = ("grpo", "rloo")
+    fields = ("row", "kept")
+    needs = ("column:index",)
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        self.round = 0
+        self.seen: dict[str, list[Any]] = {"rows": [], "advantages": [], "gathered": [], "widths": []}
+
+    @hookimpl
+    def select_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        self.seen["rows"].append([row["index"] for row in rows])
+        order = sorted(range(0, len(rows), GROUP), key=lambda start: rows[start]["index"])
+        return [rows[start + i] for start in order for i in range(GROUP)]
+
+    @hookimpl
+    def rollout(self, prompts: list[Any], generate: Any, trainer: Any) -> Any:
+        result = generate(prompts)
+        start = trainer.process_index * len(prompts)
+        ids = []
+        for row in range(start, start + len(prompts)):
+            length = 1 + (3 * row + self.round) % 8  # differs between rows and so between processes
+            ids.append([10 + (7 * row + 5 * self.round + i * i) % 80 for i in range(length)])
+        texts = [[{"role": "assistant", "content": trainer.processing_class.decode(row)}] for row in ids]
+        return dataclasses.replace(result, completion_ids=ids, completions=texts)
+
+    @hookimpl
+    def annotate(self, rollout: Any) -> dict[str, torch.Tensor]:
+        return {"row": torch.arange(len(rollout.rows)) + rollout.offset}
+
+    @hookimpl
+    def batch_fields(self, round: Any) -> dict[str, torch.Tensor]:
+        return {"kept": round.batch["completion_ids"].sum(1)}
+
+    @hookimpl
+    def loss_terms(self, loss: Any) -> dict[str, torch.Tensor]:
+        assert torch.equal(loss.batch["kept"], loss.batch["completion_ids"].sum(1))
+        return {"pull": -0.1 * (loss.per_token_logps * loss.mask).sum(1).mean()}
+
+    @hookimpl
+    def round_metrics(self, round: Any) -> dict[str, tuple[float, float]]:
+        self.round += 1
+        self.seen["advantages"].append(round.trainer.gather(per_row(round)).tolist())
+        self.seen["gathered"].append(round.gathered["row"].tolist())
+        self.seen["widths"].append(round.loss_mask.shape[1])
+        rank = round.trainer.process_index
+        lengths = round.loss_mask.sum().item()
+        return {"length": (lengths, len(round.rows)), "rank": (rank, 1), f"only_{rank}": (2.0, 1)}
+
+    @hookimpl
+    def loss_metrics(self, loss: Any) -> dict[str, tuple[float, float]]:
+        return {"tokens": (loss.mask.sum().item(), len(loss.mask))}
+
+    @hookimpl
+    def state_dict(self) -> dict[str, Any]:
+        return {"round": self.round}
+
+    @hookimpl
+    def load_state_dict(self, state: Any) -> None:
+        self.round = state["round"]
+
+
+class Tokens(Plugin):
+    """One advantage per token, on padded widths that differ between processes."""
+
+    name = "tokens"
+    trainers = ("grpo",)
+
+    @hookimpl
+    def advantages(self, round: Any) -> torch.Tensor:
+        steps = torch.arange(round.loss_mask.shape[1]) % 3
+        return round.advantages[round.local].unsqueeze(1) * steps
+
+
+class Whole(Plugin):
+    name = "whole"
+    trainers = ("grpo", "rloo")
+    needs = ("whole_groups",)
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        self.groups: list[list[int]] = []
+
+    @hookimpl
+    def loss_metrics(self, loss: Any) -> None:
+        self.groups.append(sorted(loss.batch["trl_ext_group_ids"].tolist()))
+
+
+def per_row(round: Any) -> torch.Tensor:
+    if round.advantages.dim() == 1:
+        return round.advantages[round.local]
+    return (round.advantages * round.loss_mask).sum(1) / round.loss_mask.sum(1)
+
+
+def spread(completion_ids: list[list[int]], row: list[Any], **kwargs: Any) -> list[float]:
+    return [float(sum(ids) % 7) / 3 + 0.1 * (int(r) % 2) for ids, r in zip(completion_ids, row, strict=True)]
+
+
+def short(completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
+    return [None if len(ids) == 5 else 1.0 / len(ids) for ids in completion_ids]
+
+
+def publish(cls: type) -> str:
+    module = types.ModuleType(f"made_{cls.__name__.lower()}")
+    module.Made = cls  # type: ignore[attr-defined]
+    sys.modules[module.__name__] = module
+    return f"{module.__name__}:Made"
+
+
+RUNS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
+    "gdpo": ("grpo", ["gdpo"], {"loss_type": "grpo"}),
+    "gdpo-tokens": ("grpo", [{"gdpo": {"whiten": "token"}}], {"loss_type": "dapo"}),
+    "token-wise": ("grpo", [publish(Tokens)], {"loss_type": "grpo"}),
+    "rloo": ("rloo", [], {"beta": 0.0}),
+}
+
+
+def main() -> None:
+    from accelerate import PartialState
+
+    state = PartialState()
+    world, rank = state.num_processes, state.process_index
+    report: dict[str, Any] = {"world": world}
+    fixed = publish(Fixed)
+    common = {"num_generations": GROUP, "max_completion_length": 8, "max_steps": 3, "optim": "sgd"}
+    common |= {"learning_rate": 0.05, "save_strategy": "steps", "save_steps": 1, "seed": 7}
+
+    def train(name: str, kind: str, plugins: list[Any], resume: str | None = None, **settings: Any) -> Any:
+        with trl_ext.enable(fixed, *plugins):
+            trainer = tiny_trainer(
+                kind,
+                MODEL,
+                FOLDER / f"{name}-{world}",
+                rewards=[spread, short],
+                data=tiny_data(rows=12),
+                **common | settings,
+            )
+            trainer.train(resume_from_checkpoint=resume)
+            torch.save(
+                {n: p.detach() for n, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()},
+                FOLDER / f"{name}-{world}-{rank}.pt",
+            )
+            seen = trainer._trl_ext.plugins["fixed"].seen
+            report[name] = {**seen, "metrics": metrics_of(trainer), "logged": list(trainer._logs["advantages"])}
+            return trainer, trainer._trl_ext.plugins
+
+    for name, (kind, plugins, settings) in RUNS.items():
+        train(name, kind, plugins, per_device_train_batch_size=ROWS // world, **settings)
+    train("resumed", "grpo", ["gdpo"], str(FOLDER / f"gdpo-{world}" / "checkpoint-1"), loss_type="grpo",
+          per_device_train_batch_size=ROWS // world)  # fmt: skip
+    for kind in ("grpo", "rloo"):
+        _, plugins = train(
+            f"whole-{kind}",
+            kind,
+            [publish(Whole)],
+            per_device_train_batch_size=GROUP,
+            gradient_accumulation_steps=6 // world,
+            max_steps=2,
+        )
+        report[f"whole-{kind}"]["groups"] = plugins["whole"].groups
+    (FOLDER / f"report-{world}-{rank}.json").write_text(json.dumps(report))
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

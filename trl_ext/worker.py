@@ -1,0 +1,62 @@
+"""The process that trains: one per device, started by `trl_ext train` through accelerate's launcher."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+
+from . import failures, request
+from .cli import Parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains, and returns an exit code; errors are left to the parent to tell."""
+    try:
+        _train(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # the last one to see it
+        return failures.record(error)
+    return 0
+
+
+def _train(argv: list[str]) -> None:
+    parser = Parser("trl_ext train")
+    request.add_arguments(parser)
+    args, args.rest = parser.parse_known_args(argv)
+    asked = request.understand(args)
+
+    from . import api, preflight
+    from .compat import scripts
+    from .progress import Progress
+
+    first = os.environ.get("RANK", "0") == "0"
+    with contextlib.ExitStack() as stack:
+        handle = stack.enter_context(api.enable(asked.plugins)) if asked.plugins else None
+        parsed = scripts.parse(asked.kind, asked.arguments, asked.settings)
+        if first:
+            preflight.check(asked.kind, parsed, _warn, rewards=not args.no_reward_check)
+        progress = Progress(asked, parsed, lines=not _wants_bars(asked))
+        if handle is not None:
+            handle.on_trainer(progress.follow)
+        else:
+            stack.enter_context(scripts.on_built(asked.kind, progress.follow))
+        scripts.run_script(asked.kind, parsed)
+
+
+def _wants_bars(asked: request.Request) -> bool:
+    """Whether the user asked for TRL's own progress bars by setting `disable_tqdm: false`."""
+    from .compat import scripts
+
+    given = scripts.split(asked.kind, asked.arguments, asked.settings).given
+    return given.get("disable_tqdm") is False
+
+
+def _warn(message: str) -> None:
+    print(f"note: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
