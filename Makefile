@@ -34,9 +34,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Rewrites the hook reference in hooks/README.md from the docstrings.
+# Rewrites the hook reference and the table of pairs from the code.
 docs: setup
 	$(BIN)/python hooks/reference.py
+	$(BIN)/python plugins/pairs.py
 
 # The parity and GDPO tests on every supported TRL that runs on a CPU.
 matrix: setup

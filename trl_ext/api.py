@@ -20,7 +20,6 @@ from .plan import Plan, check_kind, common_trainers, compose, make_plan
 from .registry import PluginSpec
 
 T = TypeVar("T")
-_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _active: Handle | None = None
 
 
@@ -43,15 +42,10 @@ def enable(*plugins: str | Mapping[str, Any], **options: Mapping[str, Any]) -> H
         ...     print(handle)
         <trl_ext: gdpo on grpo>
     """
-    return start(_resolve(plugins, options))
-
-
-def start(specs: tuple[PluginSpec, ...]) -> Handle:
-    """`enable` for plugins that are resolved already; with none, trainers are wrapped and nothing is changed."""
     global _active
     if _active is not None:
         raise ConfigError(f"{_active!r} is already enabled. Name all plugins in one call, or disable it first.")
-    handle = Handle(specs)
+    handle = Handle(_resolve(plugins, options))
     handle._install()
     _active = handle
     return handle
@@ -80,7 +74,7 @@ def detach(trainer: Any) -> None:
 
 def extend(trainer_class: type[T], *plugins: str | Mapping[str, Any], **options: Mapping[str, Any]) -> type[T]:
     """A subclass of a TRL trainer whose instances have these plugins. Arguments as in `enable`."""
-    specs = _resolve(plugins, options)
+    specs = compose(_resolve(plugins, options))
     _check_class(trainer_class, specs)
 
     @functools.wraps(trainer_class.__init__)
@@ -174,9 +168,13 @@ def _construct(
 ) -> None:
     kind = _check_class(type(trainer), specs)
     signature = inspect.signature(original)
-    named = {name for name, parameter in signature.parameters.items() if parameter.kind not in _VARIADIC}
-    arguments = signature.bind_partial(trainer, *args, **kwargs).arguments
-    bound = {**arguments.get("kwargs", {}), **{name: value for name, value in arguments.items() if name in named}}
+    bound: dict[str, Any] = {}
+    for name, value in signature.bind_partial(trainer, *args, **kwargs).arguments.items():
+        variadic = signature.parameters[name].kind
+        if variadic is inspect.Parameter.VAR_KEYWORD:
+            bound |= value
+        elif variadic is not inspect.Parameter.VAR_POSITIONAL:
+            bound[name] = value
     config, plan = None, None
     if bound.get("args") is not None:  # without arguments TRL makes its own, and the plan waits for them
         config = _config_of_arguments(kind, bound)

@@ -40,9 +40,14 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def _dispatch(argv: list[str]) -> int:
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a console script does not look here for `--plugin module:attribute`
     if argv and argv[0] in COMMANDS:
         name, rest = argv[0], argv[1:]
         module = importlib.import_module(f"{__package__}.commands.{name}")

@@ -12,10 +12,10 @@ import sys
 import traceback
 from pathlib import Path
 
-from .cli import TRACEBACK
 from .errors import TrlExtError
 
 FOLDER = "TRL_EXT_FAILURES"
+TRACEBACK = "TRL_EXT_TRACEBACK"
 
 
 def record(error: BaseException) -> int:

@@ -7,9 +7,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from trl_ext_hooks import Config, Need, Plugin, Recommend, Refuse, Require, TrainerKind, Warn
+from trl_ext_hooks import NEEDS, Config, Need, Plugin, Recommend, Refuse, Require, TrainerKind, Warn
 
-from .errors import ConfigError, PluginError
+from .errors import ConfigError, PluginError, near
 from .registry import HOOKS, PluginSpec, build_manager
 
 LIFECYCLE = ("configure", "setup", "teardown", "state_dict", "load_state_dict")
@@ -89,6 +89,15 @@ def common_trainers(specs: Sequence[PluginSpec]) -> list[TrainerKind]:
     return kinds
 
 
+def why_apart(left: PluginSpec, right: PluginSpec) -> str | None:
+    """Why two plugins cannot be in one run, by their declarations; None if they can."""
+    try:
+        common_trainers(compose([left, right]))
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
 def check_kind(specs: Sequence[PluginSpec], kind: TrainerKind) -> None:
     """Refuses a trainer that a plugin cannot serve."""
     for spec in specs:
@@ -134,6 +143,8 @@ def make_plan(specs: Sequence[PluginSpec], config: Config) -> Plan:
                     if current != value:
                         notes.append(f"{spec.name} recommends {setting}={value!r} ({source}); it is {current!r}")
                 case Need(name):
+                    if (name.partition(":")[0] + ":NAME" if ":" in name else name) not in NEEDS:
+                        raise PluginError(f"plugin {spec.name!r}: `configure` needs {name!r}.{near(name, NEEDS)}")
                     needs.setdefault(name, []).append(spec.name)
                 case Refuse(what, fix):
                     refusals.append(f"{spec.name}: {what} {fix}")

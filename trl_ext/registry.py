@@ -25,6 +25,7 @@ from .errors import ConfigError, OptionError, PluginError, UnknownPluginError, n
 GROUP = "trl_ext"
 BUILTINS: dict[str, str] = {
     "gdpo": "trl_ext_plugins.gdpo:GDPO",
+    "shared-prefix": "trl_ext_plugins.shared_prefix:SharedPrefix",
 }
 HOOKS: tuple[str, ...] = tuple(name for name, value in vars(specs).items() if hasattr(value, "trl_ext_spec"))
 KINDS: tuple[TrainerKind, ...] = get_args(TrainerKind)

@@ -9,9 +9,7 @@ if TYPE_CHECKING:
 
 
 def print_plan(plan: Plan) -> None:
-    """Stage by stage, which plugin acts, in which order, with which options; nothing without plugins."""
-    if not plan.specs:
-        return
+    """Stage by stage, which plugin acts, in which order, with which options."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -7,7 +7,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -20,6 +20,8 @@ from .registry import PluginSpec
 
 BLOCKS = ("plugins", "experiment")
 """Keys of the YAML file that are ours; TRL gets the file without them."""
+COMMAND = "TRL_EXT_COMMAND"
+"""Environment variable that tells the workers the command line of the user."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,17 @@ class Request:
     config: str | None
     settings: dict[str, Any]
     arguments: list[str]
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes no abbreviations, and reports mistakes like every other error."""
+
+    def __init__(self) -> None:
+        super().__init__("trl_ext train", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        add_arguments(self)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}\nSee `{self.prog} --help`.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,15 +87,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def understand(args: argparse.Namespace) -> Request:
+def understand(args: argparse.Namespace, rest: list[str]) -> Request:
     """Reads the YAML file, finds the plugins and checks that they fit together and with the trainer.
 
     Raises:
         TrlExtError: Something cannot work; nothing of TRL has been loaded by then.
     """
     settings = read_config(args.config)
-    block = settings.pop("plugins", None)
-    settings.pop("experiment", None)
+    block, _ = (settings.pop(name, None) for name in BLOCKS)
     requests = registry.merge(args.plugin, block, options.parse_set(args.set))
     specs = compose(registry.resolve(requests))
     if args.trainer is not None:
@@ -91,7 +103,7 @@ def understand(args: argparse.Namespace) -> Request:
     else:
         kind = common_trainers(specs)[0]
         check_kind(specs, kind)
-    return Request(requests, specs, kind, args.config, settings, list(args.rest))
+    return Request(requests, specs, kind, args.config, settings, rest)
 
 
 def read_config(path: str | None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def print_table(
     from rich.text import Text
 
     stream = file or sys.stdout
-    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD)
     table.show_header = any(columns)
     for index, column in enumerate(columns):
         longest = max((len(word) for row in rows for word in row[index].split()), default=1)
@@ -28,6 +28,8 @@ def print_table(
     console = Console(file=stream, highlight=False, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console = Console(file=stream, highlight=False, emoji=False, width=max(80, _width(columns, rows)))
+    if title:
+        console.print(Text(title), soft_wrap=True)
     console.print(table)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from . import failures, request
-from .cli import Parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,10 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(argv: list[str]) -> None:
-    parser = Parser("trl_ext train")
-    request.add_arguments(parser)
-    args, args.rest = parser.parse_known_args(argv)
-    asked = request.understand(args)
+    # what TRL uses of transformers is none of the user's business; `python -W` or PYTHONWARNINGS bring it back
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    args, rest = request.Parser().parse_known_args(argv)
+    asked = request.understand(args, rest)
 
     from . import api, preflight
     from .compat import scripts

@@ -187,9 +187,7 @@ class Swap(Plugin):
         assert scored.reward_names == ("digits", "brevity")
         self.before = scored.rewards.clone()
         bonus = torch.arange(len(scored.rewards)).float() % 3
-        return Rewards(
-            torch.stack([scored.rewards[:, 0], bonus], dim=1), ("digits", "bonus"), torch.tensor([1.0, 0.5])
-        )
+        return Rewards(torch.stack([scored.rewards[:, 0], bonus], dim=1), ("digits", "bonus"), torch.tensor([1.0, 0.5]))
 
     @hookimpl
     def round_metrics(self, round: Any) -> dict[str, tuple[float, float]]:

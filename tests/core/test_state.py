@@ -92,7 +92,11 @@ def test_resuming_on_a_round_boundary_is_bit_exact(kind: str, extra: Any, build:
         resumed = resume(kind, checkpoint(whole, 2), **extra)
         first, second = memory(whole), memory(resumed)
     assert_same(whole, resumed)
-    assert (second.rounds, second.log) == (first.rounds, first.log) == (4, [{"start": True}] + [{"round": n} for n in (1, 2, 3, 4)])
+    assert (
+        (second.rounds, second.log)
+        == (first.rounds, first.log)
+        == (4, [{"start": True}] + [{"round": n} for n in (1, 2, 3, 4)])
+    )
     assert torch.equal(first.total, second.total) and second.total.dtype == torch.float64
     assert metrics_of(resumed)[-2] == metrics_of(whole)[-2]
 
@@ -156,7 +160,9 @@ def test_other_plugins_and_options_are_reported(build: Any, plugin: Any, resume:
         whole.train()
     with (
         trl_ext.enable({reference: {"growth": 0.25}}),
-        pytest.warns(UserWarning, match=r"plugin 'memory' continues .* with other options: .*0\.25.* instead of .*0\.5"),
+        pytest.warns(
+            UserWarning, match=r"plugin 'memory' continues .* with other options: .*0\.25.* instead of .*0\.5"
+        ),
     ):
         resume("grpo", checkpoint(whole, 2), max_steps=3)
     with trl_ext.enable("gdpo"), pytest.warns(UserWarning) as caught:

@@ -206,8 +206,10 @@ class Mine(GRPOTrainer):
 
 
 class Positional(GRPOTrainer):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    """`args` is not the training arguments here, and keywords go by another name."""
+
+    def __init__(self, *args: Any, **others: Any) -> None:
+        super().__init__(*args, **others)
 
 
 @pytest.mark.parametrize("way", ["enable", "attach", "extend"])

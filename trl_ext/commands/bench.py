@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,9 +13,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     overhead = benches.add_parser("overhead", help="step time with idle plugins and with GDPO against plain TRL")
     overhead.add_argument("--steps", type=int, default=40, help="training steps of each arm (default: 40)")
     overhead.add_argument("--json", action="store_true", help="print a list of objects")
+    shared = benches.add_parser(
+        "shared-prefix",
+        help="forward and backward with shared prefixes against TRL's dense path and PrefixGrouper",
+        description="Measures forward and backward of completion log-probabilities on alternating paths: time, peak "
+        "memory, differences of log-probabilities and gradients. PrefixGrouper takes part if it is installed.",
+    )
+    shared.add_argument(
+        "--shape", action="append", metavar="PxGxS", help="prompt tokens x group size x completion tokens; repeatable"
+    )
+    shared.add_argument("--model", help="folder or hub id (default: a random 8-layer Llama of hidden size 512)")
+    shared.add_argument("--repeats", type=int, default=3, help="counted rounds of every path (default: 3)")
+    shared.add_argument("--trainer", action="store_true", help="measure whole GRPO update phases as well")
+    shared.add_argument("--plot", metavar="FILE.png", help="draw speed-up against prompt length")
+    shared.add_argument("--json", action="store_true", help="print a list of objects")
 
 
 def run(args: argparse.Namespace) -> int:
+    return _overhead(args) if args.bench == "overhead" else _shared_prefix(args)
+
+
+def _overhead(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
@@ -32,4 +51,51 @@ def run(args: argparse.Namespace) -> int:
         quartiles = f"{row['ratio_low']:.3f} .. {row['ratio_high']:.3f}"
         table.add_row(row["name"], f"{1000 * row['seconds']:.1f} ms", f"{row['ratio']:.3f}", quartiles)
     Console(highlight=False).print(table)
+    return 0
+
+
+def _shared_prefix(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..bench import shared_prefix, update_phase
+    from ..errors import OptionError
+
+    try:
+        shapes = [shared_prefix.parse_shape(text) for text in args.shape or ()] or list(shared_prefix.DEFAULT_SHAPES)
+    except ValueError as error:
+        raise OptionError(f"--shape: {error}") from error
+    console = Console(stderr=True, highlight=False)
+    with console.status("building the model") as status:
+        model = shared_prefix.load_model(args.model)
+        rows = shared_prefix.measure(model, shapes, args.repeats, lambda text: status.update(text))
+        found: list[dict[str, Any]] = shared_prefix.as_json(rows)
+        for entry, shape in zip(found, shapes, strict=True) if args.trainer else ():
+            status.update(f"{'x'.join(map(str, shape))}: GRPO update phase")
+            entry["speedup_trainer"] = update_phase.measure(shape, args.repeats)["speedup"]
+    if args.plot:
+        shared_prefix.plot(rows, args.plot)
+        console.print(f"wrote {args.plot}")
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    table = Table("P x G x S", "tokens", "FLOPs", "speed-up", "PrefixGrouper", "memory", "log-prob diff", "grad diff")
+    if args.trainer:
+        table.add_column("GRPO update")
+    for entry in found:
+        grouper = entry["speedup_prefix_grouper"]
+        cells = [
+            f"{entry['prompt_length']} x {entry['group_size']} x {entry['completion_length']}",
+            f"{entry['token_ratio']:.2f}",
+            f"{entry['flop_ratio']:.2f}",
+            f"{entry['speedup']:.2f}",
+            "not installed" if grouper is None else f"{grouper:.2f}",
+            f"{entry['peak_memory_ratio']:.2f}",
+            f"{entry['max_logprob_diff']:.1e}",
+            f"{entry['rel_grad_diff']:.1e}",
+        ]
+        table.add_row(*cells, *([f"{entry['speedup_trainer']:.2f}"] if args.trainer else []))
+    out = Console(highlight=False)
+    out.print(table)
+    out.print("Ratios are dense by shared: above 1 the shared-prefix path is better.")
     return 0

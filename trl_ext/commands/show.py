@@ -56,9 +56,8 @@ def run(args: argparse.Namespace) -> int:
         ],
     )
     first = found["options"][0]["name"]
-    print(
-        f"Set one with --set {found['name']}.{first}=VALUE, or in YAML: plugins: {{{found['name']}: {{{first}: VALUE}}}}"
-    )
+    name = found["name"]
+    print(f"Set one with --set {name}.{first}=VALUE, or in YAML: plugins: {{{name}: {{{first}: VALUE}}}}")
     return 0
 
 

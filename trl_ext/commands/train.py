@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +15,6 @@ from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from ..compat.scripts import Split
-    from ..request import Request
-
-TAKES_REST = True
-COMMAND = "TRL_EXT_COMMAND"
-"""Environment variable that tells the workers the command line of the user."""
 
 _OWN = ("--plugin", "--set", "--config", "--trainer", "--no_reward_check", "--help-trl")
 _DESCRIPTION = """\
@@ -47,15 +41,14 @@ The output folder gets trl_ext_run.json (plugins, versions, metrics, how often e
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; `argv` is everything after `trl_ext train`."""
+    parser = request.Parser()
     parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
     parser.usage = "trl_ext train [--plugin PLUGIN ...] [--config FILE] [TRL options] [accelerate options]"
-    request.add_arguments(parser)
     parser.add_argument("--help-trl", action="store_true", help="print the options of TRL's trainer and exit")
-
-
-def run(args: argparse.Namespace) -> int:
-    asked = request.understand(args)
+    args, rest = parser.parse_known_args(argv)
+    asked = request.understand(args, rest)
     say("loading TRL")
     from ..compat import scripts, seams
 
@@ -82,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     if not asked.specs:
         say(f"no plugin is enabled: this is plain TRL ({asked.kind.upper()})")
     launch.training_script_args = [*request.forwarded(args, asked), *divided.trl, *as_arguments(defaults)]
-    os.environ[COMMAND] = shlex.join(["trl_ext", *sys.argv[1:]])
+    os.environ[request.COMMAND] = shlex.join(["trl_ext", "train", *argv])
     with tempfile.TemporaryDirectory(prefix="trl_ext-") as folder:
         os.environ[failures.FOLDER] = folder
         code = scripts.launch(launch)

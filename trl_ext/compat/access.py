@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -266,6 +267,7 @@ def pair_forwards(trainer: Any, run: PairForward) -> Iterator[None]:
     running: list[Any] = []
 
     def wrap(model: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
             if running or not kwargs.get("fused_lm_head"):
                 return original(*args, **kwargs)

@@ -49,7 +49,7 @@ class Split:
     given: dict[str, Any]
 
 
-class _Parser(TrlParser):  # type: ignore[misc]
+class _Parser(TrlParser):
     """TRL's parser with YAML settings that were read before, and with our errors."""
 
     def error(self, message: str) -> NoReturn:
@@ -277,8 +277,8 @@ def on_built(kind: TrainerKind, listener: Callable[[Any], None]) -> Iterator[Non
 
 
 def is_async(function: Any) -> bool:
-    call = getattr(type(function), "__call__", None)
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
+    """Whether TRL awaits a reward function: a coroutine function, or an object whose call is one."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def accelerator_found() -> bool:

@@ -1,6 +1,8 @@
 """Trains several small runs on one or more processes and writes down what each process saw.
 
-    accelerate launch --cpu --num_processes 2 processes.py MODEL FOLDER
+    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 processes.py MODEL FOLDER
+
+(`accelerate launch --cpu --num_processes 2` starts one process; `multi_gpu` is accelerate's word for several.)
 
 Completions are made from the number of the row among all processes' rows, so that the data do not depend on how many
 processes share them.
@@ -23,7 +25,6 @@ import trl_ext
 from trl_ext.testing import metrics_of, tiny_data, tiny_trainer
 from trl_ext_hooks import Plugin, hookimpl
 
-MODEL, FOLDER = sys.argv[1], Path(sys.argv[2])
 ROWS, GROUP = 12, 4  # of all processes: two processes have 6 each, so the second group lies on both
 
 
@@ -141,29 +142,29 @@ def publish(cls: type) -> str:
 
 
 RUNS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
-    "gdpo": ("grpo", ["gdpo"], {"loss_type": "grpo"}),
+    "gdpo": ("grpo", ["gdpo"], {"loss_type": "grpo", "save_strategy": "steps", "save_steps": 1}),
     "gdpo-tokens": ("grpo", [{"gdpo": {"whiten": "token"}}], {"loss_type": "dapo"}),
     "token-wise": ("grpo", [publish(Tokens)], {"loss_type": "grpo"}),
     "rloo": ("rloo", [], {"beta": 0.0}),
 }
 
 
-def main() -> None:
+def main(model: str, folder: Path) -> dict[str, Any]:
     from accelerate import PartialState
 
-    state = PartialState()
+    state = PartialState(cpu=True)
     world, rank = state.num_processes, state.process_index
     report: dict[str, Any] = {"world": world}
     fixed = publish(Fixed)
     common = {"num_generations": GROUP, "max_completion_length": 8, "max_steps": 3, "optim": "sgd"}
-    common |= {"learning_rate": 0.05, "save_strategy": "steps", "save_steps": 1, "seed": 7}
+    common |= {"learning_rate": 0.05, "seed": 7}
 
     def train(name: str, kind: str, plugins: list[Any], resume: str | None = None, **settings: Any) -> Any:
         with trl_ext.enable(fixed, *plugins):
             trainer = tiny_trainer(
                 kind,
-                MODEL,
-                FOLDER / f"{name}-{world}",
+                model,
+                folder / f"{name}-{world}",
                 rewards=[spread, short],
                 data=tiny_data(rows=12),
                 **common | settings,
@@ -171,7 +172,7 @@ def main() -> None:
             trainer.train(resume_from_checkpoint=resume)
             torch.save(
                 {n: p.detach() for n, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()},
-                FOLDER / f"{name}-{world}-{rank}.pt",
+                folder / f"{name}-{world}-{rank}.pt",
             )
             seen = trainer._trl_ext.plugins["fixed"].seen
             report[name] = {**seen, "metrics": metrics_of(trainer), "logged": list(trainer._logs["advantages"])}
@@ -179,7 +180,7 @@ def main() -> None:
 
     for name, (kind, plugins, settings) in RUNS.items():
         train(name, kind, plugins, per_device_train_batch_size=ROWS // world, **settings)
-    train("resumed", "grpo", ["gdpo"], str(FOLDER / f"gdpo-{world}" / "checkpoint-1"), loss_type="grpo",
+    train("resumed", "grpo", ["gdpo"], str(folder / f"gdpo-{world}" / "checkpoint-1"), loss_type="grpo",
           per_device_train_batch_size=ROWS // world)  # fmt: skip
     for kind in ("grpo", "rloo"):
         _, plugins = train(
@@ -191,10 +192,10 @@ def main() -> None:
             max_steps=2,
         )
         report[f"whole-{kind}"]["groups"] = plugins["whole"].groups
-    (FOLDER / f"report-{world}-{rank}.json").write_text(json.dumps(report))
-    state.wait_for_everyone()
-    state.destroy_process_group()
+    (folder / f"report-{world}-{rank}.json").write_text(json.dumps(report))
+    return report
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1], Path(sys.argv[2]))
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,37 @@
+"""Built-ins that may be combined really train together, and the table in plugins/README.md says which."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+import trl_ext
+from trl_ext import plan
+
+FILE = Path(__file__).parents[2] / "plugins" / "pairs.py"
+_spec = importlib.util.spec_from_file_location("pairs", FILE)
+pairs = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(pairs)
+
+
+def test_table_is_current():
+    assert pairs.BEGIN + pairs.table() + pairs.END in pairs.README.read_text(), "run `make docs`"
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "reason"),
+    pairs.pairs(),
+    ids=lambda value: getattr(value, "name", "") or str(value),
+)
+def test_allowed_pairs_train_and_others_are_refused(left, right, reason, build):
+    if reason is not None:
+        with pytest.raises(trl_ext.ConfigError, match=r"cannot be combined|no trainer"):
+            trl_ext.enable(left.name, right.name)
+        return
+    for kind in plan.common_trainers([left, right]):
+        with trl_ext.enable(left.name, right.name):
+            trainer = build(kind)
+            trainer.train()
+            fired = {name for name, _ in trainer._trl_ext.calls}
+        assert fired >= {left.name, right.name}
+        assert trainer.state.global_step == 2

@@ -1,0 +1,171 @@
+"""Cascade attention against masked dense attention: outputs and every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from trl_ext.shared_prefix import CascadeLayout, build_tree, cascade_attention, choose_backend
+from trl_ext.shared_prefix.layout import layout_of
+
+CPU = torch.device("cpu")
+property_test = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float, softcap: float | None
+) -> torch.Tensor:
+    repeats = q.shape[1] // k.shape[1]
+    scores = torch.einsum("nhd,mhd->hnm", q, k.repeat_interleave(repeats, 1)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    p = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    return torch.einsum("hnm,mhd->nhd", p, v.repeat_interleave(repeats, 1))
+
+
+def worst(
+    layout: CascadeLayout,
+    mask: torch.Tensor,
+    backend: str,
+    dtype: torch.dtype,
+    heads: tuple[int, int] = (4, 2),
+    softcap: float | None = None,
+    reference: torch.dtype = torch.float64,
+    width: int = 8,
+) -> list[float]:
+    """Largest difference of the output and of dq, dk, dv, the latter relative to the largest value."""
+    generator = torch.Generator().manual_seed(layout.length)
+    shapes = [(layout.length, heads[0], width), (layout.length, heads[1], width), (layout.length, heads[1], width)]
+    inputs = [torch.randn(s, generator=generator, dtype=reference).to(dtype).requires_grad_() for s in shapes]
+    wide = [x.detach().to(reference).requires_grad_() for x in inputs]
+    kernels = choose_backend(CPU, dtype, name=backend)
+    ours = cascade_attention(*inputs, layout, kernels, 0.4, softcap)
+    theirs = dense(*wide, mask, 0.4, softcap)
+    weights = torch.randn(theirs.shape, generator=generator, dtype=reference)
+    grads = torch.autograd.grad(ours, inputs, weights.to(dtype))
+    wanted = torch.autograd.grad(theirs, wide, weights)
+    found = [float((ours.to(reference) - theirs).detach().abs().max())]
+    return found + [
+        float((a.to(reference) - b).abs().max() / b.abs().max().clamp(min=1))
+        for a, b in zip(grads, wanted, strict=True)
+    ]
+
+
+@property_test
+@given(seed=st.integers(0, 10**6), min_run=st.integers(1, 4), softcap=st.sampled_from([None, 2.0]))
+def test_random_trees_in_float64(
+    seed: int,
+    min_run: int,
+    softcap: float | None,
+    trees: Callable[..., list[list[int]]],
+    ancestors: Callable[..., torch.Tensor],
+) -> None:
+    tree = build_tree(trees(seed), min_run)
+    layout = layout_of(tree)
+    mask = ancestors(tree, layout.bounds)
+    assert max(worst(layout, mask, "math", torch.float64, softcap=softcap)) < 1e-12
+
+
+@property_test
+@given(seed=st.integers(0, 10**6), min_run=st.integers(1, 4), heads=st.sampled_from([(4, 2), (3, 3), (6, 1)]))
+def test_random_trees_in_float32(
+    seed: int,
+    min_run: int,
+    heads: tuple[int, int],
+    trees: Callable[..., list[list[int]]],
+    ancestors: Callable[..., torch.Tensor],
+) -> None:
+    tree = build_tree(trees(seed), min_run)
+    layout = layout_of(tree)
+    mask = ancestors(tree, layout.bounds)
+    assert max(worst(layout, mask, "aten", torch.float32, heads)) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["aten", "math"])
+def test_bfloat16(backend: str, trees: Callable[..., list[list[int]]], ancestors: Callable[..., torch.Tensor]) -> None:
+    for seed in range(5):
+        tree = build_tree(trees(seed), 2)
+        layout = layout_of(tree)
+        assert max(worst(layout, ancestors(tree, layout.bounds), backend, torch.bfloat16)) < 3e-2
+
+
+@pytest.mark.parametrize("backend", ["aten", "math"])
+def test_runs_longer_than_the_kernels_blocks(backend: str, ancestors: Callable[..., torch.Tensor]) -> None:
+    stem = [i % 7 for i in range(600)]
+    rows = [[*stem, 10 + i, *[i] * 40] for i in range(5)] + [stem[:530] + [99] * 70]
+    tree = build_tree(rows)
+    layout = layout_of(tree)
+    dtype = torch.float32
+    assert tree.depth == 3
+    assert max(worst(layout, ancestors(tree, layout.bounds), backend, dtype, width=16)) < 1e-5
+
+
+def test_one_row_is_plain_causal_attention(ancestors: Callable[..., torch.Tensor]) -> None:
+    tree = build_tree([[1, 2, 3, 4, 5]])
+    layout = layout_of(tree)
+    assert max(worst(layout, torch.ones(5, 5).tril().bool(), "math", torch.float64)) < 1e-12
+    assert layout.crosses == ()
+
+
+@pytest.mark.parametrize("backend", ["aten", "math"])
+def test_values_narrower_than_keys(backend: str) -> None:
+    layout = layout_of(build_tree([[1] * 20 + [2, 3], [1] * 20 + [4]]))
+    q, k = torch.randn(layout.length, 4, 16), torch.randn(layout.length, 4, 16)
+    v = torch.randn(layout.length, 4, 8, requires_grad=True)
+    kernels = choose_backend(CPU, torch.float32, name=backend)
+    narrow = cascade_attention(q, k, v, layout, kernels)
+    padded = cascade_attention(q, k, torch.nn.functional.pad(v, (0, 8)), layout, kernels)
+    assert narrow.shape == (layout.length, 4, 8)
+    assert torch.equal(narrow, padded[..., :8])
+    narrow.sum().backward()
+
+
+def test_without_gradients_nothing_is_kept() -> None:
+    layout = layout_of(build_tree([[1] * 20 + [2, 3], [1] * 20 + [4]]))
+    q, k = torch.randn(layout.length, 4, 16, requires_grad=True), torch.randn(layout.length, 2, 16)
+    with torch.no_grad():
+        out = cascade_attention(q, k, k, layout, choose_backend(CPU, torch.float32))
+    assert out.grad_fn is None
+
+
+def test_autocast_sets_the_type() -> None:
+    layout = layout_of(build_tree([[1] * 20 + [2, 3], [1] * 20 + [4]]))
+    q, k = torch.randn(layout.length, 4, 16, requires_grad=True), torch.randn(layout.length, 2, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = cascade_attention(q, k, k.bfloat16(), layout, choose_backend(CPU, torch.bfloat16))
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert q.grad is not None
+    assert q.grad.dtype == torch.float32
+
+
+def test_shapes_are_checked() -> None:
+    layout = layout_of(build_tree([[1] * 20 + [2, 3], [1] * 20 + [4]]))
+    kernels = choose_backend(CPU, torch.float32)
+    with pytest.raises(ValueError, match=r"with N = 23, got \(22, 4, 8\)"):
+        cascade_attention(torch.ones(22, 4, 8), torch.ones(23, 2, 8), torch.ones(23, 2, 8), layout, kernels)
+    with pytest.raises(ValueError, match="values no wider than keys, got 9 and 8"):
+        cascade_attention(torch.ones(23, 4, 8), torch.ones(23, 2, 8), torch.ones(23, 2, 9), layout, kernels)
+
+
+def test_keys_are_never_repeated_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every key tensor handed to the operator is a view of the packed keys."""
+    from trl_ext.shared_prefix.backends import cpu
+
+    layout = layout_of(build_tree([[1] * 20 + [i, i, i] for i in range(2, 8)]))
+    q, k = torch.randn(layout.length, 8, 16), torch.randn(layout.length, 2, 16)
+    pointers = []
+    original = cpu._forward
+
+    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: object) -> object:
+        pointers.append(k.untyped_storage().data_ptr())
+        return original(q, k, v, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cpu, "_forward", spy)
+    cascade_attention(q, k, k, layout, choose_backend(CPU, torch.float32, name="aten"))
+    assert set(pointers) == {k.untyped_storage().data_ptr()}
+    assert len(pointers) == 4  # prompt, its descendants, and the six equal leaves once for each key head

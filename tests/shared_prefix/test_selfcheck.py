@@ -1,0 +1,106 @@
+"""The first-use check finds what is wrong and leaves no trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from trl_ext.shared_prefix import MismatchError, SelfCheck, self_check, selfcheck, shared_prefix_logps
+
+
+def broken(module: Any, args: Any, kwargs: Any) -> Any:
+    """Moves every packed token one position on, but leaves the padded path alone: of no effect for rotary positions
+    alone, so tokens of branches are moved by their place."""
+    if kwargs.get("position_ids") is not None:
+        n = kwargs["position_ids"].shape[1]
+        kwargs["position_ids"] = torch.arange(n)[None]
+    return args, kwargs
+
+
+def test_a_sound_model_passes(tiny: Any) -> None:
+    result = self_check(tiny())
+    assert isinstance(result, SelfCheck)
+    assert result.ok
+    assert result.model == "LlamaForCausalLM"
+    assert (result.backend, result.dtype) == ("aten", torch.float32)
+    assert result.logps < 5e-6
+    assert result.grads is not None
+    assert result.grads < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_types(dtype: torch.dtype, tiny: Any) -> None:
+    result = self_check(tiny().to(dtype))
+    assert result.dtype == dtype
+    assert result.ok
+
+
+def test_autocast(tiny: Any) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = self_check(tiny())
+    assert result.dtype == torch.bfloat16
+    assert result.ok
+
+
+def test_a_model_that_treats_packed_rows_otherwise_is_found(tiny: Any, groups: Any, compare: Any) -> None:
+    model = tiny()
+    model.model.register_forward_pre_hook(broken, with_kwargs=True)
+    assert not self_check(model).ok
+    with pytest.raises(MismatchError, match=r"LlamaForCausalLM with the 'aten' kernels in torch\.float32 differs"):
+        shared_prefix_logps(model, *groups)
+    logps, _, report = shared_prefix_logps(model, *groups, on_refusal="dense")
+    assert not report.packed
+    assert report.reason is not None
+    assert "differs from its own dense path" in report.reason
+    assert compare(model, *groups, logps)[0] == 0.0
+
+
+def test_it_runs_once_for_a_class_kernels_and_type(tiny: Any, groups: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    original = selfcheck.self_check
+    monkeypatch.setattr(selfcheck, "self_check", lambda *args: runs.append(args) or original(*args))
+    for _ in range(3):
+        shared_prefix_logps(tiny(), *groups)
+    assert len(runs) == 1
+    shared_prefix_logps(tiny(), *groups, backend="math")
+    shared_prefix_logps(tiny().double(), *groups)
+    shared_prefix_logps(tiny("Qwen2"), *groups)
+    assert len(runs) == 4
+    shared_prefix_logps(tiny("Qwen3", head_dim=8), *groups, check=False)
+    assert len(runs) == 4
+
+
+def test_no_trace(tiny: Any) -> None:
+    model = tiny(attention_dropout=0.5)
+    model.lm_head.eval()
+    model.model.layers[0].weight_that_has_a_gradient = None
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    model.gradient_checkpointing_enable()
+    torch.manual_seed(3)
+    state, training = torch.get_rng_state(), [m.training for m in model.modules()]
+    with torch.no_grad():
+        assert self_check(model).ok
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [m.training for m in model.modules()] == training
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_frozen_models_compare_log_probabilities_only(tiny: Any) -> None:
+    result = self_check(tiny().requires_grad_(False))
+    assert result.grads is None
+    assert result.ok
+
+
+def test_inside_inference_mode(tiny: Any) -> None:
+    model = tiny()
+    with torch.inference_mode():
+        assert self_check(model).ok
+
+
+def test_not_a_number_is_a_mismatch() -> None:
+    result = SelfCheck("M", "math", torch.float32, float("nan"), 0.0, (1e-4, 1e-3))
+    assert not result.ok

@@ -1,0 +1,75 @@
+"""The task of the embedded default: sums and differences of two digits, answered with the number and nothing else.
+
+The questions come from `reasoning_gym` (chain_sum). Two rewards: `correctness` reads the last number of a reply,
+`format` wants a reply that is one number.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import cache_folder
+
+PROMPT = "{expression} = ? Answer with the number only."
+HELD_OUT = 40
+VERSION = 1
+"""Part of the name of the cached data; raise it when the questions or the prompt change."""
+
+_NUMBER = re.compile(r"-?\d+")
+_BARE = re.compile(r"\s*-?\d+\.?\s*")
+
+
+def correctness(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
+    """1 where the last number of a reply is the answer."""
+    found = [_NUMBER.findall(text) for text in map(_text, completions)]
+    return [
+        float(bool(numbers) and int(numbers[-1]) == int(right)) for numbers, right in zip(found, answer, strict=True)
+    ]
+
+
+def format(completions: list[Any], **columns: Any) -> list[float]:
+    """1 where a reply is one number and nothing else."""
+    return [float(_BARE.fullmatch(text) is not None) for text in map(_text, completions)]
+
+
+def questions() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows for training and held-out rows; no question is in both. Always the same."""
+    from reasoning_gym import create_dataset
+
+    drawn = create_dataset("chain_sum", min_terms=2, max_terms=2, min_digits=1, max_digits=1, size=2000, seed=0)
+    rows: dict[str, dict[str, Any]] = {}
+    for entry in drawn:
+        expression = entry["metadata"]["expression"]
+        prompt = [{"role": "user", "content": PROMPT.format(expression=expression)}]
+        rows.setdefault(expression, {"prompt": prompt, "answer": entry["answer"]})
+    distinct = list(rows.values())
+    return distinct[HELD_OUT:], distinct[:HELD_OUT]
+
+
+def folder(say: Callable[[str], None] = print) -> Path:
+    """A folder with `train.jsonl` and `test.jsonl`, written once into the cache."""
+    target = cache_folder() / f"arithmetic-{VERSION}"
+    if not target.is_dir():
+        say(f"writing the questions of the task into {target}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=target.parent))
+        for name, rows in zip(("train", "test"), questions(), strict=True):
+            (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        work.chmod(0o755)
+        try:
+            work.rename(target)
+        except OSError:  # another process was faster
+            shutil.rmtree(work)
+            if not target.is_dir():
+                raise
+    return target
+
+
+def _text(completion: Any) -> str:
+    return completion if isinstance(completion, str) else str(completion[0]["content"])

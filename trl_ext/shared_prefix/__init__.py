@@ -1,0 +1,53 @@
+"""Shared-prefix forward: each token that rows of a micro-batch share is computed once, exactly.
+
+    from trl_ext.shared_prefix import shared_prefix_logps
+    logps, entropies, report = shared_prefix_logps(model, input_ids, attention_mask, logits_to_keep)
+
+Works with any causal language model of transformers that calls its attention through transformers' attention
+interface; no model file is edited, no trainer is needed. From the outside in: `forward` (log-probabilities),
+`refusals` and `selfcheck` (when not to), `enter` (into the model), `attention` and `backends` (the kernels),
+`packing`, `layout` and `tree` (tokens to one row and back).
+"""
+
+from __future__ import annotations
+
+from .attention import cascade_attention
+from .backends import Backend, choose_backend
+from .costs import ModelCost, flop_ratio
+from .enter import packed_attention
+from .errors import MismatchError, RefusedError, SharedPrefixError
+from .forward import MIN_GAIN, Report, dense_scores, packed_scores, shared_prefix_logps, shared_prefix_scores
+from .layout import CascadeLayout
+from .models import has_fused_head
+from .packing import Packing, pack
+from .refusals import why_not
+from .selfcheck import SelfCheck, self_check
+from .tree import MIN_RUN, PrefixTree, build_tree
+
+__all__ = [
+    "MIN_GAIN",
+    "MIN_RUN",
+    "Backend",
+    "CascadeLayout",
+    "MismatchError",
+    "ModelCost",
+    "Packing",
+    "PrefixTree",
+    "RefusedError",
+    "Report",
+    "SelfCheck",
+    "SharedPrefixError",
+    "build_tree",
+    "cascade_attention",
+    "choose_backend",
+    "dense_scores",
+    "flop_ratio",
+    "has_fused_head",
+    "pack",
+    "packed_attention",
+    "packed_scores",
+    "self_check",
+    "shared_prefix_logps",
+    "shared_prefix_scores",
+    "why_not",
+]

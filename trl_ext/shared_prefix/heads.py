@@ -1,0 +1,68 @@
+"""Log-probabilities and entropies from logits, for models without TRL's fused head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_ROWS = 1024  # rows of temporary probabilities that exist at a time
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, temperature: float, entropy: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        ctx.set_materialize_grads(False)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        lse = logits.new_empty(len(labels), dtype=wide)
+        picked, entropies = torch.empty_like(lse), torch.empty_like(lse) if entropy else None
+        for at in range(0, len(labels), _ROWS):
+            rows = slice(at, at + _ROWS)
+            z = logits[rows].to(wide) / temperature
+            lse[rows] = z.logsumexp(-1)
+            picked[rows] = z.gather(-1, labels[rows, None]).squeeze(-1)
+            if entropies is not None:
+                entropies[rows] = lse[rows] - ((z - lse[rows, None]).exp_() * z).sum(-1)
+        ctx.save_for_backward(logits, labels, lse, *(() if entropies is None else (entropies,)))
+        ctx.temperature = temperature
+        return picked - lse, entropies
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, dlogps: torch.Tensor | None, dentropies: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        logits, labels, lse, *entropies = ctx.saved_tensors
+        grad = torch.empty_like(logits)
+        for at in range(0, len(labels), _ROWS):
+            rows = slice(at, at + _ROWS)
+            log_p = logits[rows].to(lse.dtype) / ctx.temperature - lse[rows, None]
+            p = log_p.exp()
+            dz = torch.zeros_like(p)
+            if dentropies is not None:  # dH/dz = -p (log p + H)
+                dz -= (log_p + entropies[0][rows, None]) * p * dentropies[rows, None]
+            if dlogps is not None:  # dlogp/dz = onehot - p
+                dz -= p * dlogps[rows, None]
+                dz.scatter_add_(-1, labels[rows, None], dlogps[rows, None])
+            grad[rows] = dz / ctx.temperature
+        return grad, None, None, None
+
+
+def log_probs(
+    logits: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0, entropy: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probability of each label, and the entropy of each prediction, in float32 or wider.
+
+    Args:
+        logits: (M, V).
+        labels: (M,).
+        temperature: The logits are divided by it.
+        entropy: Whether to return entropies.
+
+    Returns:
+        (M,) and (M,) or None, both differentiable. Of size (M, V) only the logits are kept.
+    """
+    logps, entropies = _LogProbs.apply(logits, labels, float(temperature), entropy)
+    return logps, entropies

@@ -1,0 +1,168 @@
+"""The first-use check: on a small packed batch, the model's packed path against its own dense path.
+
+It guards what no list of refusals can: a model file that treats its attention, its positions or its head in a way
+nobody thought of, and kernels that this machine has and ours had not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .errors import MismatchError
+from .models import compute_dtype, embedding, find_causal_lm, model_device
+from .packing import pack
+
+# Largest difference of a log-probability, and of gradients relative to the largest gradient.
+TOLERANCES = {
+    torch.float64: (1e-5, 1e-4),  # the fused head computes in float32
+    torch.float32: (1e-4, 1e-3),
+    torch.bfloat16: (0.25, 0.1),
+    torch.float16: (0.05, 0.05),
+}
+_GRADIENTS = 8
+_LARGEST = 1 << 24
+_passed: dict[tuple[object, ...], SelfCheck] = {}
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """What the check found.
+
+    Attributes:
+        model: Class of the model.
+        backend: The kernels that ran.
+        dtype: The type of the comparison, whose tolerances apply.
+        logps: Largest difference of a log-probability.
+        grads: Largest difference of a gradient by the largest gradient; None if no gradient could be compared.
+        allowed: The tolerances for the two.
+    """
+
+    model: str
+    backend: str
+    dtype: torch.dtype
+    logps: float
+    grads: float | None
+    allowed: tuple[float, float]
+
+    @property
+    def ok(self) -> bool:
+        """Whether both differences are numbers within their tolerances."""
+        return self.logps <= self.allowed[0] and (self.grads is None or self.grads <= self.allowed[1])
+
+
+def ensure(model: nn.Module, backend: str | None = None) -> SelfCheck:
+    """Runs `self_check` the first time this model class meets these kernels and this type, and remembers a success.
+
+    Raises:
+        MismatchError: The packed path differs from the dense path.
+    """
+    lm = find_causal_lm(model)
+    device = model_device(model)
+    key = (type(lm), lm.config.model_type, backend, compute_dtype(model), next(lm.parameters()).dtype, device.type)
+    if key not in _passed:
+        result = self_check(model, backend)
+        if not result.ok:
+            grads = "not compared" if result.grads is None else f"{result.grads:.2e} of the largest"
+            raise MismatchError(
+                f"{result.model} with the {result.backend!r} kernels in {result.dtype} differs from its own dense "
+                f"path: log-probabilities by {result.logps:.2e} (allowed {result.allowed[0]:.0e}), gradients by "
+                f"{grads} (allowed {result.allowed[1]:.0e}). Try another backend, or turn shared prefixes off for it."
+            )
+        _passed[key] = result
+    return _passed[key]
+
+
+def forget() -> None:
+    """Forgets all successes, so that the next use checks again."""
+    _passed.clear()
+
+
+def self_check(model: nn.Module, backend: str | None = None) -> SelfCheck:
+    """Compares both paths on two small prompts with branching completions.
+
+    Leaves gradients, random state and training mode as they were; the model runs in evaluation mode, so nothing is
+    dropped and nothing is recomputed. Gradients are compared for a few trainable parameters; not for parameters that
+    are sharded over processes.
+    """
+    from .forward import dense_scores, packed_scores
+
+    lm = find_causal_lm(model)
+    sharded = any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in lm.parameters())
+    target = model if sharded else lm  # a data-parallel wrapper would wait for a backward
+    parameters = [] if sharded else _some(lm)
+    with torch.inference_mode(False), torch.enable_grad(), _evaluating(model), torch.random.fork_rng():
+        input_ids, attention_mask, width = _batch(embedding(model).shape[0], model_device(model))
+        packing = pack(input_ids, attention_mask, width, min_run=2)
+        scored = packing.slots < packing.predictors.numel()
+        weights = torch.linspace(-1, 1, scored.numel(), device=scored.device).view(scored.shape)
+        dense = dense_scores(target, input_ids, attention_mask, scored)["log_probs"]
+        dense_grads = _grads(dense, weights, parameters)
+        scores, entry = packed_scores(target, packing, backend=backend)
+        packed = scores["log_probs"]
+        packed_grads = _grads(packed, weights, parameters)
+    dtype = min((entry.dtype or lm.dtype, lm.dtype), key=lambda d: torch.finfo(d).bits)
+    return SelfCheck(
+        model=type(lm).__name__,
+        backend=entry.kernels or "none",
+        dtype=dtype,
+        logps=float((packed - dense).detach().abs().max()),
+        grads=_difference(packed_grads, dense_grads),
+        allowed=TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16]),
+    )
+
+
+def _batch(vocabulary: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Two prompts of unequal length, three completions each, two of which part late: ids, mask, completion width."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(n: int) -> list[int]:
+        return torch.randint(vocabulary, (n,), generator=generator).tolist()
+
+    prompt_width, width = 9, 8
+    rows, masks = [], []
+    for length in (9, 6):
+        prompt, stem = tokens(length), tokens(4)
+        for completion in (stem + tokens(4), stem + tokens(2), tokens(5)):
+            left, right = prompt_width - length, width - len(completion)
+            rows.append([0] * left + prompt + completion + [0] * right)
+            masks.append([0] * left + [1] * (length + len(completion)) + [0] * right)
+    return torch.tensor(rows, device=device), torch.tensor(masks, device=device), width
+
+
+def _some(lm: nn.Module) -> list[nn.Parameter]:
+    """A few trainable parameters, evenly over the model, none of them huge."""
+    trainable = [p for p in lm.parameters() if p.requires_grad and p.numel() <= _LARGEST]
+    step = max(1, len(trainable) // _GRADIENTS)
+    return trainable[::step]
+
+
+def _grads(
+    logps: torch.Tensor, weights: torch.Tensor, parameters: list[nn.Parameter]
+) -> tuple[torch.Tensor | None, ...]:
+    if not parameters:
+        return ()
+    return torch.autograd.grad((logps * weights).sum(), parameters, allow_unused=True)
+
+
+def _difference(ours: tuple[torch.Tensor | None, ...], theirs: tuple[torch.Tensor | None, ...]) -> float | None:
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
+    if not pairs:
+        return None
+    largest = max(float(b.abs().max()) for _, b in pairs)
+    return max(float((a - b).abs().max()) for a, b in pairs) / max(largest, 1e-30)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
