@@ -27,6 +27,7 @@ _LOSS_SETTINGS: dict[str, tuple[Any, ...]] = {
     "entropy_coef": (0.0, None),
     "use_adaptive_entropy": (False,),
     "delta": (None,),
+    "importance_sampling_level": ("token",),
     "use_vllm": (False,),
 }
 """Settings of TRL's own policy loss and the values with which they do nothing."""

@@ -23,11 +23,11 @@ from trl_ext_hooks.ops import group_normalize, group_stats
 
 @dataclass(frozen=True)
 class Condition:
-    """`target` counts only where `on` reaches `threshold` (equation 8)."""
+    """`target` counts only where `given` reaches `threshold` (equation 8)."""
 
     target: str = option(help="name of the reward function whose reward becomes 0")
-    on: str = option(help="name of the reward function that decides")
-    threshold: float = option(1.0, help="least reward of `on` at which `target` counts", source="paper, eq. 8")
+    given: str = option(help="name of the reward function that decides")  # `on` would be read as true in YAML
+    threshold: float = option(1.0, help="least reward of `given` at which `target` counts", source="paper, eq. 8")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class GDPOOptions:
         source="paper, eq. 6",
     )
     conditions: tuple[Condition, ...] = option(
-        (), help="rewards that count only where another one is reached: {target, on, threshold}", source="paper, eq. 8"
+        (), help="rewards that count only where another one is reached: {target, given, threshold}", source="paper, eq. 8"
     )
     nan_policy: Literal["exclude", "zero"] = option(
         "exclude", help="leave NaN rewards out of the statistics, or count them as 0", source="TRL 1.16; authors: zero"
@@ -178,7 +178,7 @@ class GDPO(Plugin):
         if config.reward_names is not None and len(config.reward_names) == 1:
             found.append(Warn("one reward function leaves nothing to decouple; advantages stay those of plain GRPO"))
         for condition in self.options.conditions:
-            for name in (condition.target, condition.on):
+            for name in (condition.target, condition.given):
                 if config.reward_names and name not in config.reward_names:
                     what = f"a condition names the reward {name!r}, and the run has {', '.join(config.reward_names)}."
                     found.append(Refuse(what, "Correct gdpo.conditions."))
@@ -193,7 +193,7 @@ class GDPO(Plugin):
             return None
         values = scored.rewards
         for condition in self.options.conditions:
-            target, on = (scored.reward_names.index(name) for name in (condition.target, condition.on))
+            target, on = (scored.reward_names.index(name) for name in (condition.target, condition.given))
             values = condition_rewards(values, target, on, condition.threshold)
         return values
 

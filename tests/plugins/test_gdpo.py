@@ -311,7 +311,7 @@ def test_the_rounding_trap_in_real_trainers(train: Any) -> None:
 
 
 def test_conditioning_shows_in_the_logged_rewards(train: Any, plugin: Any) -> None:
-    rules = [{"target": "brevity", "on": "digits", "threshold": 0.2}]
+    rules = [{"target": "brevity", "given": "digits", "threshold": 0.2}]
     plain = train(max_steps=2)
     with trl_ext.enable("gdpo", plugin(Look), gdpo={"conditions": rules}):
         trainer = train(max_steps=2)
@@ -359,7 +359,7 @@ def test_wrong_settings_are_refused_before_the_model_is_loaded(build: Any) -> No
         return GRPOTrainer(**arguments | {"model": "/no/such/model"})
 
     with (
-        trl_ext.enable("gdpo", gdpo={"conditions": [{"target": "length", "on": "digits"}]}),
+        trl_ext.enable("gdpo", gdpo={"conditions": [{"target": "length", "given": "digits"}]}),
         pytest.raises(trl_ext.ConfigError) as caught,
     ):
         build(cls=unloadable, reward_weights=[0.0, 0.0])

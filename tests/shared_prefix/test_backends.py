@@ -267,7 +267,9 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str, functions: dict[str, 
     return flash.FlashAttnBackend()
 
 
-def test_stand_in_equals_the_reference(stand_in: flash.FlashAttnBackend, trees: Callable[..., list[list[int]]]) -> None:
+def test_stand_in_equals_the_reference(
+    stand_in: flash.FlashAttnBackend, trees: Callable[..., list[list[int]]]
+) -> None:
     assert stand_in.why_not(CUDA, torch.bfloat16, 64, True) is None
     reference = get_backend("math")
     for seed in range(12):

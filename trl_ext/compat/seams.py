@@ -170,9 +170,21 @@ def fingerprints() -> dict[str, str]:
         for seam in SEAMS:
             home: Any = importlib.import_module(owner.__module__) if seam.module_level else owner
             if kind in seam.kinds and (seam.module_level or seam.name in vars(owner)):
-                source = textwrap.dedent(inspect.getsource(inspect.unwrap(getattr(home, seam.name))))
-                node = ast.parse(source).body[0]
-                assert isinstance(node, ast.FunctionDef)
-                node.body = node.body[1:] if ast.get_docstring(node) else node.body
-                result[f"{kind}.{seam.name}"] = hashlib.sha256(ast.dump(node).encode()).hexdigest()[:16]
+                source = inspect.getsource(inspect.unwrap(getattr(home, seam.name)))
+                result[f"{kind}.{seam.name}"] = digest(source)
     return result
+
+
+def digest(source: str) -> str:
+    """A digest of one function's code, the same under every Python; comments, layout and the docstring do not count."""
+    node = ast.parse(textwrap.dedent(source)).body[0]
+    assert isinstance(node, ast.FunctionDef)
+    node.body = node.body[1:] if ast.get_docstring(node) else node.body
+
+    def shape(value: Any) -> Any:  # unlike `ast.dump`, which differs between versions of Python in its empty fields
+        if isinstance(value, ast.AST):
+            fields = [(name, shape(part)) for name, part in ast.iter_fields(value) if part is not None and part != []]
+            return type(value).__name__, fields
+        return [shape(part) for part in value] if isinstance(value, list) else repr(value)
+
+    return hashlib.sha256(repr(shape(node)).encode()).hexdigest()[:16]

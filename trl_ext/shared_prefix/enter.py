@@ -12,7 +12,7 @@ same context again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -27,6 +27,8 @@ from .attention import cascade_attention
 from .backends import Backend, choose_backend
 from .errors import RefusedError, SharedPrefixError
 from .layout import CascadeLayout
+from .models import find_backbone
+from .trim import last_feed_forward, only_rows
 
 NAME = "trl_ext_shared_prefix"
 _CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
@@ -43,12 +45,16 @@ class Entry:
         layers: How many attention calls were served, recomputed ones included.
     """
 
-    def __init__(self, model: nn.Module, layout: CascadeLayout, backend: str | None) -> None:
+    def __init__(
+        self, model: nn.Module, layout: CascadeLayout, backend: str | None, rows: torch.Tensor | None
+    ) -> None:
         self.layout = layout
         self.backend: Backend | None = None
         self.dtype: torch.dtype | None = None
         self.layers = 0
         self._asked = backend
+        self._rows = rows
+        self._last = None if rows is None else last_feed_forward(find_backbone(model))
         self._modules = list(model.modules())
         self._configs = _all_configs(self._modules)
 
@@ -71,12 +77,16 @@ class Entry:
     @contextmanager
     def attention(self) -> Iterator[None]:
         """While open, this model's attention is the cascade over this layout."""
+        if _active.get() is self:  # a checkpointed layer, run for the first time
+            yield
+            return
         before = [config._attn_implementation_internal for config in self._configs]
         token = _active.set(self)
         try:
             for config in self._configs:
                 config._attn_implementation_internal = NAME
-            yield
+            with nullcontext() if self._rows is None else only_rows(self._last, self._rows, self.layout.length):
+                yield
         finally:
             for config, implementation in zip(self._configs, before, strict=True):
                 config._attn_implementation_internal = implementation
@@ -100,16 +110,20 @@ class Entry:
 
 
 @contextmanager
-def packed_attention(model: nn.Module, layout: CascadeLayout, backend: str | None = None) -> Iterator[Entry]:
+def packed_attention(
+    model: nn.Module, layout: CascadeLayout, backend: str | None = None, rows: torch.Tensor | None = None
+) -> Iterator[Entry]:
     """While open, a forward of `model` on one packed row of this layout has cascade attention.
 
     Args:
         model: A transformers model, wrapped or not.
         layout: From `pack`.
         backend: Name of the kernels, None for the best that runs.
+        rows: (R,) the only packed tokens whose last hidden state is wanted, without repetition; None for all. The
+            others come out meaningless.
     """
     register()
-    entry = Entry(model, layout, backend)
+    entry = Entry(model, layout, backend, rows)
     with entry.attention(), entry.checkpoints():
         yield entry
 

@@ -193,7 +193,8 @@ def packed_scores(
     inputs: dict[str, Any] = {"input_ids": packing.input_ids, "position_ids": packing.position_ids, "use_cache": False}
     if fused:
         inputs.update(shift_labels=packing.shift_labels, fused_lm_head=True)
-    with packed_attention(model, packing.layout, backend) as entry, _gathered(find_backbone(model), packing):
+    rows = packing.predictors.unique()
+    with packed_attention(model, packing.layout, backend, rows) as entry, _gathered(find_backbone(model), packing):
         output = model(**inputs)
     if entry.backend is None:
         raise SharedPrefixError(
