@@ -35,4 +35,4 @@ def print_table(
 
 def _width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
     cells = [[column, *(row[index] for row in rows)] for index, column in enumerate(columns)]
-    return sum(max(len(line) for cell in column for line in cell.split("\n")) + 3 for column in cells)
+    return 2 + sum(max(len(line) for cell in column for line in cell.split("\n")) + 3 for column in cells)

@@ -436,7 +436,9 @@ def test_two_packages_with_one_name(distribution: Any) -> None:
 
 def test_a_name_of_a_built_in(distribution: Any) -> None:
     distribution("acme", {"gdpo": "acme_gdpo:Method"}, acme_gdpo=METHOD)
-    expected = "plugin name 'gdpo' is built in and also provided by acme 1.2. Ask for the other one as --plugin acme_gdpo:"
+    expected = (
+        "plugin name 'gdpo' is built in and also provided by acme 1.2. Ask for the other one as --plugin acme_gdpo:"
+    )
     with refused(PluginError, expected):
         trl_ext.enable("gdpo")
 

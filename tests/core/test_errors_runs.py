@@ -67,7 +67,10 @@ def checking(*requirements: Any, **attributes: Any) -> type[Plugin]:
 @pytest.mark.parametrize(
     ("requirement", "expected"),
     [
-        (Require("scale_rewards", ("none",), "it divides by nothing"), "checking needs scale_rewards='none', it is 'group'"),
+        (
+            Require("scale_rewards", ("none",), "it divides by nothing"),
+            "checking needs scale_rewards='none', it is 'group'",
+        ),
         (Require("beta", (0.1, 0.2), "why"), "checking needs beta=0.1 or 0.2, it is 0.0: why"),
         (Refuse("the moon is full.", "Wait."), "checking: the moon is full. Wait."),
         (Need("column:steps"), "checking: the training data has no column 'steps'; it has prompt, answer, index"),
@@ -314,7 +317,9 @@ def test_rows_after_tokens(build: Any, plugin: Any) -> None:
             return round.token_advantages
 
     second = plugin(returning("advantages", torch.zeros(8)))
-    expected = "plugin 'returning' returned one advantage per row where an earlier plugin made one per token; return (8, 8)"
+    expected = (
+        "plugin 'returning' returned one advantage per row where an earlier plugin made one per token; return (8, 8)"
+    )
     with trl_ext.enable(plugin(First), second), refused(PluginError, expected):
         build().train()
 
@@ -430,7 +435,10 @@ class Rolls(Plugin):
 
 def test_an_override_that_is_in_front_of_ours_is_fine(build: Any, plugin: Any) -> None:
     """Our classes go in front of the user's, so an override below is wrapped like TRL's own method, and named."""
-    with trl_ext.enable("gdpo"), pytest.warns(UserWarning, match=r"OwnScores\._calculate_rewards replaces TRL's method"):
+    with (
+        trl_ext.enable("gdpo"),
+        pytest.warns(UserWarning, match=r"OwnScores\._calculate_rewards replaces TRL's method"),
+    ):
         trainer = build(cls=OwnScores)
     with trl_ext.enable("gdpo"), pytest.warns(UserWarning):
         trainer = build(cls=OwnScores)

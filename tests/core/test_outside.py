@@ -28,7 +28,7 @@ half-step = "acme_methods:HalfStep"
 py-modules = ["acme_methods"]
 """
 
-METHOD = '''\
+METHOD = """\
 from dataclasses import dataclass
 
 from trl_ext_hooks import Plugin, hookimpl, option
@@ -48,7 +48,7 @@ class HalfStep(Plugin):
     @hookimpl
     def advantages(self, round):
         return self.options.factor * round.advantages
-'''
+"""
 
 TRAIN = """\
 import sys
@@ -95,6 +95,8 @@ def test_an_installed_package_trains_by_name(installed: Path, model: str, tmp_pa
 
 
 def test_installing_it_changes_nothing_by_itself(installed: Path) -> None:
-    listed = "from trl_ext import registry; import sys; print(sorted(registry.outside()), 'acme_methods' in sys.modules)"
+    listed = (
+        "from trl_ext import registry; import sys; print(sorted(registry.outside()), 'acme_methods' in sys.modules)"
+    )
     assert run(installed, listed).stdout.strip() == "['half-step'] False"
     assert run(None, listed).stdout.strip() == "[] False"

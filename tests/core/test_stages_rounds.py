@@ -123,7 +123,10 @@ def test_a_rollout_may_have_two_passes(kind: str, build: Any, plugin: Any) -> No
     assert shown == [completion[0]["content"] for completion in passes.second.completions]
     assert shown != [completion[0]["content"] for completion in passes.first.completions]
     batch = trainer._buffered_inputs[0]
-    trained = {tuple(row[mask.bool()].tolist()) for row, mask in zip(batch["completion_ids"], batch["completion_mask"])}
+    trained = {
+        tuple(row[mask.bool()].tolist())
+        for row, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True)
+    }
     assert trained == {tuple(ids) for ids in passes.second.completion_ids}
 
 

@@ -1,8 +1,8 @@
 """Golden numbers: every case of every file of the folder, through the adapter of the file's method.
 
 The folder is `tests/data/golden`, or the one that the environment variable TRL_EXT_GOLDEN_DIR names. The adapter of a
-method is the function `compare(case)` in `adapters/METHOD.py`; it raises AssertionError where our numbers differ. A file
-whose method has no adapter is an error.
+method is the function `compare(case)` in `adapters/METHOD.py`; it raises AssertionError where our numbers differ. A
+file whose method has no adapter is an error.
 """
 
 from __future__ import annotations

@@ -70,7 +70,9 @@ def _script(kind: TrainerKind) -> ModuleType:
 
 
 def trl_parser(kind: TrainerKind) -> _Parser:
-    return _Parser(_script(kind).make_parser().dataclass_types, prog=f"trl_ext train --trainer {kind}")
+    """TRL's parser for one trainer. Abbreviated options, which TRL guesses, are refused: most are slips."""
+    types = _script(kind).make_parser().dataclass_types
+    return _Parser(types, prog=f"trl_ext train --trainer {kind}", allow_abbrev=False)
 
 
 def split(kind: TrainerKind, argv: Sequence[str], settings: Mapping[str, Any]) -> Split:
@@ -167,7 +169,8 @@ def _check_options(
             )
         if option not in known:
             names = {*(f"--{name}" for name in trl_parser(kind).options()), *own, *known, "--accelerate_config"}
-            hint = near(option, names).partition(" Known:")[0]
+            spelled = {name for name in names if "-" not in name.lstrip("-")}  # both have twins with hyphens
+            hint = near(option, spelled).partition(" Known:")[0]
             raise ConfigError(
                 f"neither trl_ext, TRL's {kind.upper()} nor accelerate has an option {option}.{hint} "
                 f"See `trl_ext train --help`."

@@ -169,7 +169,7 @@ def fingerprints() -> dict[str, str]:
         owner = trainer_class(kind)
         for seam in SEAMS:
             home: Any = importlib.import_module(owner.__module__) if seam.module_level else owner
-            if kind in seam.kinds and (seam.module_level or seam.name in vars(owner)):
+            if kind in seam.kinds and seam.name in vars(home):
                 source = inspect.getsource(inspect.unwrap(getattr(home, seam.name)))
                 result[f"{kind}.{seam.name}"] = digest(source)
     return result

@@ -144,6 +144,7 @@ def publish(cls: type) -> str:
 RUNS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "gdpo": ("grpo", ["gdpo"], {"loss_type": "grpo", "save_strategy": "steps", "save_steps": 1}),
     "gdpo-tokens": ("grpo", [{"gdpo": {"whiten": "token"}}], {"loss_type": "dapo"}),
+    "shared-prefix": ("grpo", ["gdpo", {"shared-prefix": {"min_gain": 0}}], {"loss_type": "grpo"}),
     "token-wise": ("grpo", [publish(Tokens)], {"loss_type": "grpo"}),
     "rloo": ("rloo", [], {"beta": 0.0}),
 }
