@@ -1,4 +1,4 @@
-"""What all tests share: a tiny model on disk, real trainers on it, plugins made on the spot, and a clean slate after."""
+"""What all tests share: a tiny model on disk, real trainers on it, plugins made on the spot, and a clean slate."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["RICH_NO_COLOR"] = "1"
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
-from trl_ext.testing import tiny_model, tiny_trainer
+from trl_ext.testing import tiny_model, tiny_trainer  # noqa: E402
 
 torch.set_num_threads(1)
 

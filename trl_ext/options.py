@@ -39,8 +39,8 @@ def build(options: type, values: Mapping[str, Any], plugin: str) -> Any:
     unknown = [key for key in values if key not in fields]
     if unknown and not isinstance(unknown[0], str):
         raise OptionError(
-            f"plugin {plugin!r}: an option is called {unknown[0]!r}, which is not a text. YAML reads on, off, yes and no "
-            f"as true and false; put quotes around the name."
+            f"plugin {plugin!r}: an option is called {unknown[0]!r}, which is not a text. YAML reads on, off, yes and "
+            f"no as true and false; put quotes around the name."
         )
     if unknown:
         raise OptionError(f"plugin {plugin!r} has no option {unknown[0]!r}.{near(unknown[0], fields)}")

@@ -45,7 +45,7 @@ class GDPOOptions:
         source="paper, eq. 6",
     )
     conditions: tuple[Condition, ...] = option(
-        (), help="rewards that count only where another one is reached: {target, given, threshold}", source="paper, eq. 8"
+        (), help="rewards that count only where another is reached: {target, given, threshold}", source="paper, eq. 8"
     )
     nan_policy: Literal["exclude", "zero"] = option(
         "exclude", help="leave NaN rewards out of the statistics, or count them as 0", source="TRL 1.16; authors: zero"

@@ -17,7 +17,7 @@ def understood(*argv):
 
 def test_plugins_come_from_everywhere_and_later_ones_win(config):
     path = config(plugins={"gdpo": {"group_eps": 0.5, "batch_eps": 0.5}}, experiment={"arms": 2})
-    args, asked = understood(
+    _, asked = understood(
         "--learning_rate", "1e-6", "--plugin", "shared-prefix", "--set", "gdpo.group_eps=0.25", "--config", path
     )
     assert [spec.name for spec in asked.specs] == ["gdpo", "shared-prefix"]  # the estimator first
@@ -34,7 +34,7 @@ def test_plugin_may_be_repeated_and_take_several():
 
 def test_the_worker_understands_what_is_forwarded(config):
     args, asked = understood("--plugin", "gdpo", "--set", "gdpo.group_eps=0.1", "--config", config(), "--beta", "0.1")
-    again, same = understood(*request.forwarded(args, asked), *asked.arguments)
+    _, same = understood(*request.forwarded(args, asked), *asked.arguments)
     assert (same.plugins, same.kind, same.settings, same.arguments) == (
         asked.plugins,
         asked.kind,
@@ -70,7 +70,7 @@ def test_the_parent_accepts_a_batch_that_only_several_processes_can_divide():
     """TRL's own parent refuses this: two rows a process, groups of four."""
     divided = scripts.split("grpo", ["--per_device_train_batch_size", "2", "--num_generations", "4"], {})
     assert divided.launch == []
-    with pytest.raises(ConfigError, match="TRL refuses these settings: .*divisible"):
+    with pytest.raises(ConfigError, match=r"TRL refuses these settings: .*divisible"):
         scripts.parse("grpo", [*divided.trl, "--use_cpu", "true", "--bf16", "false"], {})
 
 

@@ -32,7 +32,10 @@ from trl_ext.compat import scripts
         (["--model_name_or_path", "x"], ["names a model and no data", "--dataset_name"]),
         (["--dataset_name", "x"], ["names data and no model", "--model_name_or_path"]),
         (["--trainer", "dpo"], ["embedded default", "--dataset_name"]),
-        (["--resume_from_checkpoint", "true", "--output_dir", "nowhere"], ["no checkpoint to resume from in 'nowhere'"]),
+        (
+            ["--resume_from_checkpoint", "true", "--output_dir", "nowhere"],
+            ["no checkpoint to resume from in 'nowhere'"],
+        ),
         (["--resume_from_checkpoint", "some/where"], ["some/where: there is no such folder"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -158,5 +158,3 @@ def test_tables_keep_words_whole_in_pipes_and_narrow_terminals(monkeypatch, caps
     print_table(["x", "y", "z"], [row])
     text = capsys.readouterr().out
     assert text.count("word") == 60 and max(map(len, text.splitlines())) <= 60
-
-

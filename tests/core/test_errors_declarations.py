@@ -263,8 +263,8 @@ class Many:
     mode: Literal["a", "b"] = option("a", help="a choice")
     limit: float | None = option(None, help="a number or nothing")
     names: tuple[str, ...] = option((), help="names")
-    table: dict[str, float] = option({}, help="numbers by name")
-    inner: list[Inner] = option([], help="nested")
+    table: dict[str, float] = option({}, help="numbers by name")  # noqa: RUF009
+    inner: list[Inner] = option([], help="nested")  # noqa: RUF009
 
     def __post_init__(self) -> None:
         if self.rate > 10:
@@ -286,9 +286,12 @@ class WithOptions(Good):
         ({"batch_norm": "yes"}, "gdpo.batch_norm: expected bool, got 'yes'"),
         ({"batch_norm": 1}, "gdpo.batch_norm: expected bool, got 1"),
         ({"whiten": "rows"}, "gdpo.whiten: expected 'sequence' or 'token', got 'rows'"),
-        ({"conditions": {"target": "a"}}, "gdpo.conditions: expected a list of a mapping with target, on, threshold"),
-        ({"conditions": [{"target": "a", "onn": "b"}]}, "has no option 'onn'. Did you mean 'on'?"),
-        ({"conditions": [{"target": "a"}]}, "needs a value for 'on'"),
+        (
+            {"conditions": {"target": "a"}},
+            "gdpo.conditions: expected a list of a mapping with target, given, threshold",
+        ),
+        ({"conditions": [{"target": "a", "gven": "b"}]}, "has no option 'gven'. Did you mean 'given'?"),
+        ({"conditions": [{"target": "a"}]}, "needs a value for 'given'"),
     ],
 )
 def test_wrong_options_of_gdpo(values: dict[str, Any], expected: str) -> None:

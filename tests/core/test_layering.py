@@ -148,8 +148,8 @@ def test_trl_is_the_one_that_was_checked() -> None:
     known = FINGERPRINTS[version]
     changed = sorted(key for key in known.keys() | found.keys() if known.get(key) != found.get(key))
     assert not changed, (
-        f"trl {version} differs from the release of that number in {', '.join(changed)}. Compare these methods with the "
-        f"release, adapt trl_ext/compat if needed, then put what trl_ext.compat.seams.fingerprints() returns into "
+        f"trl {version} differs from the release of that number in {', '.join(changed)}. Compare these methods with "
+        f"the release, adapt trl_ext/compat if needed, then put what trl_ext.compat.seams.fingerprints() returns into "
         f"tests/data/fingerprints.json."
     )
 

@@ -68,10 +68,9 @@ print("trained", trainer.state.global_step)
 """
 
 
-@pytest.fixture
-def installed(tmp_path: Path) -> Path:
-    source, target = tmp_path / "source", tmp_path / "site"
-    source.mkdir()
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
     (source / "pyproject.toml").write_text(PYPROJECT)
     (source / "acme_methods.py").write_text(METHOD)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]

@@ -45,9 +45,7 @@ class Entry:
         layers: How many attention calls were served, recomputed ones included.
     """
 
-    def __init__(
-        self, model: nn.Module, layout: CascadeLayout, backend: str | None, rows: torch.Tensor | None
-    ) -> None:
+    def __init__(self, model: nn.Module, layout: CascadeLayout, backend: str | None, rows: torch.Tensor | None) -> None:
         self.layout = layout
         self.backend: Backend | None = None
         self.dtype: torch.dtype | None = None

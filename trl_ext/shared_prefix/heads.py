@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-_ROWS = 1024  # rows of temporary probabilities that exist at a time
+_BLOCK = 1 << 20  # temporary probabilities that exist at a time; few enough to stay in a processor's cache
 
 
 class _LogProbs(torch.autograd.Function):
@@ -18,8 +19,7 @@ class _LogProbs(torch.autograd.Function):
         wide = torch.promote_types(logits.dtype, torch.float32)
         lse = logits.new_empty(len(labels), dtype=wide)
         picked, entropies = torch.empty_like(lse), torch.empty_like(lse) if entropy else None
-        for at in range(0, len(labels), _ROWS):
-            rows = slice(at, at + _ROWS)
+        for rows in _blocks(logits):
             z = logits[rows].to(wide) / temperature
             lse[rows] = z.logsumexp(-1)
             picked[rows] = z.gather(-1, labels[rows, None]).squeeze(-1)
@@ -36,18 +36,26 @@ class _LogProbs(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         logits, labels, lse, *entropies = ctx.saved_tensors
         grad = torch.empty_like(logits)
-        for at in range(0, len(labels), _ROWS):
-            rows = slice(at, at + _ROWS)
-            log_p = logits[rows].to(lse.dtype) / ctx.temperature - lse[rows, None]
+        for rows in _blocks(logits):
+            log_p = (logits[rows].to(lse.dtype) / ctx.temperature).sub_(lse[rows, None])
             p = log_p.exp()
-            dz = torch.zeros_like(p)
-            if dentropies is not None:  # dH/dz = -p (log p + H)
-                dz -= (log_p + entropies[0][rows, None]) * p * dentropies[rows, None]
-            if dlogps is not None:  # dlogp/dz = onehot - p
-                dz -= p * dlogps[rows, None]
+            # dlogp/dz = onehot - p and dH/dz = -p (log p + H): both are -p times a factor, but for the onehot.
+            if dentropies is None:
+                factor = None if dlogps is None else dlogps[rows, None]
+            else:
+                factor = log_p.add_(entropies[0][rows, None]).mul_(dentropies[rows, None])
+                factor = factor if dlogps is None else factor.add_(dlogps[rows, None])
+            dz = torch.zeros_like(p) if factor is None else p.mul_(factor).neg_()
+            if dlogps is not None:
                 dz.scatter_add_(-1, labels[rows, None], dlogps[rows, None])
-            grad[rows] = dz / ctx.temperature
+            grad[rows] = dz.div_(ctx.temperature)
         return grad, None, None, None
+
+
+def _blocks(logits: torch.Tensor) -> Iterator[slice]:
+    step = max(1, _BLOCK // logits.shape[-1])
+    for at in range(0, len(logits), step):
+        yield slice(at, at + step)
 
 
 def log_probs(

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-torch.set_num_threads(1)
-
 import trl_ext
 from trl_ext.testing import metrics_of, tiny_data, tiny_trainer
 from trl_ext_hooks import Plugin, hookimpl
+
+torch.set_num_threads(1)
 
 ROWS, GROUP = 12, 4  # of all processes: two processes have 6 each, so the second group lies on both
 

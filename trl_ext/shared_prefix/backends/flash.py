@@ -69,9 +69,7 @@ class FlashAttnBackend(Backend):
         out, lse = self._kernels.forward(q, k, v, first, scale, softcap)
         lse = lse.t().contiguous()
         for call in levels:
-            part, part_lse = self._kernels.forward(
-                q[call.rows_q], k[call.rows_k], v[call.rows_k], call, scale, softcap
-            )
+            part, part_lse = self._kernels.forward(q[call.rows_q], k[call.rows_k], v[call.rows_k], call, scale, softcap)
             merge(out, lse, part, part_lse.t(), call.rows_q)
         return out, lse
 
