@@ -68,7 +68,7 @@ def _panel(panel: Any, name: str, training: list[tuple[int, float]], held_out: l
             places,
             results,
             color=_HELD_OUT,
-            linestyle=":",
+            linestyle=":" if len(held_out) > 2 else "none",
             linewidth=1.2,
             marker="D",
             markersize=6,

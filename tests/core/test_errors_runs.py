@@ -282,10 +282,14 @@ CASES: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("kind", ROUNDS)
-@pytest.mark.parametrize(("hook", "value", "expected"), CASES, ids=[f"{c[0]}-{i}" for i, c in enumerate(CASES)])
+FIRST = {case[0]: case for case in reversed(CASES)}
+WRONG = [pytest.param("grpo", *case, id=f"grpo-{case[0]}-{number}") for number, case in enumerate(CASES)]
+WRONG += [pytest.param("rloo", *case, id=f"rloo-{hook}") for hook, case in FIRST.items()]
+
+
+@pytest.mark.parametrize(("kind", "hook", "value", "expected"), WRONG)
 def test_wrong_results_stop_the_first_round(
-    hook: str, value: Any, expected: str, kind: str, build: Any, plugin: Any
+    kind: str, hook: str, value: Any, expected: str, build: Any, plugin: Any
 ) -> None:
     cls = returning(hook, value, fields=("mine", "index", "advantages"))
     with trl_ext.enable(plugin(cls)):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from trl_ext.cli import COMMANDS
 
 import trl_ext
+from trl_ext.cli import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -11,8 +11,7 @@ from trl_ext.shared_prefix import MismatchError, SelfCheck, self_check, selfchec
 
 
 def broken(module: Any, args: Any, kwargs: Any) -> Any:
-    """Moves every packed token one position on, but leaves the padded path alone: of no effect for rotary positions
-    alone, so tokens of branches are moved by their place."""
+    """Counts positions along the packed row, through all branches, as a model that ignores `position_ids` would."""
     if kwargs.get("position_ids") is not None:
         n = kwargs["position_ids"].shape[1]
         kwargs["position_ids"] = torch.arange(n)[None]
@@ -45,9 +44,11 @@ def test_autocast(tiny: Any) -> None:
 
 
 def test_a_model_that_treats_packed_rows_otherwise_is_found(tiny: Any, groups: Any, compare: Any) -> None:
-    model = tiny()
+    model = tiny(initializer_range=0.2)  # wide enough that attention is not nearly uniform
     model.model.register_forward_pre_hook(broken, with_kwargs=True)
     assert not self_check(model).ok
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not self_check(model).ok
     with pytest.raises(MismatchError, match=r"LlamaForCausalLM with the 'aten' kernels in torch\.float32 differs"):
         shared_prefix_logps(model, *groups)
     logps, _, report = shared_prefix_logps(model, *groups, on_refusal="dense")

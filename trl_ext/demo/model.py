@@ -31,7 +31,7 @@ def folder(say: Callable[[str], None] = print) -> Path:
     source = weights()
     if source is None:
         return _from_hub(say)
-    target = cache_folder() / f"SmolLM2-135M-Instruct-{_digest(source)}"
+    target = cache_folder() / _digest(source) / "SmolLM2-135M-Instruct"
     if not target.is_dir():
         from filelock import FileLock
 
@@ -72,6 +72,8 @@ def _convert(source: Path, target: Path) -> None:
         model.to(torch.bfloat16).save_pretrained(work)
         AutoTokenizer.from_pretrained(**place).save_pretrained(work)
         work.chmod(0o755)
+        for file in work.iterdir():
+            file.chmod(0o644)  # a cache may be shared
         work.rename(target)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)

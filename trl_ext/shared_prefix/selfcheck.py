@@ -17,13 +17,15 @@ from .errors import MismatchError
 from .models import compute_dtype, embedding, find_causal_lm, model_device
 from .packing import pack
 
-# Largest difference of a log-probability, and of gradients relative to the largest gradient.
+# Differences of log-probabilities and gradients, see `SelfCheck`. Half types round differently on the two paths, and a
+# mixture's router may send a token elsewhere for it, so there an average is compared, by how much the values vary.
 TOLERANCES = {
     torch.float64: (1e-5, 1e-4),  # the fused head computes in float32
     torch.float32: (1e-4, 1e-3),
-    torch.bfloat16: (0.25, 0.1),
-    torch.float16: (0.05, 0.05),
+    torch.bfloat16: (0.05, 0.1),
+    torch.float16: (0.02, 0.05),
 }
+_HALF = (torch.bfloat16, torch.float16)
 _GRADIENTS = 8
 _LARGEST = 1 << 24
 _passed: dict[tuple[object, ...], SelfCheck] = {}
@@ -37,8 +39,10 @@ class SelfCheck:
         model: Class of the model.
         backend: The kernels that ran.
         dtype: The type of the comparison, whose tolerances apply.
-        logps: Largest difference of a log-probability.
-        grads: Largest difference of a gradient by the largest gradient; None if no gradient could be compared.
+        logps: Largest difference of a log-probability; in half types the mean difference by the standard deviation
+            of the log-probabilities.
+        grads: Largest difference of a gradient by the largest gradient, in half types the norm of the difference by
+            the norm; None if no gradient could be compared.
         allowed: The tolerances for the two.
     """
 
@@ -67,7 +71,7 @@ def ensure(model: nn.Module, backend: str | None = None) -> SelfCheck:
     if key not in _passed:
         result = self_check(model, backend)
         if not result.ok:
-            grads = "not compared" if result.grads is None else f"{result.grads:.2e} of the largest"
+            grads = "not compared" if result.grads is None else f"{result.grads:.2e} relative"
             raise MismatchError(
                 f"{result.model} with the {result.backend!r} kernels in {result.dtype} differs from its own dense "
                 f"path: log-probabilities by {result.logps:.2e} (allowed {result.allowed[0]:.0e}), gradients by "
@@ -110,8 +114,8 @@ def self_check(model: nn.Module, backend: str | None = None) -> SelfCheck:
         model=type(lm).__name__,
         backend=entry.kernels or "none",
         dtype=dtype,
-        logps=float((packed - dense).detach().abs().max()),
-        grads=_difference(packed_grads, dense_grads),
+        logps=_logp_difference(packed.detach()[scored], dense.detach()[scored], dtype in _HALF),
+        grads=_grad_difference(packed_grads, dense_grads, dtype in _HALF),
         allowed=TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16]),
     )
 
@@ -149,12 +153,23 @@ def _grads(
     return torch.autograd.grad((logps * weights).sum(), parameters, allow_unused=True)
 
 
-def _difference(ours: tuple[torch.Tensor | None, ...], theirs: tuple[torch.Tensor | None, ...]) -> float | None:
-    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
+def _logp_difference(ours: torch.Tensor, theirs: torch.Tensor, half: bool) -> float:
+    difference = (ours - theirs).abs()
+    return float(difference.mean() / theirs.std() if half else difference.max())
+
+
+def _grad_difference(
+    ours: tuple[torch.Tensor | None, ...], theirs: tuple[torch.Tensor | None, ...], half: bool
+) -> float | None:
+    pairs = [(a.float(), b.float()) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
     if not pairs:
         return None
-    largest = max(float(b.abs().max()) for _, b in pairs)
-    return max(float((a - b).abs().max()) for a, b in pairs) / max(largest, 1e-30)
+    order = 2.0 if half else torch.inf
+    difference, size = (
+        float(torch.stack([torch.linalg.vector_norm(x, order) for x in xs]).norm(order))
+        for xs in ([a - b for a, b in pairs], [b for _, b in pairs])
+    )
+    return difference / max(size, 1e-30)
 
 
 @contextmanager
