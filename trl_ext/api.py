@@ -15,7 +15,7 @@ from trl_ext_hooks import Config, TrainerKind
 
 from . import registry, report
 from .compat import access, seams
-from .errors import ConfigError
+from .errors import CompatError, ConfigError
 from .plan import Plan, check_kind, common_trainers, compose, make_plan
 from .registry import PluginSpec
 
@@ -131,8 +131,14 @@ class Handle:
 
     def _install(self) -> None:
         seams.check_version()
+        problems: list[CompatError] = []
         for kind in self.kinds:
-            seams.check_seams(kind, _users(self.specs))
+            try:
+                seams.check_seams(kind, _users(self.specs))
+            except CompatError as error:
+                problems.append(error)
+        if len(problems) == len(self.kinds):  # a trainer that cannot be served is refused when it is built
+            raise problems[0]
         for kind in registry.KINDS:
             self._undo.append(_wrap_init(seams.trainer_class(kind), self))
 

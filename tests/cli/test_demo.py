@@ -16,9 +16,9 @@ def say(*texts):
 
 
 def test_rewards():
-    replies = say("7", " 7. ", "4 + 3 is 7", "7 or 8", "", "-7", "Seven")
+    replies = say("3 + 4 = 7", " 9 - 2 = 7. ", "4 + 3 is 7", "7 or 8", "", "-7", "Seven")
     assert task.correctness(replies, answer=["7"] * 7) == [1, 1, 1, 0, 0, 0, 0]
-    assert task.format(replies, answer=["7"] * 7) == [1, 1, 0, 0, 0, 1, 0]
+    assert task.format(replies, answer=["7"] * 7) == [1, 1, 0, 0, 0, 0, 0]
     assert task.correctness(["so -7"], answer=["-7"]) == [1]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import trl_ext
+from trl_ext.compat import seams
 from trl_ext.registry import HOOKS
 from trl_ext.testing import digits, metrics_of
 from trl_ext_hooks import Plugin, hookimpl
@@ -96,6 +97,12 @@ class Observer(Plugin):
         return None
 
 
+class PairObserver(Observer):
+    """For DPO before TRL 1.15, whose forward nobody can own."""
+
+    logps = None
+
+
 def lora() -> dict[str, Any]:
     from peft import LoraConfig
 
@@ -151,6 +158,7 @@ def outcome(build: Callable[..., Any], name: str) -> Outcome:
         from trl_ext.testing import tiny_data
 
         settings["trainer"] = {"eval_dataset": tiny_data("grpo", 4)}
+    torch.manual_seed(5)  # before TRL 1.15 an adapter is made before the trainer seeds
     trainer = build(kind, **settings)
     texts: list[Any] = []
     if kind != "dpo":
@@ -184,6 +192,8 @@ def test_an_idle_plugin_changes_no_bit(
     if name not in stock:
         stock[name] = outcome(build, name)
     plain = stock[name]
+    if idle is Observer and RUNS[name][0] == "dpo" and seams.trl_version() < seams.Version("1.15"):
+        idle = PairObserver
     with trl_ext.enable(plugin(idle)):
         found = outcome(build, name)
     assert found.parameters.keys() == plain.parameters.keys()

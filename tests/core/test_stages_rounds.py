@@ -119,7 +119,7 @@ def test_a_rollout_may_have_two_passes(kind: str, build: Any, plugin: Any) -> No
         trainer = build(kind, max_steps=1)
         trainer.train()
         passes = own(trainer, "second-pass")
-    shown = [message["content"] for (message,) in list(trainer._logs["completion"])]
+    shown = [text if isinstance(text, str) else text[0]["content"] for text in list(trainer._logs["completion"])]
     assert shown == [completion[0]["content"] for completion in passes.second.completions]
     assert shown != [completion[0]["content"] for completion in passes.first.completions]
     batch = trainer._buffered_inputs[0]

@@ -233,7 +233,7 @@ def completion_logps(trainer: Any, batch: Mapping[str, Any]) -> torch.Tensor:
             torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
             torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
             batch["completion_ids"].size(1),
-            rows,
+            batch_size=rows,
             **{name: batch[name] for name in _VISION if batch.get(name) is not None},
         )[0]
 

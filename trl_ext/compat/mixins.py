@@ -83,9 +83,9 @@ class RoundMixin(TrainerMixin):
         session, stock = self._trl_ext, super()._get_per_token_logps_and_entropies
 
         def dense() -> Any:
-            return stock(
-                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy=compute_entropy, **extra
-            )
+            # by keyword, because TRL 1.14 takes no batch size by position
+            wanted = {"batch_size": batch_size, "compute_entropy": compute_entropy, **extra}
+            return stock(model, input_ids, attention_mask, logits_to_keep, **wanted)
 
         if not session.watches_logps:
             return dense()

@@ -43,6 +43,7 @@ class Seam:
         parameters: Parameters that the wrapper relies on, in order.
         users: Hooks and needs that break without it; empty = every run.
         module_level: A function that the trainer's module imported, instead of a method.
+        since: The first supported TRL that has it; empty = all.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Seam:
     parameters: tuple[str, ...]
     users: frozenset[str] = frozenset()
     module_level: bool = False
+    since: str = ""
 
 
 _SCORING = frozenset({"annotate", "rewards", "advantages", "batch_fields", "round_metrics"})
@@ -74,7 +76,7 @@ SEAMS: tuple[Seam, ...] = (
         ("model", "input_ids", "attention_mask", "logits_to_keep"),
         _LOSS | {"logps", "old_logps", "ref_logps"},
     ),
-    Seam("add_fused_lm_head", ("dpo",), ("model",), frozenset({"logps"}), module_level=True),
+    Seam("add_fused_lm_head", ("dpo",), ("model",), frozenset({"logps"}), module_level=True, since="1.15"),
     Seam("_compute_loss", _ALL, ("model", "inputs"), _LOSS | {"loss_inputs", "logps"}),
     Seam("training_step", _ALL, ("model", "inputs")),
     Seam("_save_checkpoint", _ALL, ("model", "trial"), frozenset({"state_dict"})),
@@ -135,7 +137,7 @@ def check_seams(kind: TrainerKind, users: Iterable[str]) -> None:
         home: Any = importlib.import_module(owner.__module__) if seam.module_level else owner
         target = getattr(home, seam.name, None)
         if not callable(target):
-            problem = "is missing"
+            problem = f"is missing, TRL has it from {seam.since}" if seam.since else "is missing"
         else:
             parameters = inspect.signature(target).parameters
             absent = [name for name in seam.parameters if name not in parameters]

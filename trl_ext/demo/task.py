@@ -1,7 +1,7 @@
-"""The task of the embedded default: sums and differences of two digits, answered with the number and nothing else.
+"""The task of the embedded default: sums and differences of two digits, answered with the whole equation.
 
 The questions come from `reasoning_gym` (chain_sum). Two rewards: `correctness` reads the last number of a reply,
-`format` wants a reply that is one number.
+`format` wants a reply that is one equation, such as `5 - 3 = 2`, and nothing else.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 
 from . import cache_folder
 
-PROMPT = "{expression} = ? Answer with the number only."
+PROMPT = "{expression} = ? Reply with the whole equation and nothing else."
 HELD_OUT = 40
-VERSION = 1
+VERSION = 2
 """Part of the name of the cached data; raise it when the questions or the prompt change."""
 
 _NUMBER = re.compile(r"-?\d+")
-_BARE = re.compile(r"\s*-?\d+\.?\s*")
+_EQUATION = re.compile(r"\s*\d+ [+-] \d+ = -?\d+\.?\s*")
 
 
 def correctness(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
@@ -34,8 +34,8 @@ def correctness(completions: list[Any], answer: list[str], **columns: Any) -> li
 
 
 def format(completions: list[Any], **columns: Any) -> list[float]:
-    """1 where a reply is one number and nothing else."""
-    return [float(_BARE.fullmatch(text) is not None) for text in map(_text, completions)]
+    """1 where a reply is one equation and nothing else."""
+    return [float(_EQUATION.fullmatch(text) is not None) for text in map(_text, completions)]
 
 
 def questions() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
