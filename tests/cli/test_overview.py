@@ -70,6 +70,12 @@ def test_traceback_on_demand(monkeypatch):
         cli.main(["trian"])
 
 
+@pytest.fixture(autouse=True)
+def no_width_is_given(monkeypatch):
+    """Test runners set COLUMNS, and tables obey it."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 def test_plugins_lists_built_ins(capsys):
     assert cli.main(["plugins", "--json"]) == 0
     found = {plugin["name"]: plugin for plugin in json.loads(capsys.readouterr().out)}
