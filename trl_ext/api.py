@@ -234,7 +234,7 @@ def _resolve(
         for reference, values in ({plugin: None} if isinstance(plugin, str) else plugin).items():
             requests[reference] = values
     for name, values in options.items():
-        same = [r for r in requests if registry.canonical(r) == registry.canonical(name)]
+        same = [r for r in requests if registry.means(r, name)]
         requests[same[0] if same else name] = values
     if not requests:
         raise ConfigError("name at least one plugin, for example trl_ext.enable('gdpo').")

@@ -150,7 +150,7 @@ def merge(
         key = reference if ":" in reference or reference.endswith(".py") else canonical(reference)
         requests.setdefault(key, {}).update(values or {})
     for name, values in assignments.items():
-        owners = [r for r in requests if canonical(name) == r or ((":" in r or ".py" in r) and name == find(r)[0].name)]
+        owners = [r for r in requests if means(r, name)]
         if not owners:
             raise OptionError(
                 f"--set {name}.{next(iter(values))}: plugin {name!r} is not enabled.{near(name, requests)} "
@@ -158,6 +158,13 @@ def merge(
             )
         requests[owners[0]].update(values)
     return requests
+
+
+def means(reference: str, name: str) -> bool:
+    """Whether a plugin that was asked for by `reference` goes by `name`, its own name or the reference itself."""
+    if ":" in reference or reference.endswith(".py"):
+        return reference == name or find(reference)[0].name == canonical(name)
+    return canonical(reference) == canonical(name)
 
 
 def build_manager(plugins: Sequence[Plugin] | Sequence[type[Plugin]]) -> pluggy.PluginManager:

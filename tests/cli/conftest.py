@@ -73,7 +73,7 @@ def script(tmp_path):
         paths = os.pathsep.join([str(tmp_path), *(path for path in sys.path if path)])
         env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | environment
         return subprocess.run(
-            [*command, *map(str, argv)], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300
+            [*command, *map(str, argv)], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=1200
         )
 
     return run

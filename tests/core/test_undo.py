@@ -357,3 +357,17 @@ def test_experimental_and_user_trainers_of_other_kinds_are_left_alone(double: st
     function = Trainer.__init__
     with trl_ext.enable(double):
         assert Trainer.__init__ is function
+
+
+def test_options_by_name_reach_a_plugin_from_a_file(tmp_path: Any, build: Callable[..., Any]) -> None:
+    """`enable("file.py", name={...})` is one plugin with options, not two."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from dataclasses import dataclass\n"
+        "from trl_ext_hooks import Plugin, option\n"
+        "@dataclass(frozen=True)\n"
+        "class Options:\n    size: int = option(1, help='a size')\n"
+        "class Mine(Plugin):\n    name = 'mine'\n    trainers = ('grpo',)\n    Options = Options\n"
+    )
+    with trl_ext.enable(str(file), mine={"size": 3}) as handle:
+        assert [spec.options.size for spec in handle.specs] == [3]
