@@ -1,15 +1,18 @@
-"""What the host costs: step time with idle plugins and with GDPO, as a ratio to plain TRL, from one run.
+"""What the host costs: a step with idle plugins and with GDPO, as a ratio to plain TRL, from one run.
 
-Three trainers take turns, one training step each, so that a machine that gets slower or faster meets all of them. The
-model is a random four-layer Qwen2; a larger one makes the overhead smaller.
+Three trainers take turns, one training step each, on one thread, and processor time is compared, so that what else the
+machine does meanwhile does not count. The model is a random four-layer Qwen2; a larger one makes the overhead smaller.
 """
 
 from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
 
 from trl_ext_hooks import Loss, Plugin, Round, hookimpl
 
@@ -49,34 +52,48 @@ ARMS: dict[str, str | None] = {
 }
 
 
-def measure(steps: int = 40, progress: Callable[[int, int], None] = lambda done, total: None) -> list[dict[str, Any]]:
-    """Median step time of every arm and its ratio to plain TRL.
+def measure(steps: int = 120, progress: Callable[[int, int], None] = lambda done, total: None) -> list[dict[str, Any]]:
+    """Processor time of a step in every arm, and its ratio to plain TRL.
 
     Returns:
         Per arm `name`, `seconds` (median step), `ratio` (median over rounds of the ratio to plain TRL in the same
-        round) and `ratio_low`, `ratio_high` (its quartiles).
+        round) and `ratio_low`, `ratio_high` (95% bootstrap interval of that median).
     """
-    with tempfile.TemporaryDirectory() as folder, quiet():
-        model = tiny_model(f"{folder}/model", hidden_size=256, intermediate_size=1024, num_hidden_layers=4)
-        # every completion has the same length, so that all arms do the same work
-        settings: dict[str, Any] = {"logging_steps": 1000, "generation_kwargs": {"min_new_tokens": 8}}
-        trainers: dict[str, Any] = {}
-        for name, plugin in ARMS.items():
-            trainer = tiny_trainer("grpo", model, f"{folder}/{len(trainers)}", max_steps=steps + 2, **settings)
-            trainers[name] = trainer if plugin is None else api.attach(trainer, plugin)
-        times = step_times(trainers, lambda done: progress(done, steps + 2))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # idle threads that spin would count as work
+    try:
+        with tempfile.TemporaryDirectory() as folder, quiet():
+            model = tiny_model(f"{folder}/model", hidden_size=256, intermediate_size=1024, num_hidden_layers=4)
+            # every completion has the same length, so that all arms do the same work
+            settings: dict[str, Any] = {"logging_steps": 1000, "generation_kwargs": {"min_new_tokens": 8}}
+            trainers: dict[str, Any] = {}
+            for name, plugin in ARMS.items():
+                trainer = tiny_trainer("grpo", model, f"{folder}/{len(trainers)}", max_steps=steps + 2, **settings)
+                trainers[name] = trainer if plugin is None else api.attach(trainer, plugin)
+            times = step_times(trainers, lambda done: progress(done, steps + 2), time.process_time)
+    finally:
+        torch.set_num_threads(threads)
     plain = times["plain TRL"][2:]  # the first steps warm caches up
     rows = []
     for name in ARMS:
         ratios = [own / other for own, other in zip(times[name][2:], plain, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
+        low, high = interval(ratios)
         rows.append(
             {
                 "name": name,
                 "seconds": statistics.median(times[name][2:]),
-                "ratio": middle,
+                "ratio": statistics.median(ratios),
                 "ratio_low": low,
                 "ratio_high": high,
             }
         )
     return rows
+
+
+def interval(values: Sequence[float], draws: int = 10_000) -> tuple[float, float]:
+    """95% percentile bootstrap interval of the median."""
+    data = torch.tensor(values, dtype=torch.float64)
+    picks = torch.randint(len(data), (draws, len(data)), generator=torch.Generator().manual_seed(0))
+    medians = data[picks].quantile(0.5, dim=1)
+    low, high = medians.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high

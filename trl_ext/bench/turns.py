@@ -9,13 +9,17 @@ from typing import Any
 
 
 def step_times(
-    trainers: Mapping[str, Any], progress: Callable[[int], None] = lambda done: None
+    trainers: Mapping[str, Any],
+    progress: Callable[[int], None] = lambda done: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Trains all of them to their end, in turns, so that a machine that changes its speed meets every one.
 
     Args:
         trainers: Trainers with the same number of steps.
         progress: Called with the number of finished rounds.
+        clock: What is read before and after a step; `time.process_time` counts what the process computed, whatever
+            else the machine did meanwhile (only one trainer works at a time).
 
     Returns:
         Seconds of every step, per trainer.
@@ -24,7 +28,7 @@ def step_times(
     times: dict[str, list[float]] = {name: [] for name in trainers}
     threads = []
     for name, trainer in trainers.items():
-        trainer.add_callback(_callback(turns, name, times[name]))
+        trainer.add_callback(_callback(turns, name, times[name], clock))
         threads.append(threading.Thread(target=turns.guard, args=(trainer.train,)))
     for thread in threads:
         thread.start()
@@ -69,7 +73,7 @@ class _Turns:
                 self.condition.notify_all()
 
 
-def _callback(turns: _Turns, name: str, times: list[float]) -> Any:
+def _callback(turns: _Turns, name: str, times: list[float], clock: Callable[[], float]) -> Any:
     from transformers import TrainerCallback
 
     class Turn(TrainerCallback):
@@ -77,10 +81,10 @@ def _callback(turns: _Turns, name: str, times: list[float]) -> Any:
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             turns.wait(name)
-            self.start = time.perf_counter()
+            self.start = clock()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            times.append(time.perf_counter() - self.start)
+            times.append(clock() - self.start)
             turns.done()
 
     return Turn()

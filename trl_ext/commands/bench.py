@@ -6,12 +6,14 @@ import argparse
 import json
 from typing import Any
 
+from ..tables import print_table
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Benchmarks. Every figure is a ratio between runs that took turns in one process."
     benches = parser.add_subparsers(dest="bench", required=True, metavar="NAME")
-    overhead = benches.add_parser("overhead", help="step time with idle plugins and with GDPO against plain TRL")
-    overhead.add_argument("--steps", type=int, default=40, help="training steps of each arm (default: 40)")
+    overhead = benches.add_parser("overhead", help="a step with idle plugins and with GDPO against plain TRL")
+    overhead.add_argument("--steps", type=int, default=120, help="training steps of each arm (default: 120)")
     overhead.add_argument("--json", action="store_true", help="print a list of objects")
     shared = benches.add_parser(
         "shared-prefix",
@@ -36,7 +38,6 @@ def run(args: argparse.Namespace) -> int:
 def _overhead(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
-    from rich.table import Table
 
     from ..bench.overhead import measure
 
@@ -46,17 +47,24 @@ def _overhead(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(rows, indent=2))
         return 0
-    table = Table("arm", "step", "ratio to plain TRL", "quartiles of the ratio")
-    for row in rows:
-        quartiles = f"{row['ratio_low']:.3f} .. {row['ratio_high']:.3f}"
-        table.add_row(row["name"], f"{1000 * row['seconds']:.1f} ms", f"{row['ratio']:.3f}", quartiles)
-    Console(highlight=False).print(table)
+    columns = ("arm", "step, processor time", "ratio to plain TRL", "95% interval")
+    print_table(
+        columns,
+        [
+            (
+                row["name"],
+                f"{1000 * row['seconds']:.1f} ms",
+                f"{row['ratio']:.4f}",
+                f"{row['ratio_low']:.4f} .. {row['ratio_high']:.4f}",
+            )
+            for row in rows
+        ],
+    )
     return 0
 
 
 def _shared_prefix(args: argparse.Namespace) -> int:
     from rich.console import Console
-    from rich.table import Table
 
     from ..bench import shared_prefix, update_phase
     from ..errors import OptionError
@@ -79,23 +87,23 @@ def _shared_prefix(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found, indent=2))
         return 0
-    table = Table("P x G x S", "tokens", "FLOPs", "speed-up", "PrefixGrouper", "memory", "log-prob diff", "grad diff")
-    if args.trainer:
-        table.add_column("GRPO update")
+    columns = ["P x G x S", "tokens", "FLOPs", "speed-up", "PrefixGrouper", "memory", "log-prob diff", "grad diff"]
+    lines = []
     for entry in found:
         grouper = entry["speedup_prefix_grouper"]
-        cells = [
-            f"{entry['prompt_length']} x {entry['group_size']} x {entry['completion_length']}",
-            f"{entry['token_ratio']:.2f}",
-            f"{entry['flop_ratio']:.2f}",
-            f"{entry['speedup']:.2f}",
-            "not installed" if grouper is None else f"{grouper:.2f}",
-            f"{entry['peak_memory_ratio']:.2f}",
-            f"{entry['max_logprob_diff']:.1e}",
-            f"{entry['rel_grad_diff']:.1e}",
-        ]
-        table.add_row(*cells, *([f"{entry['speedup_trainer']:.2f}"] if args.trainer else []))
-    out = Console(highlight=False)
-    out.print(table)
-    out.print("Ratios are dense by shared: above 1 the shared-prefix path is better.")
+        lines.append(
+            [
+                f"{entry['prompt_length']} x {entry['group_size']} x {entry['completion_length']}",
+                f"{entry['token_ratio']:.2f}",
+                f"{entry['flop_ratio']:.2f}",
+                f"{entry['speedup']:.2f}",
+                "not installed" if grouper is None else f"{grouper:.2f}",
+                f"{entry['peak_memory_ratio']:.2f}",
+                f"{entry['max_logprob_diff']:.1e}",
+                f"{entry['rel_grad_diff']:.1e}",
+                *([f"{entry['speedup_trainer']:.2f}"] if args.trainer else []),
+            ]
+        )
+    print_table([*columns, "GRPO update"] if args.trainer else columns, lines)
+    print("Ratios are dense by shared: above 1 the shared-prefix path is better.")
     return 0
