@@ -52,7 +52,7 @@ def test_a_shape_that_is_none_is_refused():
 
 
 def test_overhead_compares_every_arm_with_plain_trl(capsys):
-    assert run("overhead", "--steps", "3", "--json") == 0
+    assert run("overhead", "--steps", "2", "--json") == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in rows] == list(overhead.ARMS)
     assert rows[0]["ratio"] == 1 and rows[0]["ratio_low"] == rows[0]["ratio_high"] == 1

@@ -1,7 +1,9 @@
 """What the host costs: a step with idle plugins and with GDPO, as a ratio to plain TRL, from one run.
 
-Three trainers take turns, one training step each, on one thread, and processor time is compared, so that what else the
-machine does meanwhile does not count. The model is a random four-layer Qwen2; a larger one makes the overhead smaller.
+The trainers take turns, one training step each, on one thread, and processor time is compared, so that what else the
+machine does meanwhile does not count. Where a trainer's memory comes to lie shifts all of its steps by a percent, so
+they are built anew several times, each time in another order, and a second plain trainer shows what is left of that.
+The model is a random four-layer Qwen2; a larger one makes the overhead smaller.
 """
 
 from __future__ import annotations
@@ -45,15 +47,21 @@ class Observer(Plugin):
         return {"seen": (1.0, 1.0)}
 
 
+WARM_UP = 2
 ARMS: dict[str, str | None] = {
     "plain TRL": None,
+    "plain TRL, a second trainer": None,
     "idle plugin, every stage observed": "trl_ext.bench.overhead:Observer",
     "gdpo": "gdpo",
 }
 
 
-def measure(steps: int = 120, progress: Callable[[int, int], None] = lambda done, total: None) -> list[dict[str, Any]]:
+def measure(steps: int = 40, progress: Callable[[int, int], None] = lambda done, total: None) -> list[dict[str, Any]]:
     """Processor time of a step in every arm, and its ratio to plain TRL.
+
+    Args:
+        steps: Training steps of each trainer; every arm has as many trainers, one after the other, as there are arms.
+        progress: Called with the rounds that are done and their number.
 
     Returns:
         Per arm `name`, `seconds` (median step), `ratio` (median over rounds of the ratio to plain TRL in the same
@@ -61,33 +69,43 @@ def measure(steps: int = 120, progress: Callable[[int, int], None] = lambda done
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # idle threads that spin would count as work
+    names, total = list(ARMS), len(ARMS) * (steps + WARM_UP)
+    times: dict[str, list[float]] = {name: [] for name in names}
     try:
         with tempfile.TemporaryDirectory() as folder, quiet():
             model = tiny_model(f"{folder}/model", hidden_size=256, intermediate_size=1024, num_hidden_layers=4)
-            # every completion has the same length, so that all arms do the same work
-            settings: dict[str, Any] = {"logging_steps": 1000, "generation_kwargs": {"min_new_tokens": 8}}
-            trainers: dict[str, Any] = {}
-            for name, plugin in ARMS.items():
-                trainer = tiny_trainer("grpo", model, f"{folder}/{len(trainers)}", max_steps=steps + 2, **settings)
-                trainers[name] = trainer if plugin is None else api.attach(trainer, plugin)
-            times = step_times(trainers, lambda done: progress(done, steps + 2), time.process_time)
+            for block in range(len(names)):
+                trainers = {
+                    name: _trainer(ARMS[name], model, f"{folder}/{block}", steps)
+                    for name in (*names[block:], *names[:block])
+                }
+                done = block * (steps + WARM_UP)
+                found = step_times(trainers, lambda n, done=done: progress(done + n, total), time.process_time)  # type: ignore[misc]
+                for name, values in found.items():
+                    times[name] += values[WARM_UP:]
     finally:
         torch.set_num_threads(threads)
-    plain = times["plain TRL"][2:]  # the first steps warm caches up
     rows = []
-    for name in ARMS:
-        ratios = [own / other for own, other in zip(times[name][2:], plain, strict=True)]
+    for name in names:
+        ratios = [own / plain for own, plain in zip(times[name], times[names[0]], strict=True)]
         low, high = interval(ratios)
         rows.append(
             {
                 "name": name,
-                "seconds": statistics.median(times[name][2:]),
+                "seconds": statistics.median(times[name]),
                 "ratio": statistics.median(ratios),
                 "ratio_low": low,
                 "ratio_high": high,
             }
         )
     return rows
+
+
+def _trainer(plugin: str | None, model: str, folder: str, steps: int) -> Any:
+    # every completion has the same length, so that all arms do the same work
+    settings: dict[str, Any] = {"logging_steps": 1000, "generation_kwargs": {"min_new_tokens": 8}}
+    trainer = tiny_trainer("grpo", model, folder, max_steps=steps + WARM_UP, **settings)
+    return trainer if plugin is None else api.attach(trainer, plugin)
 
 
 def interval(values: Sequence[float], draws: int = 10_000) -> tuple[float, float]:

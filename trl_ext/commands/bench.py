@@ -13,7 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Benchmarks. Every figure is a ratio between runs that took turns in one process."
     benches = parser.add_subparsers(dest="bench", required=True, metavar="NAME")
     overhead = benches.add_parser("overhead", help="a step with idle plugins and with GDPO against plain TRL")
-    overhead.add_argument("--steps", type=int, default=120, help="training steps of each arm (default: 120)")
+    overhead.add_argument(
+        "--steps", type=int, default=40, help="training steps of each trainer, four trainers an arm (default: 40)"
+    )
     overhead.add_argument("--json", action="store_true", help="print a list of objects")
     shared = benches.add_parser(
         "shared-prefix",
@@ -42,7 +44,7 @@ def _overhead(args: argparse.Namespace) -> int:
     from ..bench.overhead import measure
 
     with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("steps", total=args.steps)
+        task = bar.add_task("rounds", total=None)
         rows = measure(args.steps, lambda done, total: bar.update(task, completed=done, total=total))
     if args.json:
         print(json.dumps(rows, indent=2))
