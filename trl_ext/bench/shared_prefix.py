@@ -1,7 +1,9 @@
 """Forward and backward of completion log-probabilities: TRL's dense path, the shared-prefix path, and PrefixGrouper.
 
 All paths run in one process in alternating order on the same weights and tokens. PrefixGrouper (a package of that name,
-if installed) gets the most favourable treatment that is exact: packed hidden states, and the head on suffixes only.
+if installed) gets the most favourable treatment that is exact: packed hidden states, and the head on completions only.
+It runs with TRL's fused head, as in a trainer and as the other paths do, and again with plain logits, which on a CPU
+are faster than TRL's head.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class Row:
         flop_ratio: The same for floating-point operations, counted from the architecture.
         seconds_dense, seconds_shared: Medians of forward and backward.
         speedup: Their ratio.
-        speedup_prefix_grouper: Dense by PrefixGrouper; None where it is not installed.
+        speedup_prefix_grouper: Dense by PrefixGrouper with TRL's head; None where it is not installed.
+        speedup_prefix_grouper_logits: Dense by PrefixGrouper with plain logits.
         peak_memory_ratio: Most bytes held by tensors in a step above those before it, dense by shared.
         peak_memory_ratio_prefix_grouper: PrefixGrouper by shared.
         max_logprob_diff: Largest difference of a log-probability to the dense path.
@@ -52,6 +55,7 @@ class Row:
     seconds_shared: float
     speedup: float
     speedup_prefix_grouper: float | None
+    speedup_prefix_grouper_logits: float | None
     peak_memory_ratio: float
     peak_memory_ratio_prefix_grouper: float | None
     max_logprob_diff: float
@@ -123,7 +127,8 @@ def _measure_shape(model: nn.Module, shape: Shape, repeats: int, progress: Calla
 
     arms: dict[str, Callable[[], torch.Tensor]] = {"dense": lambda: _dense(model, *batch, completion), "shared": shared}
     if importlib.util.find_spec("prefix_grouper") is not None:
-        arms["prefix_grouper"] = lambda: _prefix_grouper(model, batch[0], shape)
+        arms["prefix_grouper"] = lambda: _prefix_grouper(model, batch[0], shape, fused=True)
+        arms["prefix_grouper_logits"] = lambda: _prefix_grouper(model, batch[0], shape, fused=False)
     weights = torch.randn(group, completion, generator=torch.Generator().manual_seed(1)).to(batch[0].device)
     times: dict[str, list[float]] = {name: [] for name in arms}
     results: dict[str, tuple[torch.Tensor, list[torch.Tensor]]] = {}
@@ -139,7 +144,7 @@ def _measure_shape(model: nn.Module, shape: Shape, repeats: int, progress: Calla
             else:  # the first round warms up, and is looked at
                 memory[name] = _peak_bytes(lambda name=name: results.update({name: _keep(model, arms[name], weights)}))  # type: ignore[misc]
     median = {name: statistics.median(values) for name, values in times.items()}
-    pg = median.get("prefix_grouper")
+    grouped = "prefix_grouper" in arms
     return Row(
         prompt_length=prompt,
         group_size=group,
@@ -149,9 +154,10 @@ def _measure_shape(model: nn.Module, shape: Shape, repeats: int, progress: Calla
         seconds_dense=median["dense"],
         seconds_shared=median["shared"],
         speedup=median["dense"] / median["shared"],
-        speedup_prefix_grouper=median["dense"] / pg if pg else None,
+        speedup_prefix_grouper=median["dense"] / median["prefix_grouper"] if grouped else None,
+        speedup_prefix_grouper_logits=median["dense"] / median["prefix_grouper_logits"] if grouped else None,
         peak_memory_ratio=memory["dense"] / memory["shared"],
-        peak_memory_ratio_prefix_grouper=memory["prefix_grouper"] / memory["shared"] if pg else None,
+        peak_memory_ratio_prefix_grouper=memory["prefix_grouper"] / memory["shared"] if grouped else None,
         max_logprob_diff=(results["shared"][0] - results["dense"][0]).abs().max().item(),
         rel_grad_diff=_relative(results["shared"][1], results["dense"][1]),
         pack_share=statistics.median(packing_share[1:]) / median["shared"],
@@ -174,7 +180,7 @@ def _dense(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, completion: 
     return model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs[:, -completion:]
 
 
-def _prefix_grouper(model: nn.Module, ids: torch.Tensor, shape: Shape) -> torch.Tensor:
+def _prefix_grouper(model: nn.Module, ids: torch.Tensor, shape: Shape, fused: bool) -> torch.Tensor:
     from prefix_grouper import PrefixGrouper
 
     prompt, group, completion = shape
@@ -184,12 +190,29 @@ def _prefix_grouper(model: nn.Module, ids: torch.Tensor, shape: Shape) -> torch.
     packed = grouper.concat_input(ids[:1, :prompt], prefix_mask, ids[:, prompt:], suffix_mask)
     suffix = torch.arange(prompt, prompt + completion, device=ids.device)
     positions = torch.cat([torch.arange(prompt, device=ids.device), *[suffix] * group])[None]
+    inputs: dict[str, Any] = {"position_ids": positions, "use_cache": False, "trl_ext_grouper": grouper}
+
+    def predictors(hidden: torch.Tensor) -> torch.Tensor:
+        return grouper.split_output(hidden, include_prefix_last=1)[2][:, :-1]  # (G, S, H)
+
+    def keep_predictors(module: nn.Module, args: Any, output: Any) -> Any:
+        output.last_hidden_state = predictors(output.last_hidden_state).flatten(0, 1)[None]
+        return output
+
     backbone: Any = model.base_model
+    labels = ids[:, prompt:]
+    if fused:
+        handle = backbone.register_forward_hook(keep_predictors)
+        try:
+            with _grouped_attention(model):
+                output = model(packed, shift_labels=labels.reshape(1, -1), fused_lm_head=True, **inputs)
+        finally:
+            handle.remove()
+        return output.log_probs.reshape(labels.shape)
     with _grouped_attention(model):
-        hidden = backbone(packed, position_ids=positions, use_cache=False, trl_ext_grouper=grouper).last_hidden_state
-    _, _, hidden, _ = grouper.split_output(hidden, include_prefix_last=1)
-    logits = model.get_output_embeddings()(hidden[:, :-1]).float()  # type: ignore[operator]
-    return logits.gather(-1, ids[:, prompt:, None]).squeeze(-1) - logits.logsumexp(-1)
+        hidden = backbone(packed, **inputs).last_hidden_state
+    logits = model.get_output_embeddings()(predictors(hidden)).float()  # type: ignore[operator]
+    return logits.gather(-1, labels[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
 @contextlib.contextmanager

@@ -89,17 +89,27 @@ def _shared_prefix(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found, indent=2))
         return 0
-    columns = ["P x G x S", "tokens", "FLOPs", "speed-up", "PrefixGrouper", "memory", "log-prob diff", "grad diff"]
+    columns = [
+        "P x G x S",
+        "tokens",
+        "FLOPs",
+        "speed-up",
+        "PrefixGrouper",
+        "with plain logits",
+        "memory",
+        "log-prob diff",
+        "grad diff",
+    ]
     lines = []
     for entry in found:
-        grouper = entry["speedup_prefix_grouper"]
+        others = [entry[name] for name in ("speedup_prefix_grouper", "speedup_prefix_grouper_logits")]
         lines.append(
             [
                 f"{entry['prompt_length']} x {entry['group_size']} x {entry['completion_length']}",
                 f"{entry['token_ratio']:.2f}",
                 f"{entry['flop_ratio']:.2f}",
                 f"{entry['speedup']:.2f}",
-                "not installed" if grouper is None else f"{grouper:.2f}",
+                *("not installed" if other is None else f"{other:.2f}" for other in others),
                 f"{entry['peak_memory_ratio']:.2f}",
                 f"{entry['max_logprob_diff']:.1e}",
                 f"{entry['rel_grad_diff']:.1e}",
