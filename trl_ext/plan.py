@@ -13,10 +13,12 @@ from .errors import ConfigError, PluginError, near
 from .registry import HOOKS, PluginSpec, build_manager
 
 LIFECYCLE = ("configure", "setup", "teardown", "state_dict", "load_state_dict")
+_PAIRS = ("pair_batch", "pair_logps", "pair_metrics")
+_ROUNDS = tuple(hook for hook in HOOKS if hook not in _PAIRS)
 SERVED: dict[TrainerKind, tuple[str, ...]] = {
-    "grpo": HOOKS,
-    "rloo": HOOKS,
-    "dpo": (*LIFECYCLE, "logps", "loss_inputs"),
+    "grpo": _ROUNDS,
+    "rloo": _ROUNDS,
+    "dpo": (*LIFECYCLE, "loss_inputs", "logps", *_PAIRS),
 }
 """The hooks that each trainer calls."""
 
@@ -52,6 +54,10 @@ class Plan:
     def users(self, *hooks: str) -> list[str]:
         """Plugins that implement one of the hooks and are served by this trainer."""
         return [s.name for s in self.specs if any(hook in s.hooks and hook in SERVED[self.kind] for hook in hooks)]
+
+    def columns(self) -> list[str]:
+        """The columns of the data that plugins need."""
+        return [need.partition(":")[2] for need in self.needs if need.startswith("column:")]
 
     def stages(self) -> list[tuple[str, list[str]]]:
         """(hook, plugins in order) for every hook that somebody implements, lifecycle hooks left out."""
@@ -155,6 +161,11 @@ def make_plan(specs: Sequence[PluginSpec], config: Config) -> Plan:
                     raise PluginError(f"plugin {spec.name!r}: `configure` returned {requirement!r}, not a requirement.")
         if "policy_loss" in spec.claims:
             refusals += _dropped_settings(spec, config)
+        if "pair_logps" in spec.hooks and getattr(config.args, "precompute_ref_log_probs", False):
+            refusals.append(
+                f"{spec.name} rewrites the reference token by token, and precompute_ref_log_probs=True keeps sums only; "
+                f"set precompute_ref_log_probs=False"
+            )
     for need, names in needs.items():
         refusals += _check_need(need, names, config)
     if refusals:

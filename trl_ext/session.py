@@ -8,19 +8,20 @@ import os
 import random
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 
-from trl_ext_hooks import Plugin, Rollout, Scored, TrainerKind, TrainerView
+from trl_ext_hooks import Pairs, Plugin, Rollout, Scored, TrainerKind, TrainerView
 from trl_ext_hooks.types import Role
 
-from .compat import access
+from .compat import access, frozen
 from .compat.seams import overrides
 from .errors import ConfigError, PluginError
 from .plan import LIFECYCLE, SERVED, Plan
 from .registry import build_manager
+from .stages import pairs, precompute
 
 STATE_FILE = "trl_ext_state.pt"
 
@@ -77,6 +78,16 @@ class View:
         self._trainer.add_callback(callback)
         self.callbacks.append(callback)
 
+    def frozen_model(self, path: str) -> Any:
+        return frozen.load(self._trainer, path)
+
+    def score_pairs(self, model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+        return frozen.score(self._trainer, model, batch)
+
+    def precompute_pairs(self, name: str, score: Callable[[Pairs], torch.Tensor], key: str) -> None:
+        session = self._trainer._trl_ext
+        precompute.add_columns(session, name, score, key)
+
 
 @dataclasses.dataclass
 class RoundState:
@@ -106,12 +117,14 @@ class Session:
                 for name, plugin in self.plugins.items()
                 if name in plan.users(hook)
             ]
+        self.undo: list[Callable[[], None]] = []
         self.calls: Counter[tuple[str, str]] = Counter()
         self.round: RoundState | None = None
         self.in_loss = False
         self.policy_logps: Any = None
         self.keeps_groups = bool({"whole_groups", "grouped_order"} & set(plan.needs))
         self.wants_loss = self.has("policy_loss", "loss_terms", "loss_metrics")
+        self.columns: list[str] = plan.columns() if self.has(*pairs.HOOKS) else []
         self.watches_logps = self.wants_loss or self.has("logps") or bool({"old_logps", "ref_logps"} & set(plan.needs))
         self._verified = False
         self._check_trainer()
@@ -189,12 +202,18 @@ class Session:
     # --- life ---
 
     def setup(self) -> None:
+        if self.has(*pairs.HOOKS):
+            plain = self.trainer.data_collator
+            access.set_collator(self.trainer, pairs.Collator(plain, self.columns))
+            self.undo.append(lambda: access.set_collator(self.trainer, plain))
         with untouched_random_state():
             for _ in self.each("setup", trainer=self.view):
                 pass
 
     def teardown(self) -> None:
         with contextlib.ExitStack() as stack:  # runs everything, whatever one of them raises
+            for undo in self.undo:
+                stack.callback(undo)
             for callback in cast(View, self.view).callbacks:
                 stack.callback(self.trainer.remove_callback, callback)
             for name, caller in reversed(self.chain("teardown")):
@@ -212,6 +231,12 @@ class Session:
             warnings.warn(
                 f"{', '.join(replaced)} replaces TRL's method without calling it; plugins act on its results.",
                 stacklevel=3,
+            )
+        forwards = self.plan.users("logps", "pair_logps", "pair_metrics") if self.kind == "dpo" else []
+        if forwards and access.uses_virtual_tokens(self.trainer):
+            raise ConfigError(
+                f"plugin {forwards[0]!r} needs the token ids in the forward, and this PEFT adapter replaces them by "
+                f"learned prompt tokens. Use another kind of adapter, such as LoRA."
             )
         if "ref_logps" in self.plan.needs and not access.has_reference(self.trainer):
             raise ConfigError(

@@ -21,12 +21,15 @@ from .types import (
     LogpsCall,
     Loss,
     Metric,
+    PairLogps,
+    Pairs,
     PolicyLoss,
     Requirement,
     Rewards,
     Rollout,
     Round,
     Scored,
+    ScoredPairs,
     TrainerView,
 )
 
@@ -323,6 +326,75 @@ def loss_metrics(loss: Loss) -> Mapping[str, Metric] | None:
         @hookimpl
         def loss_metrics(self, loss):
             return {"logp": ((loss.per_token_logps * loss.mask).sum().item(), loss.mask.sum().item())}
+    ```
+    """
+
+
+@hookspec
+def pair_batch(pairs: Pairs) -> Mapping[str, Any] | None:
+    """Adds fields to a micro-batch of pairs, before its forwards. All plugins. DPO.
+
+    Names must be declared in `fields`; `pair_logps` and `pair_metrics` find the values in `pairs.fields`, and the model
+    never sees them. The columns that `needs` names (`column:NAME`) are in `pairs.rows`, whatever TRL drops, in training
+    and in evaluation. Runs in the training process, also where worker processes load the data.
+    `trl_ext_hooks.ops.align_tokens` lays one value per completion token out like the log-probabilities.
+
+    ```python
+    class Confidence(Plugin):
+        name = "confidence"
+        trainers = ("dpo",)
+        needs = ("column:difficulty",)
+        fields = ("confidence",)
+
+        @hookimpl
+        def pair_batch(self, pairs):
+            hard = torch.tensor([float(row["difficulty"]) for row in pairs.rows], device=pairs.trainer.device)
+            return {"confidence": 1 / (1 + hard)}
+
+        @hookimpl
+        def pair_logps(self, pairs):
+            weight = pairs.fields["confidence"].repeat(2).unsqueeze(1)  # (2n, 1): the rejected rows follow the chosen
+            return PairLogps(weight * pairs.per_token_logps, weight * pairs.ref_per_token_logps)
+    ```
+    """
+
+
+@hookspec
+def pair_logps(pairs: ScoredPairs) -> PairLogps | None:
+    """Rewrites the log-probabilities of policy and reference, token by token. Chained. DPO from TRL 1.15.
+
+    TRL then forms what it forms of every loss, divergence and metric from the result, so its `rewards/*` and `logps/*`
+    are about rewritten values. The policy's must keep their gradient. Refused with `precompute_ref_log_probs`, which
+    keeps sums only.
+
+    ```python
+    class FirstTokens(Plugin):
+        name = "first-tokens"
+        trainers = ("dpo",)
+
+        @hookimpl
+        def pair_logps(self, pairs):
+            early = pairs.mask.cumsum(1) <= 4
+            return PairLogps(pairs.per_token_logps * early, pairs.ref_per_token_logps * early)
+    ```
+    """
+
+
+@hookspec
+def pair_metrics(pairs: ScoredPairs) -> Mapping[str, Metric] | None:
+    """Reports values of a micro-batch of pairs as {name: (sum, count)}. All plugins. Collective. DPO from TRL 1.15.
+
+    The log-probabilities are those of the models, detached, before any `pair_logps`.
+
+    ```python
+    class TokenMargin(Plugin):
+        name = "token-margin"
+        trainers = ("dpo",)
+
+        @hookimpl
+        def pair_metrics(self, pairs):
+            chosen, rejected = (pairs.per_token_logps * pairs.mask).sum(1).chunk(2)
+            return {"margin": ((chosen - rejected).sum().item(), len(chosen))}
     ```
     """
 

@@ -124,6 +124,31 @@ class TrainerView(Protocol):
     def add_callback(self, callback: Any) -> None:
         """Add a transformers `TrainerCallback`; it is removed again when the plugin is switched off."""
 
+    def frozen_model(self, path: str) -> Any:
+        """A second causal language model for scoring pairs: a checkpoint, or a PEFT adapter (merged into its base).
+
+        It never trains, has no dropout, and is prepared for the devices of the run. One whose tokenizer is not the
+        policy's is refused. DPO from TRL 1.15.
+        """
+
+    def score_pairs(self, model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+        """(2n, L-1) log-probabilities of the completion tokens of a batch of pairs under a `frozen_model`.
+
+        No gradient; 0 on every other token.
+        """
+
+    def precompute_pairs(self, name: str, score: Callable[[Pairs], torch.Tensor], key: str) -> None:
+        """Gives the training and evaluation data the columns `chosen_NAME` and `rejected_NAME`, for use in `setup`.
+
+        Args:
+            name: What is computed, such as `guide_logps`.
+            score: (2n, L-1) values of a batch; each process is asked for its part of the data.
+            key: What the values depend on besides the data and their truncation, such as the path of a model. Values
+                of the same data and key are taken from the cache of the data.
+
+        Each column holds one value per completion token, NaN where truncation cuts the token off. Collective.
+        """
+
 
 # --- one generation round ---------------------------------------------------------------------------------------------
 
@@ -336,6 +361,58 @@ class PolicyLoss:
 
     values: torch.Tensor
     normalisation: Literal["trainer", "token_mean", "sequence_mean"] = "trainer"
+
+
+# --- preference pairs -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A micro-batch of n preference pairs of DPO, before its forwards. L is the padded length, prompt included.
+
+    Attributes:
+        mode, step, trainer: As in `Rollout`.
+        batch: Tensors by TRL's names, 2n rows of which the first n are the chosen ones, padded right: `input_ids`,
+            `attention_mask`, `completion_mask` (2n, L), and what else the collator made.
+        rows: n dataset rows with the columns that plugins need, and where the data are text `prompt_ids`,
+            `chosen_ids`, `rejected_ids`.
+    """
+
+    mode: Mode
+    step: int
+    trainer: TrainerView
+    batch: Mapping[str, Any]
+    rows: list[dict[str, Any]]
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """(2n, L-1) bool: the tokens that the loss counts; entry t is about token t + 1."""
+        mask: torch.Tensor = self.batch["completion_mask"]
+        return mask[:, 1:] != 0
+
+
+@dataclass(frozen=True)
+class ScoredPairs(Pairs):
+    """Pairs with their log-probabilities.
+
+    Attributes:
+        fields: What `pair_batch` of any plugin returned.
+        per_token_logps: (2n, L-1) under the policy, 0 where `mask` is false; with gradient in `pair_logps`.
+        ref_per_token_logps: (2n, L-1) under the reference; None where only precomputed sums exist, which happens in
+            `pair_metrics` only.
+    """
+
+    fields: Mapping[str, Any]
+    per_token_logps: torch.Tensor
+    ref_per_token_logps: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """Rewritten log-probabilities of policy and reference, (2n, L-1) each."""
+
+    per_token_logps: torch.Tensor
+    ref_per_token_logps: torch.Tensor
 
 
 def _loss_mask(batch: Mapping[str, Any]) -> torch.Tensor:

@@ -25,6 +25,7 @@ from trl_ext_hooks import (
     Need,
     Plugin,
     Requirement,
+    ScoredPairs,
     TrainerView,
     Warn,
     hookimpl,
@@ -155,6 +156,13 @@ class SharedPrefix(Plugin):
 
     @hookimpl
     def loss_metrics(self, loss: Loss) -> dict[str, tuple[float, float]]:
+        return self._metrics()
+
+    @hookimpl
+    def pair_metrics(self, pairs: ScoredPairs) -> dict[str, tuple[float, float]]:
+        return self._metrics()
+
+    def _metrics(self) -> dict[str, tuple[float, float]]:
         """Dense tokens per packed token, and the share of forwards that ran dense."""
         ran = [report for report in self._reports if report.packed]
         metrics = {"dense_share": (float(len(self._reports) - len(ran)), float(len(self._reports)))}

@@ -35,6 +35,9 @@ SIGNATURES = {
     "loss_terms": ["loss"],
     "round_metrics": ["round"],
     "loss_metrics": ["loss"],
+    "pair_batch": ["pairs"],
+    "pair_logps": ["pairs"],
+    "pair_metrics": ["pairs"],
     "state_dict": [],
     "load_state_dict": ["state"],
 }

@@ -245,6 +245,18 @@ def add_fused_head(model: Any) -> None:
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
 
 
+def set_collator(trainer: Any, collator: Any) -> None:
+    """Exchanges the collator, and lets TRL find out anew which columns it drops."""
+    trainer.data_collator = collator
+    trainer._signature_columns = None
+
+
+def uses_virtual_tokens(trainer: Any) -> bool:
+    """Whether the policy is a PEFT model that learns prompt tokens, which the fused forward does not see."""
+    configs = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {})
+    return any(config.is_prompt_learning for config in configs.values())
+
+
 PairForward = Callable[[LogpsCall, Callable[[], Logps]], Logps]
 _FUSED = ("mean_logits", "is_top1", "log_sum_sq_probs")
 

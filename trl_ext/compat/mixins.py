@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from trl_ext_hooks import Logps, LogpsCall, TrainerKind
 from trl_ext_hooks.types import Role
 
-from ..stages import advantage, loss, reward, rollout
-from .access import RewardColumns, adapters_off, pack_generation, pair_forwards, row_order, unpack_generation
+from ..stages import advantage, loss, pairs, reward, rollout
+from .access import RewardColumns, adapters_off, pack_generation, row_order, unpack_generation
 
 if TYPE_CHECKING:
     from ..session import Session
@@ -120,12 +120,21 @@ class PairMixin(TrainerMixin):
     """DPO: losses on pairs."""
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:
-        session = self._trl_ext
-        batch = loss.edited(session, inputs)
-        if not session.has("logps"):
-            return super()._compute_loss(model, batch, return_outputs)
-        with pair_forwards(self, lambda call, dense: loss.logps(session, call, dense)):
-            return super()._compute_loss(model, batch, return_outputs)
+        stock, reference = super()._compute_loss, super().compute_ref_log_probs
+        return pairs.compute(
+            self._trl_ext,
+            inputs,
+            lambda batch: stock(model, batch, return_outputs),
+            lambda batch: reference(self.model if self.ref_model is None else self.ref_model, batch),
+        )
+
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+        return super().compute_ref_log_probs(model, pairs.without_rows(inputs))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        known = self._signature_columns or []
+        self._signature_columns = [*known, *(name for name in self._trl_ext.columns if name not in known)]
 
 
 MIXINS: dict[TrainerKind, type[Any]] = {"grpo": RoundMixin, "rloo": RoundMixin, "dpo": PairMixin}

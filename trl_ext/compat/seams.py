@@ -56,6 +56,7 @@ class Seam:
 
 _SCORING = frozenset({"annotate", "rewards", "advantages", "batch_fields", "round_metrics"})
 _LOSS = frozenset({"policy_loss", "loss_terms", "loss_metrics"})
+_PAIR_FORWARDS = frozenset({"logps", "pair_logps", "pair_metrics"})
 
 SEAMS: tuple[Seam, ...] = (
     Seam("_generate", _ROUND, ("prompts",), frozenset({"rollout"}) | _SCORING),
@@ -76,8 +77,10 @@ SEAMS: tuple[Seam, ...] = (
         ("model", "input_ids", "attention_mask", "logits_to_keep"),
         _LOSS | {"logps", "old_logps", "ref_logps"},
     ),
-    Seam("add_fused_lm_head", ("dpo",), ("model",), frozenset({"logps"}), module_level=True, since="1.15"),
-    Seam("_compute_loss", _ALL, ("model", "inputs"), _LOSS | {"loss_inputs", "logps"}),
+    Seam("add_fused_lm_head", ("dpo",), ("model",), _PAIR_FORWARDS, module_level=True, since="1.15"),
+    Seam("compute_ref_log_probs", ("dpo",), ("model", "inputs"), _PAIR_FORWARDS | {"pair_batch"}),
+    Seam("_set_signature_columns_if_needed", ("dpo",), (), _PAIR_FORWARDS | {"pair_batch"}),
+    Seam("_compute_loss", _ALL, ("model", "inputs"), _LOSS | _PAIR_FORWARDS | {"loss_inputs", "pair_batch"}),
     Seam("training_step", _ALL, ("model", "inputs")),
     Seam("_save_checkpoint", _ALL, ("model", "trial"), frozenset({"state_dict"})),
     Seam("_load_optimizer_and_scheduler", _ALL, ("checkpoint",), frozenset({"load_state_dict"})),
