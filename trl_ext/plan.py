@@ -163,8 +163,8 @@ def make_plan(specs: Sequence[PluginSpec], config: Config) -> Plan:
             refusals += _dropped_settings(spec, config)
         if "pair_logps" in spec.hooks and getattr(config.args, "precompute_ref_log_probs", False):
             refusals.append(
-                f"{spec.name} rewrites the reference token by token, and precompute_ref_log_probs=True keeps sums only; "
-                f"set precompute_ref_log_probs=False"
+                f"{spec.name} rewrites the reference token by token, and precompute_ref_log_probs=True keeps sums "
+                f"only; set precompute_ref_log_probs=False"
             )
     for need, names in needs.items():
         refusals += _check_need(need, names, config)

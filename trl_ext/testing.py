@@ -128,7 +128,7 @@ def tiny_trainer(
         cls: Trainer class; TRL's by default.
         rewards: Reward functions; `digits` and `brevity` by default.
         data: Training data; `tiny_data` by default.
-        trainer: Further arguments of the trainer.
+        trainer: Further arguments of the trainer; they win.
         settings: Training arguments that differ from `tiny_args`.
     """
     from trl import DPOTrainer, GRPOTrainer, RLOOTrainer
@@ -141,7 +141,7 @@ def tiny_trainer(
     }
     if kind != "dpo":
         arguments["reward_funcs"] = [digits, brevity] if rewards is None else rewards
-    return cls(**arguments, **dict(trainer or {}))
+    return cls(**arguments | dict(trainer or {}))
 
 
 def metrics_of(trainer: Any) -> list[dict[str, Any]]:

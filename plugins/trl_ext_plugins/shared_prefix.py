@@ -156,13 +156,13 @@ class SharedPrefix(Plugin):
 
     @hookimpl
     def loss_metrics(self, loss: Loss) -> dict[str, tuple[float, float]]:
-        return self._metrics()
+        return self._shares()
 
     @hookimpl
     def pair_metrics(self, pairs: ScoredPairs) -> dict[str, tuple[float, float]]:
-        return self._metrics()
+        return self._shares()
 
-    def _metrics(self) -> dict[str, tuple[float, float]]:
+    def _shares(self) -> dict[str, tuple[float, float]]:
         """Dense tokens per packed token, and the share of forwards that ran dense."""
         ran = [report for report in self._reports if report.packed]
         metrics = {"dense_share": (float(len(self._reports) - len(ran)), float(len(self._reports)))}

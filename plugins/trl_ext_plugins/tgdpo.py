@@ -4,8 +4,8 @@ DPO gives every token of an answer the same coefficient beta. TGDPO multiplies i
 a token reward, usually the implicit reward of a model that was trained with DPO before: good tokens of the chosen
 answer and bad tokens of the rejected one move more, the others less.
 
-Stages: pair_batch, pair_logps, pair_metrics. The factors are constants, so weighting the log-probabilities of policy and
-reference by them gives the authors' loss. Against their code: factors below 0 are counted and can be cut off
+Stages: pair_batch, pair_logps, pair_metrics. The factors are constants, so weighting the log-probabilities of policy
+and reference by them gives the authors' loss. Against their code: factors below 0 are counted and can be cut off
 (`min_factor`), values that are not finite stop the run, and a guide's own beta can be given (`guide_beta`).
 """
 
@@ -71,15 +71,17 @@ class TGDPOOptions:
     def __post_init__(self) -> None:
         if self.alpha < 0:
             raise ValueError("alpha must not be negative")
-        if (self.guide is not None) + (self.reward_func is not None) + self.reward_columns != 1:
-            raise ValueError(
-                "say where the guidance comes from, in one way: guide (a model trained with DPO), reward_func, or "
-                "reward_columns: true"
-            )
+        if self.sources > 1:
+            raise ValueError("guide, reward_func and reward_columns exclude each other; give one")
         if self.guide is None and (self.precompute or self.guide_beta is not None):
             raise ValueError("precompute and guide_beta belong to a guide; token rewards from elsewhere are used as is")
         if self.reward_func is not None and ":" not in self.reward_func:
             raise ValueError("reward_func must be module:function, such as my_rewards:token_rewards")
+
+    @property
+    def sources(self) -> int:
+        """How many sources of guidance are given."""
+        return (self.guide is not None) + (self.reward_func is not None) + self.reward_columns
 
 
 def implicit_rewards(guide: torch.Tensor, reference: torch.Tensor, beta: float) -> torch.Tensor:
@@ -153,6 +155,14 @@ class TGDPO(Plugin):
             Require("ld_alpha", (None,), why="two weightings of the same tokens would multiply"),
             Require("use_weighting", (False,), why="WPO's weights would be computed from weighted log-probabilities"),
         ]
+        if not self.options.sources:
+            found.append(
+                Refuse(
+                    "nothing says which tokens are good.",
+                    "Give a model that was trained with DPO on these pairs, tgdpo.guide=FOLDER; or tgdpo.reward_func, "
+                    "or tgdpo.reward_columns=true.",
+                )
+            )
         if {"image", "images"} & set(config.columns or ()):
             found.append(Refuse("the data hold images, which the guide does not see.", "Use data of text."))
         if self.options.reward_columns:
@@ -223,7 +233,10 @@ class TGDPO(Plugin):
         found["negative"] = ((self._factors[pairs.mask] < 0).sum().item(), pairs.mask.sum().item())
         ratios = pairs.per_token_logps - pairs.ref_per_token_logps
         chosen, rejected = (beta * ratios.sum(dim=1)).chunk(2)
-        found["rewards/chosen"], found["rewards/rejected"] = (chosen.sum().item(), count), (rejected.sum().item(), count)
+        found["rewards/chosen"], found["rewards/rejected"] = (
+            (chosen.sum().item(), count),
+            (rejected.sum().item(), count),
+        )
         found["rewards/margins"] = ((chosen - rejected).sum().item(), count)
         found["rewards/accuracies"] = ((chosen > rejected).sum().item(), count)
         self._factors = None
@@ -259,8 +272,8 @@ def _check_finite(pairs: Pairs, name: str, values: torch.Tensor) -> None:
         row, token = bad[0].tolist()
         side, n = ("chosen", row) if row < len(pairs.rows) else ("rejected", row - len(pairs.rows))
         raise ValueError(
-            f"{name} of pair {n} in this batch ({side}, position {token + 1}) is {values[row, token].item()}; its text: "
-            f"{_excerpt(pairs, pairs.batch['input_ids'][row][pairs.batch['attention_mask'][row] != 0])!r}"
+            f"{name} of pair {n} in this batch ({side}, position {token + 1}) is {values[row, token].item()}; its "
+            f"text: {_excerpt(pairs, pairs.batch['input_ids'][row][pairs.batch['attention_mask'][row] != 0])!r}"
         )
 
 

@@ -151,7 +151,7 @@ def test_show_takes_files_and_modules(tmp_path, monkeypatch, capsys):
 
 def test_show_an_unknown_plugin(capsys):
     assert cli.main(["show", "gdop"]) == 2
-    assert "Did you mean 'gdpo'?" in capsys.readouterr().err
+    assert "Did you mean 'gdpo'" in capsys.readouterr().err
 
 
 def test_tables_keep_words_whole_in_pipes_and_narrow_terminals(monkeypatch, capsys):

@@ -37,7 +37,7 @@ class Good(Plugin):
 
 
 def test_unknown_plugin_with_near_names() -> None:
-    with refused(UnknownPluginError, "no plugin is called 'gdop'. Did you mean 'gdpo'? Known: ", "gdpo"):
+    with refused(UnknownPluginError, "no plugin is called 'gdop'. Did you mean 'gdpo'", "gdpo"):
         trl_ext.enable("gdop")
 
 

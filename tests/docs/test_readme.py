@@ -1,5 +1,6 @@
 """The code in the README runs, its commands exist, and its YAML is TRL's."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -42,16 +43,15 @@ def test_commands_exist():
 def test_yaml_blocks_are_trl_files_plus_plugins():
     from trl_ext import registry
 
-    for block in [*re.findall(r"```yaml\n(.*?)```", README, re.DOTALL), (ROOT / "recipes/gdpo.yaml").read_text()]:
+    recipes = [file.read_text() for file in sorted((ROOT / "recipes").glob("*.yaml"))]
+    for block in [*re.findall(r"```yaml\n(.*?)```", README, re.DOTALL), *recipes]:
         settings = yaml.safe_load(block)
-        assert registry.resolve(settings.pop("plugins"))
-        _trl_accepts(settings)
+        specs = registry.resolve(settings.pop("plugins"))
+        _trl_accepts(settings, specs[0].cls.trainers[0])
 
 
-def _trl_accepts(settings):
-    from trl.scripts.grpo import make_parser
-
-    parser = make_parser()
+def _trl_accepts(settings, kind):
+    parser = importlib.import_module(f"trl.scripts.{kind}").make_parser()
     assert parser.set_defaults_with_config(**settings) == [], "TRL does not know these keys"
 
 

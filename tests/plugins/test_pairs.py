@@ -1,6 +1,8 @@
 """Built-ins that may be combined really train together, and the table in plugins/README.md says which."""
 
 import importlib.util
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,18 @@ FILE = Path(__file__).parents[2] / "plugins" / "pairs.py"
 _spec = importlib.util.spec_from_file_location("pairs", FILE)
 pairs = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(pairs)
+
+
+OPTIONS = {"tgdpo": {"reward_func": f"{__name__}:even_tokens"}}
+"""What a plugin cannot do without."""
+
+
+def even_tokens(pairs):
+    return 1.0 - pairs.batch["input_ids"][:, 1:] % 2
+
+
+sys.modules[__name__] = types.ModuleType(__name__)
+sys.modules[__name__].even_tokens = even_tokens
 
 
 def test_table_is_current():
@@ -29,7 +43,7 @@ def test_allowed_pairs_train_and_others_are_refused(left, right, reason, build):
             trl_ext.enable(left.name, right.name)
         return
     for kind in plan.common_trainers([left, right]):
-        with trl_ext.enable(left.name, right.name):
+        with trl_ext.enable({name: OPTIONS.get(name) for name in (left.name, right.name)}):
             trainer = build(kind)
             trainer.train()
             fired = {name for name, _ in trainer._trl_ext.calls}

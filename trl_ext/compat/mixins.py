@@ -119,6 +119,8 @@ class RoundMixin(TrainerMixin):
 class PairMixin(TrainerMixin):
     """DPO: losses on pairs."""
 
+    _signature_columns: list[str] | None
+
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:
         stock, reference = super()._compute_loss, super().compute_ref_log_probs
         return pairs.compute(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,6 @@ def _with_columns(
 ) -> Any:
     from accelerate.utils import broadcast_object_list
     from datasets import Dataset, IterableDataset, concatenate_datasets
-    from datasets.fingerprint import Hasher
 
     if isinstance(data, IterableDataset) or "chosen_ids" not in data.column_names:
         raise ConfigError(
@@ -50,7 +50,7 @@ def _with_columns(
             f"this to training."
         )
     args, accelerator = session.trainer.args, session.trainer.accelerator
-    fingerprint = Hasher.hash((data._fingerprint, name, key, args.max_length, args.truncation_mode))
+    fingerprint = _digest(data, name, key, args.max_length, args.truncation_mode)
     place = [(fingerprint, data._get_cache_file_path(fingerprint))]
     broadcast_object_list(place, from_process=0)  # data in memory have a folder per process
     fingerprint, file = place[0]
@@ -71,6 +71,17 @@ def _with_columns(
     accelerator.wait_for_everyone()
     made = Dataset.from_file(file) if os.path.exists(file) else Dataset.from_dict(columns)  # another machine's cache
     return concatenate_datasets([data, made], axis=1)
+
+
+def _digest(data: Any, *settings: Any) -> str:
+    """A name for values of these token ids; the data's own fingerprint changes with every setting of the trainer."""
+    found = hashlib.sha256(repr(settings).encode())
+    for batch in data.select_columns(list(stage.IDS)).with_format("arrow").iter(1000):
+        for column in batch.columns:
+            for chunk in column.chunks:
+                found.update(chunk.value_lengths().to_numpy(zero_copy_only=False).tobytes())
+                found.update(chunk.flatten().to_numpy(zero_copy_only=False).tobytes())
+    return found.hexdigest()[:32]
 
 
 def _score(
