@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import importlib
 import importlib.metadata
-import importlib.util
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +14,7 @@ import pluggy
 
 from trl_ext_hooks import CLAIMS, NEEDS, Plugin, TrainerKind, specs
 
+from . import loading
 from . import options as plugin_options
 from ._version import __version__
 from .errors import ConfigError, OptionError, PluginError, UnknownPluginError, near
@@ -81,12 +78,11 @@ def find(reference: str) -> tuple[type[Plugin], str, str]:
         UnknownPluginError: Nobody provides the name.
         PluginError: It was found and is broken, or two packages provide it.
     """
-    if reference.endswith(".py") or ".py:" in reference:
-        path, _, attribute = reference.partition(".py:")
-        file = Path(path if not attribute else path + ".py")
+    if loading.is_file(reference):
+        file, attribute = loading.split_file(reference)
         if not file.is_file():
             raise UnknownPluginError(f"plugin file {str(file)!r} does not exist (looked in {Path.cwd()}).")
-        return _pick(_load_file(file), attribute, str(file)), str(file), "file"
+        return _pick(loading.load_file(file, "plugin", PluginError), attribute, str(file)), str(file), "file"
     if ":" in reference:
         module, _, attribute = reference.partition(":")
         return _pick(_import(module, reference), attribute, module), reference, "module"
@@ -227,26 +223,7 @@ def check_plugin(cls: Any, origin: str) -> type[Plugin]:
 
 
 def _import(module: str, asked: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except Exception as error:  # whatever a stranger's module raises is reported with its cause
-        raise PluginError(f"plugin {asked}: importing {module!r} failed: {type(error).__name__}: {error}") from error
-
-
-def _load_file(file: Path) -> ModuleType:
-    digest = hashlib.sha1(str(file.resolve()).encode()).hexdigest()[:8]
-    spec = importlib.util.spec_from_file_location(f"trl_ext_file_{file.stem}_{digest}", file)
-    assert spec is not None and spec.loader is not None
-    if spec.name in sys.modules:
-        return sys.modules[spec.name]
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[spec.name]
-        raise PluginError(f"plugin file {str(file)!r} failed: {type(error).__name__}: {error}") from error
-    return module
+    return loading.import_module(module, f"plugin {asked}", PluginError)
 
 
 def _pick(module: ModuleType, attribute: str, origin: str) -> type[Plugin]:

@@ -39,7 +39,7 @@ def test_the_folder_is_written_once_by_many(tmp_path, monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
-    assert [entry.name for entry in tmp_path.iterdir()] == [f"arithmetic-{task.VERSION}"]
+    assert [entry.name for entry in tmp_path.iterdir() if entry.is_dir()] == [f"arithmetic-{task.VERSION}"]
     assert task.folder(told.append).is_dir()
     rows = [json.loads(line) for line in (task.folder() / "test.jsonl").read_text().splitlines()]
     assert rows == task.questions()[1]
@@ -55,9 +55,8 @@ def test_conversion_happens_once_and_leaves_nothing_when_it_fails(tmp_path, monk
     assert not [entry for entry in (tmp_path / "cache").glob("*/*") if entry.is_dir()]
     made = []
 
-    def convert(source, target):
-        made.append(target)
-        target.mkdir()
+    def convert(source, folder):
+        made.append(folder.parent)
 
     monkeypatch.setattr(model, "_convert", convert)
     threads = [threading.Thread(target=model.folder, args=(lambda line: None,)) for _ in range(4)]
@@ -65,7 +64,7 @@ def test_conversion_happens_once_and_leaves_nothing_when_it_fails(tmp_path, monk
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(made) == 1 and model.folder() == made[0]
+    assert len(made) == 1 and model.folder().parent == made[0] and model.folder().is_dir()
 
 
 def test_every_setting_is_trls_and_gives_way_to_the_users(tmp_path, monkeypatch):

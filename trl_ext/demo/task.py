@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import cache_folder
+from .. import cache
 
 PROMPT = "{expression} = ? Reply with the whole equation and nothing else."
 HELD_OUT = 40
@@ -54,21 +52,14 @@ def questions() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 def folder(say: Callable[[str], None] = print) -> Path:
     """A folder with `train.jsonl` and `test.jsonl`, written once into the cache."""
-    target = cache_folder() / f"arithmetic-{VERSION}"
-    if not target.is_dir():
+    target = cache.cache_folder() / f"arithmetic-{VERSION}"
+
+    def make(work: Path) -> None:
         say(f"writing the questions of the task into {target}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=target.parent))
         for name, rows in zip(("train", "test"), questions(), strict=True):
             (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        work.chmod(0o755)
-        try:
-            work.rename(target)
-        except OSError:  # another process was faster
-            shutil.rmtree(work)
-            if not target.is_dir():
-                raise
-    return target
+
+    return cache.kept(target, make)
 
 
 def _text(completion: Any) -> str:

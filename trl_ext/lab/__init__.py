@@ -1,0 +1,21 @@
+"""Small language models and tasks with verifiable answers: experiments of minutes on two cores, offline.
+
+    from trl import GRPOConfig, GRPOTrainer
+    from trl_ext import lab
+
+    task = lab.task("modes")
+    args = GRPOConfig("run", max_completion_length=task.max_completion_length, use_cpu=True, bf16=False)
+    GRPOTrainer(args=args, **lab.trainer_arguments(task, "grpo")).train()
+
+A task brings its prompts, answers and rewards, and traces on which its model is warmed up before the first use. Tasks
+of your own are `Task` objects; README.md beside this file shows one.
+"""
+
+from __future__ import annotations
+
+from .arguments import trainer_arguments
+from .model import model_folder
+from .registry import task, tasks
+from .task import Shape, Task, WarmUp
+
+__all__ = ["Shape", "Task", "WarmUp", "model_folder", "task", "tasks", "trainer_arguments"]

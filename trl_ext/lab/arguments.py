@@ -1,0 +1,77 @@
+"""From a task to the arguments of one of TRL's trainers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from trl_ext_hooks import TrainerKind
+
+from ..errors import ConfigError
+from .model import model_folder
+from .task import Task
+
+
+def trainer_arguments(
+    task: Task,
+    kind: TrainerKind,
+    *,
+    seed: int = 0,
+    train_size: int | None = None,
+    test_size: int | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Everything that a trainer needs besides its settings: `GRPOTrainer(args=..., **trainer_arguments(task, "grpo"))`.
+
+    Args:
+        task: The task.
+        kind: The trainer, one of `task.trainers`.
+        seed: Of the rows. The model does not depend on it.
+        train_size: Number of rows for training; `task.train_size` by default.
+        test_size: Number of held-out rows; `task.test_size` by default.
+        say: Called with lines for a person while the model is made.
+
+    Returns:
+        `model`, `train_dataset` and `eval_dataset`; `reward_funcs` for GRPO and RLOO; `tools` and `environment_factory`
+        where the task has them.
+
+    Raises:
+        ConfigError: The task does not feed this trainer, or its model cannot be made.
+    """
+    from datasets import Dataset
+
+    if kind not in task.trainers:
+        raise ConfigError(f"task {task.name!r} feeds {' and '.join(task.trainers)}, not {kind!r}.")
+    arguments: dict[str, Any] = {
+        "model": str(model_folder(task, say)),
+        "train_dataset": Dataset.from_list(
+            task.rows("train", task.train_size if train_size is None else train_size, seed)
+        ),
+        "eval_dataset": Dataset.from_list(task.rows("test", task.test_size if test_size is None else test_size, seed)),
+    }
+    if kind != "dpo":
+        arguments["reward_funcs"] = [_logging(task, task.rewards[0]), *task.rewards[1:]]
+    if task.tools:
+        arguments["tools"] = list(task.tools)
+    if task.environment is not None:
+        arguments["environment_factory"] = task.environment
+    return arguments
+
+
+def _logging(task: Task, reward: Callable[..., list[float]]) -> Callable[..., list[float]]:
+    """The reward, which also logs the behaviour of the completions; TRL averages over rows and processes."""
+    if task.behaviour is None:
+        return reward
+    behaviour = task.behaviour
+
+    @functools.wraps(reward)
+    def scored(*, log_metric: Callable[[str, float], None] | None = None, **columns: Any) -> list[float]:
+        if log_metric is not None:
+            for name, values in behaviour(**columns).items():
+                for value in values:
+                    if value is not None:
+                        log_metric(f"behaviour/{name}", float(value))
+        return reward(**columns)
+
+    return scored

@@ -1,0 +1,118 @@
+"""What a task of the lab is: data, rewards, traces to warm a model up on, and the size of that model."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+from trl_ext_hooks import TrainerKind
+
+from ..errors import ConfigError
+
+Row = dict[str, Any]
+Split = Literal["train", "test"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The size of a task's model, a causal language model made from a configuration of transformers.
+
+    Attributes:
+        architecture: `"qwen3"` or `"llama"`.
+        width: Size of the hidden states.
+        layers: Number of layers.
+        heads: Number of attention heads; `width` must be a multiple of it.
+        feed_forward: Size of the inner layer of the feed-forward blocks.
+        positions: The longest sequence that it takes.
+    """
+
+    architecture: Literal["qwen3", "llama"] = "qwen3"
+    width: int = 64
+    layers: int = 2
+    heads: int = 4
+    feed_forward: int = 192
+    positions: int = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmUp:
+    """Supervised training on a task's traces, before any reinforcement.
+
+    Attributes:
+        traces: How many traces are generated.
+        steps: Optimiser steps; 0 leaves the model as it was initialised.
+        batch_size: Traces per step.
+        learning_rate: The highest one; it rises over the first twentieth of the steps and falls to a tenth.
+        seed: Of the traces, the initialisation and the order.
+    """
+
+    traces: int = 4096
+    steps: int = 600
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task that a small model can learn in minutes, with everything that a trainer of TRL needs.
+
+    Attributes:
+        name: Lower case, digits and hyphens.
+        summary: One line: what is asked, and what there is to learn.
+        trainers: The trainers that it can feed; the first is the default.
+        rows: `(split, size, seed)` -> rows of a data set: `prompt` as messages and columns for the rewards; for DPO
+            also `chosen` and `rejected`. Always the same for the same arguments.
+        rewards: Reward functions as TRL calls them, with names of their own.
+        traces: `(size, seed)` -> conversations to imitate: `prompt` and `completion` as messages. A message of the
+            assistant may begin with a `prefix` that is shown to the model and not learnt; results of tools are not
+            learnt either.
+        tools: Functions that the model may call, with types and docstrings as transformers wants them.
+        environment: Makes an environment, TRL's `environment_factory`: a class with `reset` and methods as tools.
+        behaviour: Called like a reward; gives named values per row, None where one does not apply. They are logged as
+            `behaviour/NAME`.
+        words: Texts that are one token each; every printable ASCII character and the line break are tokens anyway.
+        shape: The size of the model.
+        warm_up: How the model is trained before the run.
+        max_completion_length: Room for the completions of the warmed-up model, in tokens.
+        train_size: Number of rows for training, by default.
+        test_size: Number of held-out rows, by default.
+    """
+
+    name: str
+    summary: str
+    trainers: tuple[TrainerKind, ...]
+    rows: Callable[[str, int, int], list[Row]]
+    rewards: tuple[Callable[..., list[float]], ...]
+    traces: Callable[[int, int], list[Row]]
+    tools: tuple[Callable[..., Any], ...] = ()
+    environment: Callable[[], Any] | None = None
+    behaviour: Callable[..., dict[str, list[float | None]]] | None = None
+    words: tuple[str, ...] = ()
+    shape: Shape = Shape()
+    warm_up: WarmUp = WarmUp()
+    max_completion_length: int = 32
+    train_size: int = 1024
+    test_size: int = 64
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", self.name):
+            raise ConfigError(
+                f"a task's name is lower-case words joined by hyphens, such as 'my-task'; got {self.name!r}."
+            )
+        known = get_args(TrainerKind)
+        if not self.trainers or not set(self.trainers) <= set(known):
+            raise self.broken(f"`trainers` must be a tuple with some of {', '.join(known)}; got {self.trainers!r}.")
+        if not self.rewards and set(self.trainers) != {"dpo"}:
+            raise self.broken("`rewards` is empty; GRPO and RLOO need at least one reward function.")
+        names = [getattr(function, "__name__", "") for function in self.rewards]
+        if len({*names, ""}) != len(names) + 1 or "<lambda>" in names:
+            raise self.broken(f"every reward must be a function with a name of its own; got {names}.")
+        if (self.tools or self.environment) and set(self.trainers) != {"grpo"}:
+            raise self.broken(f"tools and environments work with GRPO only; `trainers` is {self.trainers!r}.")
+
+    def broken(self, message: str) -> ConfigError:
+        """An error about the definition of this task."""
+        return ConfigError(f"task {self.name!r}: {message}")

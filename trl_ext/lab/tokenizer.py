@@ -1,0 +1,146 @@
+"""The tokenizer of a task: characters, and the words that the task wants as one token each.
+
+Its vocabulary is spelled like that of a byte-level BPE (`Ċ` is a line break), its chat template knows tools and marks
+what the assistant says, and its response template lets TRL read tool calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from .task import Task
+
+PAD, UNKNOWN, END = "<|pad|>", "<|unknown|>", "<|end|>"
+ROLES = ("<|system|>", "<|tools|>", "<|user|>", "<|assistant|>", "<|tool|>")
+CHARACTERS = ("\n", *map(chr, range(32, 127)))
+
+# A message is its role, its text and END. The tools of a run are listed with their parameters, as short as can be.
+CHAT_TEMPLATE = """\
+{%- if tools %}{{ '<|tools|>' }}
+{%- for tool in tools %}
+{%- set called = tool.function if tool.function is defined else tool %}
+{{- called.name + '(' + (called.parameters.properties | default({}, true) | list | join(',')) + ')' }}
+{%- endfor %}{{ '<|end|>' }}
+{%- endif %}
+{%- for message in messages %}
+{{- '<|' + message.role + '|>' }}
+{%- if message.role == 'assistant' %}
+{{- message.prefix | default('', true) }}
+{%- generation %}
+{{- message.content | default('', true) }}
+{%- for call in message.tool_calls | default([], true) %}
+{%- set called = call.function if call.function is defined else call %}
+{{- '<tool_call>\\n{"name": "' + called.name + '", "arguments": ' }}
+{{- called.arguments if called.arguments is string else called.arguments | tojson }}
+{{- '}\\n</tool_call>' }}
+{%- endfor %}
+{{- '<|end|>' }}
+{%- endgeneration %}
+{%- else %}
+{{- message.content }}{{ '<|end|>' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
+
+RESPONSE_TEMPLATE: dict[str, Any] = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|assistant|>",
+    "fields": {
+        "tool_calls": {
+            "open": "<tool_call>",
+            "close": "</tool_call>",
+            "repeats": True,
+            "content": "json",
+            "transform": {"type": "function", "function": "{content}"},
+        },
+        "content": {"close": END, "content": "text"},
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """Everything that determines a tokenizer.
+
+    Attributes:
+        words: Texts of more than one character that are one token, the longest first.
+        characters: All other tokens.
+        calls: Whether the tokenizer reads tool calls.
+    """
+
+    words: tuple[str, ...]
+    characters: tuple[str, ...]
+    calls: bool
+
+    @classmethod
+    def of(cls, task: Task) -> Vocabulary:
+        tools = tools_of(task)
+        words = {*task.words, *_words_of_calls(tools)}
+        characters = {*CHARACTERS, *(letter for word in words for letter in word)}
+        longest_first = sorted((word for word in words if len(word) > 1), key=lambda word: (-len(word), word))
+        return cls(tuple(longest_first), tuple(sorted(characters)), bool(tools))
+
+    def build(self) -> Any:
+        """The tokenizer, of transformers' fast kind."""
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        spell = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+        spelled = [
+            "".join(part for part, _ in spell.pre_tokenize_str(text)) for text in (*self.characters, *self.words)
+        ]
+        tokens = [PAD, UNKNOWN, END, *ROLES, *spelled]
+        backend = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token=UNKNOWN))
+        pieces = Regex("|".join([*map(_escape, self.words), r"[\s\S]"]))
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"), spell])
+        backend.decoder = decoders.ByteLevel()
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            pad_token=PAD,
+            unk_token=UNKNOWN,
+            eos_token=END,
+            additional_special_tokens=list(ROLES),
+        )
+        tokenizer.chat_template = CHAT_TEMPLATE
+        if self.calls:
+            tokenizer.response_template = RESPONSE_TEMPLATE
+        return tokenizer
+
+
+def tools_of(task: Task) -> list[Callable[..., Any]]:
+    """The tools of a task, those of its environment included, in the order in which TRL lists them."""
+    found = list(task.tools)
+    if task.environment is not None:
+        environment = task.environment()
+        found += [
+            getattr(environment, name)
+            for name, _ in inspect.getmembers(type(environment), inspect.isfunction)
+            if name not in ("reset", "get_reward") and not name.startswith("_")
+        ]
+    return found
+
+
+def _words_of_calls(tools: Iterable[Callable[..., Any]]) -> set[str]:
+    """A call is JSON, as other models write it; its fixed parts become one token each, so that it stays short."""
+    words: set[str] = set()
+    for tool in tools:
+        parameters = list(inspect.signature(tool).parameters)
+        words |= {'<tool_call>\n{"name": "', tool.__name__, *(f'"{name}": ' for name in parameters), *parameters}
+        words |= {'", "arguments": {', "}}\n</tool_call>"} if parameters else {'", "arguments": {}}\n</tool_call>'}
+    return words
+
+
+def _escape(word: str) -> str:
+    return re.sub(r"([^\w\s])", r"\\\1", word)
+
+
+def save(task: Task, folder: Path) -> Any:
+    """Writes the tokenizer of a task into a folder and returns it."""
+    tokenizer = Vocabulary.of(task).build()
+    tokenizer.save_pretrained(folder)
+    return tokenizer
