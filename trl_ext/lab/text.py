@@ -18,6 +18,17 @@ def assistant(text: str, prefix: str = "") -> list[dict[str, Any]]:
     return [message | {"prefix": prefix} if prefix else message]
 
 
+def call(tool: str, **arguments: Any) -> dict[str, Any]:
+    """A message of the assistant that calls a tool."""
+    function = {"name": tool, "arguments": arguments}
+    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+
+
+def result(tool: str, text: Any) -> dict[str, Any]:
+    """The message with what a tool returned."""
+    return {"role": "tool", "name": tool, "content": str(text)}
+
+
 def final_text(completion: str | Sequence[dict[str, Any]]) -> str:
     """What the assistant says last; nothing where a completion ends with a call or with the result of one."""
     if isinstance(completion, str):
@@ -28,8 +39,8 @@ def final_text(completion: str | Sequence[dict[str, Any]]) -> str:
     return str(last.get("content") or "")
 
 
-def tool_messages(completion: str | Sequence[dict[str, Any]]) -> int:
-    """How many results of tools the model has seen."""
+def calls_made(completion: str | Sequence[dict[str, Any]]) -> int:
+    """How many calls of tools were carried out and their results shown to the model."""
     return 0 if isinstance(completion, str) else sum(message["role"] == "tool" for message in completion)
 
 
@@ -37,6 +48,14 @@ def drawn(text: str, low: int, high: int) -> int:
     """An integer from `low` to `high` that looks random and depends on the text only; the same on every machine."""
     digest = hashlib.sha256(text.encode()).digest()
     return low + int.from_bytes(digest[:8], "big") % (high - low + 1)
+
+
+def by_kind(kinds: Sequence[str], values: Sequence[float | None], name: str) -> dict[str, list[float | None]]:
+    """Values by kind of row, for the behaviour of a task: `name_KIND` -> the values of that kind, None elsewhere."""
+    return {
+        f"{name}_{kind}": [value if of == kind else None for of, value in zip(kinds, values, strict=True)]
+        for kind in dict.fromkeys(kinds)
+    }
 
 
 def in_split(text: str, split: str, share: int = 8) -> bool:

@@ -126,12 +126,16 @@ def tools_of(task: Task) -> list[Callable[..., Any]]:
 
 
 def _words_of_calls(tools: Iterable[Callable[..., Any]]) -> set[str]:
-    """A call is JSON, as other models write it; its fixed parts become one token each, so that it stays short."""
+    """A call is JSON, as other models write it; what stands between its values is one token each, so it stays short."""
     words: set[str] = set()
     for tool in tools:
-        parameters = list(inspect.signature(tool).parameters)
-        words |= {'<tool_call>\n{"name": "', tool.__name__, *(f'"{name}": ' for name in parameters), *parameters}
-        words |= {'", "arguments": {', "}}\n</tool_call>"} if parameters else {'", "arguments": {}}\n</tool_call>'}
+        words |= {'<tool_call>\n{"name": "', tool.__name__}
+        between = '", "arguments": {'
+        for name, parameter in inspect.signature(tool).parameters.items():
+            quote = '"' if parameter.annotation in (str, "str") else ""
+            words |= {name, f'{between}"{name}": {quote}'}
+            between = f"{quote}, "
+        words.add(between.removesuffix(", ") + "}}\n</tool_call>")
     return words
 
 

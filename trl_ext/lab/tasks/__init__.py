@@ -1,9 +1,24 @@
-"""The built-in tasks, one module each."""
+"""The built-in tasks, one module for one or two of them."""
 
 from __future__ import annotations
 
 from ..task import Task
+from .calculator import CALCULATOR
+from .checks import CHECKS
+from .letters import LETTERS, RIGHT_LETTER
+from .lookup import LOOKUP
 from .loud_quiet import LOUD_QUIET
 from .modes import MODES
+from .walks import GRID_WALK, LINE_WALK
 
-BUILTINS: tuple[Task, ...] = (LOUD_QUIET, MODES)
+BUILTINS: tuple[Task, ...] = (
+    LOUD_QUIET,
+    MODES,
+    CALCULATOR,
+    LETTERS,
+    RIGHT_LETTER,
+    CHECKS,
+    LOOKUP,
+    LINE_WALK,
+    GRID_WALK,
+)

@@ -1,0 +1,98 @@
+"""Sums that the model knows and products that it does not, with a calculator for both.
+
+`7+5` is known by heart; `47*86` takes the tool. The warmed-up model calls it nine times out of ten, needed or not, and
+sometimes twice; when it does not, it is right on the sums and guesses the products. A method that saves calls should
+bring the sums to none and the products to one.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from typing import Any
+
+from ..task import Row, Shape, Task, WarmUp
+from ..text import assistant, by_kind, call, calls_made, final_text, in_split, result, user
+
+KINDS = ("sum", "product")
+CALLS, SHARES = (0, 1, 2), (0.1, 0.65, 0.25)
+"""How often the traces call the tool how many times."""
+
+
+def calculate(expression: str) -> str:
+    """
+    Adds or multiplies two numbers.
+
+    Args:
+        expression: Such as 47*86
+
+    Returns:
+        The result
+    """
+    match = re.fullmatch(r"(\d{1,9})([+*])(\d{1,9})", expression)
+    if match is None:
+        return "error"
+    left, right = int(match[1]), int(match[3])
+    return str(left + right if match[2] == "+" else left * right)
+
+
+def correct(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
+    """1 where the last message is the answer and nothing else."""
+    return [float(final_text(completion) == right) for completion, right in zip(completions, answer, strict=True)]
+
+
+def behaviour(
+    completions: list[Any], kind: list[str], answer: list[str], **columns: Any
+) -> dict[str, list[float | None]]:
+    """Calls and right answers by kind of question, and right answers without a call."""
+    calls = [float(calls_made(completion)) for completion in completions]
+    right = correct(completions, answer)
+    alone = [value if not made else None for value, made in zip(right, calls, strict=True)]
+    return by_kind(kind, calls, "calls") | by_kind(kind, right, "correct") | by_kind(kind, alone, "correct_alone")
+
+
+def _question(number: int, random_state: random.Random) -> tuple[str, str]:
+    kind = KINDS[number % 2]
+    if kind == "sum":
+        return kind, f"{random_state.randrange(10)}+{random_state.randrange(10)}"
+    return kind, f"{random_state.randrange(11, 100)}*{random_state.randrange(11, 100)}"
+
+
+def rows(split: str, size: int, seed: int) -> list[Row]:
+    """Sums and products in turn. Products of the two splits differ; there are only a hundred sums."""
+    random_state = random.Random(f"calculator {split} {seed}")
+    found: list[Row] = []
+    while len(found) < size:
+        kind, question = _question(len(found), random_state)
+        if kind == "sum" or in_split(question, split):
+            found.append({"prompt": user(question), "answer": calculate(question), "kind": kind})
+    return found
+
+
+def traces(size: int, seed: int) -> list[Row]:
+    random_state = random.Random(f"calculator traces {seed}")
+    found: list[Row] = []
+    while len(found) < size:
+        kind, question = _question(len(found), random_state)
+        if kind == "product" and not in_split(question, "train"):
+            continue
+        (calls,) = random_state.choices(CALLS, SHARES)
+        value = calculate(question)
+        turns = [call("calculate", expression=question), result("calculate", value)] * calls
+        found.append({"prompt": user(question), "completion": turns + assistant(value)})
+    return found
+
+
+CALCULATOR = Task(
+    name="calculator",
+    summary="sums that the model knows and products that need the calculator, which it calls for both",
+    trainers=("grpo",),
+    rows=rows,
+    rewards=(correct,),
+    traces=traces,
+    tools=(calculate,),
+    behaviour=behaviour,
+    shape=Shape(width=64, layers=2, heads=4, feed_forward=192, positions=96),
+    warm_up=WarmUp(traces=8192, steps=600, batch_size=48, learning_rate=5e-3),
+    max_completion_length=56,
+)

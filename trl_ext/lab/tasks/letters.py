@@ -1,0 +1,153 @@
+"""Preferences over letters, without a question to get right or with one.
+
+`letters`: six letters out of twelve, of which four are good, four are bad and four do not matter. The reward is good
+minus bad; the pairs for DPO are of a better and a worse answer, with the reward of every token beside them.
+
+`right-letter`: one letter, and every prompt has one that is right. An answer is well formed when it is one letter.
+"""
+
+from __future__ import annotations
+
+import random
+import string
+from typing import Any
+
+from ..task import Row, Shape, Task, WarmUp
+from ..text import assistant, drawn, final_text, user
+
+GOOD, BAD, OTHER = "abcd", "wxyz", "klmn"
+LENGTH = 6
+SMALL = Shape(width=32, layers=2, heads=4, feed_forward=64, positions=32)
+
+
+def worth(letter: str) -> int:
+    """1 for a good letter, -1 for a bad one, 0 for all else."""
+    return (letter in GOOD) - (letter in BAD)
+
+
+def good_minus_bad(completions: list[Any], **columns: Any) -> list[float]:
+    """Good letters minus bad ones, among the first six."""
+    return [float(sum(map(worth, final_text(completion)[:LENGTH]))) for completion in completions]
+
+
+def letters_behaviour(completions: list[Any], **columns: Any) -> dict[str, list[float | None]]:
+    """Good letters, bad letters, and answers of the right length."""
+    texts = [final_text(completion) for completion in completions]
+    return {
+        "good": [float(sum(letter in GOOD for letter in text)) for text in texts],
+        "bad": [float(sum(letter in BAD for letter in text)) for text in texts],
+        "complete": [float(len(text) == LENGTH) for text in texts],
+    }
+
+
+def letters_rows(split: str, size: int, seed: int) -> list[Row]:
+    """Prompts, and pairs: chosen has three good letters and one bad one, rejected one good and three bad ones."""
+    random_state = random.Random(f"letters {split} {seed}")
+    found = []
+    for _ in range(size):
+        better, worse = _mixed(3, 1, random_state), _mixed(1, 3, random_state)
+        found.append(
+            {
+                "prompt": _topic(random_state),
+                "chosen": assistant(better),
+                "rejected": assistant(worse),
+                "chosen_token_rewards": _token_rewards(better),
+                "rejected_token_rewards": _token_rewards(worse),
+            }
+        )
+    return found
+
+
+def letters_traces(size: int, seed: int) -> list[Row]:
+    """All twelve letters alike."""
+    random_state = random.Random(f"letters traces {seed}")
+    return [
+        {
+            "prompt": _topic(random_state),
+            "completion": assistant("".join(random_state.choices(GOOD + BAD + OTHER, k=LENGTH))),
+        }
+        for _ in range(size)
+    ]
+
+
+def _topic(random_state: random.Random) -> list[dict[str, Any]]:
+    return user("".join(random_state.choices(string.digits, k=3)))
+
+
+def _mixed(good: int, bad: int, random_state: random.Random) -> str:
+    letters = random_state.choices(GOOD, k=good) + random_state.choices(BAD, k=bad)
+    letters += random_state.choices(OTHER, k=LENGTH - len(letters))
+    random_state.shuffle(letters)
+    return "".join(letters)
+
+
+def _token_rewards(text: str) -> list[float]:
+    """One number per token of an answer, the end token included."""
+    return [*map(float, map(worth, text)), 0.0]
+
+
+LETTERS = Task(
+    name="letters",
+    summary="six letters, some good and some bad; with pairs for DPO",
+    trainers=("grpo", "rloo", "dpo"),
+    rows=letters_rows,
+    rewards=(good_minus_bad,),
+    traces=letters_traces,
+    behaviour=letters_behaviour,
+    shape=SMALL,
+    warm_up=WarmUp(traces=4096, steps=200, batch_size=64, learning_rate=3e-3),
+    max_completion_length=LENGTH + 2,
+)
+
+
+QUESTIONS, CHOICES = "123456", GOOD + BAD + OTHER
+
+
+def right_letter(question: str) -> str:
+    """The answer to a question of `right-letter`."""
+    return CHOICES[drawn(f"right letter {question}", 0, len(CHOICES) - 1)]
+
+
+def right(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
+    """1 where an answer is the right letter and nothing else."""
+    return [float(final_text(completion) == letter) for completion, letter in zip(completions, answer, strict=True)]
+
+
+def well_formed(completions: list[Any], **columns: Any) -> list[float]:
+    """1 where an answer is one letter."""
+    return [float(len(text) == 1 and text in CHOICES) for text in map(final_text, completions)]
+
+
+def right_letter_rows(split: str, size: int, seed: int) -> list[Row]:
+    """The same few questions again and again, in both splits."""
+    return [
+        {"prompt": user(question), "answer": right_letter(question)}
+        for question in (QUESTIONS[number % len(QUESTIONS)] for number in range(size))
+    ]
+
+
+def right_letter_traces(size: int, seed: int) -> list[Row]:
+    """Any letter to any question, and sometimes two."""
+    random_state = random.Random(f"right-letter traces {seed}")
+    return [
+        {
+            "prompt": user(random_state.choice(QUESTIONS)),
+            "completion": assistant("".join(random_state.choices(CHOICES, k=random_state.choice([1, 1, 1, 2])))),
+        }
+        for _ in range(size)
+    ]
+
+
+RIGHT_LETTER = Task(
+    name="right-letter",
+    summary="six questions with one right letter each, which the warmed-up model does not know",
+    trainers=("grpo", "rloo"),
+    rows=right_letter_rows,
+    rewards=(right, well_formed),
+    traces=right_letter_traces,
+    shape=SMALL,
+    warm_up=WarmUp(traces=4096, steps=150, batch_size=64, learning_rate=3e-3),
+    max_completion_length=4,
+    train_size=240,
+    test_size=48,
+)

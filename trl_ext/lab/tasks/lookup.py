@@ -1,0 +1,103 @@
+"""Questions about a small corpus, of which the model knows a part by heart.
+
+`of:ab` asks for what the corpus has under `ab`, `of:of:ab` for what it has under that. Some entries are known to the
+warmed-up model, the others it has never seen: it must look them up, once or, for two steps, twice. It looks up nearly
+always, so that on known entries every call could be saved.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import string
+from typing import Any
+
+from ..task import Row, Shape, Task, WarmUp
+from ..text import assistant, by_kind, call, calls_made, drawn, final_text, in_split, result, user
+
+KEYS = tuple(map("".join, itertools.product(string.ascii_lowercase, repeat=2)))
+KNOWN = tuple(sorted(KEYS, key=lambda key: drawn(f"known {key}", 0, 10**9))[:24])
+CORPUS = {key: KEYS[drawn(f"corpus {key}", 0, len(KEYS) - 1)] for key in KEYS}
+KINDS = ("known", "new", "chain")
+LOOKS_UP = 0.9
+"""Share of the traces that use the tool."""
+
+
+def lookup(key: str) -> str:
+    """
+    Looks a key up in the corpus.
+
+    Args:
+        key: Two letters
+
+    Returns:
+        The entry
+    """
+    return CORPUS.get(key, "none")
+
+
+def correct(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
+    """1 where the last message is the entry and nothing else."""
+    return [float(final_text(completion) == right) for completion, right in zip(completions, answer, strict=True)]
+
+
+def behaviour(
+    completions: list[Any], kind: list[str], answer: list[str], **columns: Any
+) -> dict[str, list[float | None]]:
+    """Calls and right answers by kind of question, and right answers without a call."""
+    calls = [float(calls_made(completion)) for completion in completions]
+    right = correct(completions, answer)
+    alone = [value if not made else None for value, made in zip(right, calls, strict=True)]
+    return by_kind(kind, calls, "calls") | by_kind(kind, right, "correct") | by_kind(kind, alone, "correct_alone")
+
+
+def rows(split: str, size: int, seed: int) -> list[Row]:
+    """The three kinds in turn. New entries of the two splits differ; the known ones are the same two dozen."""
+    random_state = random.Random(f"lookup {split} {seed}")
+    new = [key for key in KEYS if key not in KNOWN and in_split(key, split)]
+    found = []
+    for number in range(size):
+        kind = KINDS[number % len(KINDS)]
+        key = random_state.choice(KNOWN if kind == "known" else new)
+        answer = CORPUS[CORPUS[key]] if kind == "chain" else CORPUS[key]
+        found.append({"prompt": user(_question(kind, key)), "answer": answer, "kind": kind})
+    return found
+
+
+def traces(size: int, seed: int) -> list[Row]:
+    """Entries that are not known are made up for every trace, so that the model learns to look and not the corpus."""
+    random_state = random.Random(f"lookup traces {seed}")
+    unknown = [key for key in KEYS if key not in KNOWN]
+    found = []
+    for number in range(size):
+        kind = KINDS[number % len(KINDS)]
+        key = random_state.choice(KNOWN if kind == "known" else unknown)
+        steps = [key, *random_state.choices(unknown, k=2 if kind == "chain" else 1)]
+        if kind == "known":
+            steps[1] = CORPUS[key]
+        turns: list[dict[str, Any]] = []
+        if random_state.random() < LOOKS_UP:
+            for asked, entry in itertools.pairwise(steps):
+                turns += [call("lookup", key=asked), result("lookup", entry)]
+        found.append({"prompt": user(_question(kind, key)), "completion": turns + assistant(steps[-1])})
+    return found
+
+
+def _question(kind: str, key: str) -> str:
+    return f"of:of:{key}" if kind == "chain" else f"of:{key}"
+
+
+LOOKUP = Task(
+    name="lookup",
+    summary="entries of a small corpus: known by heart, one look-up away, or two",
+    trainers=("grpo",),
+    rows=rows,
+    rewards=(correct,),
+    traces=traces,
+    tools=(lookup,),
+    behaviour=behaviour,
+    words=("of:",),
+    shape=Shape(width=64, layers=2, heads=4, feed_forward=192, positions=96),
+    warm_up=WarmUp(traces=8192, steps=600, batch_size=48, learning_rate=5e-3),
+    max_completion_length=48,
+)

@@ -1,0 +1,208 @@
+"""Walks as environments: on a line and on a grid, with a reward for every step.
+
+The model sees where it is and calls a tool to move; what the tool returns is where it is then, or `goal` or `stop` when
+the walk is over. The warmed-up model walks at random. Besides what TRL asks of an environment, a walk has
+`step_rewards`, a list with the reward of every move, and `done` and `truncated`, true when it has ended at the goal or
+for lack of moves.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from ..task import Row, Shape, Task, WarmUp
+from ..text import assistant, call, result, user
+
+GOAL, STOP, BYE = "goal", "stop", "bye"
+
+
+class Walk:
+    """What the walks share. A subclass has moves, methods that return what `_go` returns.
+
+    Attributes:
+        step_rewards: The reward of every move so far.
+        done: Whether the goal was reached.
+        truncated: Whether the moves ran out before.
+    """
+
+    most_moves = 8
+    wall = 0.0
+    """The reward of a move that leads nowhere."""
+
+    def __init__(self) -> None:
+        self.step_rewards: list[float] = []
+        self.done = self.truncated = False
+        self._place = self._goal = self._size = (0,)
+
+    def reset(self, *, start: Sequence[int], goal: Sequence[int], size: Sequence[int], **columns: Any) -> str:
+        """Begins a walk; every place is a list of one or two numbers."""
+        self.step_rewards = []
+        self.done = self.truncated = False
+        self._place, self._goal, self._size = tuple(start), tuple(goal), tuple(size)
+        return _spelled(self._place)
+
+    def _go(self, *delta: int) -> str:
+        if self.done or self.truncated:
+            return STOP
+        place = tuple(a + b for a, b in zip(self._place, delta, strict=True))
+        inside = all(0 <= a < size for a, size in zip(place, self._size, strict=True))
+        self._place = place if inside else self._place
+        self.done = self._place == self._goal
+        self.step_rewards.append(float(self.done) if inside else self.wall)
+        self.truncated = not self.done and len(self.step_rewards) >= self.most_moves
+        return GOAL if self.done else STOP if self.truncated else _spelled(self._place)
+
+
+class Line(Walk):
+    """A line of places; the reward is 1 at the goal and 0 elsewhere."""
+
+    def move(self, by: int) -> str:
+        """
+        Moves along the line.
+
+        Args:
+            by: 1 or -1
+
+        Returns:
+            The place after the move
+        """
+        return self._go(1 if by > 0 else -1)
+
+
+class Grid(Walk):
+    """A grid of places; the reward is 1 at the goal, -0.1 for running into the border and 0 elsewhere."""
+
+    most_moves = 6
+    wall = -0.1
+
+    def up(self) -> str:
+        """
+        Moves up.
+
+        Returns:
+            The place after the move
+        """
+        return self._go(0, 1)
+
+    def down(self) -> str:
+        """
+        Moves down.
+
+        Returns:
+            The place after the move
+        """
+        return self._go(0, -1)
+
+    def left(self) -> str:
+        """
+        Moves left.
+
+        Returns:
+            The place after the move
+        """
+        return self._go(-1, 0)
+
+    def right(self) -> str:
+        """
+        Moves right.
+
+        Returns:
+            The place after the move
+        """
+        return self._go(1, 0)
+
+
+def walked(environments: list[Walk], **columns: Any) -> list[float]:
+    """The sum of the rewards of all moves."""
+    return [float(sum(walk.step_rewards)) for walk in environments]
+
+
+def behaviour(environments: list[Walk], **columns: Any) -> dict[str, list[float | None]]:
+    """Walks that reached the goal, and their number of moves."""
+    return {
+        "reached": [float(walk.done) for walk in environments],
+        "moves": [float(len(walk.step_rewards)) for walk in environments],
+        "moves_to_goal": [float(len(walk.step_rewards)) if walk.done else None for walk in environments],
+    }
+
+
+def _spelled(place: Sequence[int]) -> str:
+    return "".join(map(str, place))
+
+
+def line_rows(split: str, size: int, seed: int) -> list[Row]:
+    """From the left end of five places to the right end, again and again."""
+    return [{"prompt": user("at "), "start": [0], "goal": [4], "size": [5]} for _ in range(size)]
+
+
+def grid_rows(split: str, size: int, seed: int) -> list[Row]:
+    """Two places of a grid of four by four, two or three moves apart."""
+    random_state = random.Random(f"grid {split} {seed}")
+    found: list[Row] = []
+    while len(found) < size:
+        start, goal = ([random_state.randrange(4), random_state.randrange(4)] for _ in range(2))
+        if 2 <= sum(abs(a - b) for a, b in zip(start, goal, strict=True)) <= 3:
+            prompt = user(f"to {_spelled(goal)} at ")
+            found.append({"prompt": prompt, "start": start, "goal": goal, "size": [4, 4]})
+    return found
+
+
+def _random_walks(walk: Walk, moves: Sequence[tuple[str, dict[str, Any]]], rows: list[Row], seed: int) -> list[Row]:
+    """Traces: every move equally likely, until the walk is over."""
+    random_state = random.Random(f"walks {type(walk).__name__} {seed}")
+    found = []
+    for row in rows:
+        begin = walk.reset(**row)
+        completion = []
+        while not (walk.done or walk.truncated):
+            name, arguments = random_state.choice(moves)
+            completion += [call(name, **arguments), result(name, getattr(walk, name)(**arguments))]
+        prompt = user(row["prompt"][-1]["content"] + begin)
+        found.append({"prompt": prompt, "completion": completion + assistant(BYE)})
+    return found
+
+
+def line_traces(size: int, seed: int) -> list[Row]:
+    return _random_walks(Line(), [("move", {"by": 1}), ("move", {"by": -1})], line_rows("train", size, seed), seed)
+
+
+def grid_traces(size: int, seed: int) -> list[Row]:
+    moves: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in ("up", "down", "left", "right")]
+    return _random_walks(Grid(), moves, grid_rows("train", size, seed), seed)
+
+
+_WORDS = ("at ", " at ", "to ", GOAL, STOP, BYE, "-1")
+
+LINE_WALK = Task(
+    name="line-walk",
+    summary="an environment: from one end of a line to the other, with a reward at the end only",
+    trainers=("grpo",),
+    rows=line_rows,
+    rewards=(walked,),
+    traces=line_traces,
+    environment=Line,
+    behaviour=behaviour,
+    words=_WORDS,
+    shape=Shape(width=48, layers=2, heads=4, feed_forward=96, positions=128),
+    warm_up=WarmUp(traces=2048, steps=200, batch_size=32, learning_rate=5e-3),
+    max_completion_length=88,
+    train_size=256,
+    test_size=32,
+)
+
+GRID_WALK = Task(
+    name="grid-walk",
+    summary="an environment: to a place of a grid, with a penalty for running into the border",
+    trainers=("grpo",),
+    rows=grid_rows,
+    rewards=(walked,),
+    traces=grid_traces,
+    environment=Grid,
+    behaviour=behaviour,
+    words=_WORDS,
+    shape=Shape(width=48, layers=2, heads=4, feed_forward=96, positions=128),
+    warm_up=WarmUp(traces=4096, steps=300, batch_size=32, learning_rate=5e-3),
+    max_completion_length=56,
+)
