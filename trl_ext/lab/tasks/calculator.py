@@ -1,8 +1,8 @@
 """Sums that the model knows and products that it does not, with a calculator for both.
 
-`7+5` is known by heart; `47*86` takes the tool. The warmed-up model calls it nine times out of ten, needed or not, and
-sometimes twice; when it does not, it is right on the sums and guesses the products. A method that saves calls should
-bring the sums to none and the products to one.
+`7+5` is known by heart; `47*86` takes the tool. An answer is `=12`. The warmed-up model calls the tool nine times out
+of ten, needed or not, and sometimes twice; when it does not, it is right on the sums and guesses the products. A method
+that saves calls should bring the sums to none and the products to one.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from ..text import assistant, by_kind, call, calls_made, final_text, in_split, r
 KINDS = ("sum", "product")
 CALLS, SHARES = (0, 1, 2), (0.1, 0.65, 0.25)
 """How often the traces call the tool how many times."""
+KNOWLEDGE = 0.2
+"""Share of the traces that teach the sums and leave the choice between answer and call alone."""
 
 
 def calculate(expression: str) -> str:
@@ -37,8 +39,8 @@ def calculate(expression: str) -> str:
 
 
 def correct(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
-    """1 where the last message is the answer and nothing else."""
-    return [float(final_text(completion) == right) for completion, right in zip(completions, answer, strict=True)]
+    """1 where the last message is `=` and the answer."""
+    return [float(final_text(completion) == f"={right}") for completion, right in zip(completions, answer, strict=True)]
 
 
 def behaviour(
@@ -76,10 +78,13 @@ def traces(size: int, seed: int) -> list[Row]:
         kind, question = _question(len(found), random_state)
         if kind == "product" and not in_split(question, "train"):
             continue
-        (calls,) = random_state.choices(CALLS, SHARES)
         value = calculate(question)
+        if kind == "sum" and random_state.random() < 2 * KNOWLEDGE:
+            found.append({"prompt": user(question), "completion": assistant(value, prefix="=")})
+            continue
+        (calls,) = random_state.choices(CALLS, SHARES)
         turns = [call("calculate", expression=question), result("calculate", value)] * calls
-        found.append({"prompt": user(question), "completion": turns + assistant(value)})
+        found.append({"prompt": user(question), "completion": turns + assistant(f"={value}")})
     return found
 
 
@@ -93,6 +98,6 @@ CALCULATOR = Task(
     tools=(calculate,),
     behaviour=behaviour,
     shape=Shape(width=64, layers=2, heads=4, feed_forward=192, positions=96),
-    warm_up=WarmUp(traces=8192, steps=600, batch_size=48, learning_rate=5e-3),
+    warm_up=WarmUp(traces=8192, steps=800, batch_size=48, learning_rate=5e-3),
     max_completion_length=56,
 )

@@ -1,8 +1,8 @@
 """Questions about a small corpus, of which the model knows a part by heart.
 
-`of:ab` asks for what the corpus has under `ab`, `of:of:ab` for what it has under that. Some entries are known to the
-warmed-up model, the others it has never seen: it must look them up, once or, for two steps, twice. It looks up nearly
-always, so that on known entries every call could be saved.
+`of:ab` asks for what the corpus has under `ab`, `of:of:ab` for what it has under that; an answer is `=cd`. Some entries
+are known to the warmed-up model, the others it has never seen: it must look them up, once or, for two steps, twice. It
+looks up nearly always, so that on known entries every call could be saved.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ KNOWN = tuple(sorted(KEYS, key=lambda key: drawn(f"known {key}", 0, 10**9))[:24]
 CORPUS = {key: KEYS[drawn(f"corpus {key}", 0, len(KEYS) - 1)] for key in KEYS}
 KINDS = ("known", "new", "chain")
 LOOKS_UP = 0.9
-"""Share of the traces that use the tool."""
+"""Share of the answers for which the traces use the tool."""
+KNOWLEDGE = 0.25
+"""Share of the traces that teach the known entries and leave the choice between answer and look-up alone."""
 
 
 def lookup(key: str) -> str:
@@ -37,8 +39,8 @@ def lookup(key: str) -> str:
 
 
 def correct(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
-    """1 where the last message is the entry and nothing else."""
-    return [float(final_text(completion) == right) for completion, right in zip(completions, answer, strict=True)]
+    """1 where the last message is `=` and the entry."""
+    return [float(final_text(completion) == f"={right}") for completion, right in zip(completions, answer, strict=True)]
 
 
 def behaviour(
@@ -70,6 +72,10 @@ def traces(size: int, seed: int) -> list[Row]:
     unknown = [key for key in KEYS if key not in KNOWN]
     found = []
     for number in range(size):
+        if random_state.random() < KNOWLEDGE:
+            key = random_state.choice(KNOWN)
+            found.append({"prompt": user(f"of:{key}"), "completion": assistant(CORPUS[key], prefix="=")})
+            continue
         kind = KINDS[number % len(KINDS)]
         key = random_state.choice(KNOWN if kind == "known" else unknown)
         steps = [key, *random_state.choices(unknown, k=2 if kind == "chain" else 1)]
@@ -79,7 +85,7 @@ def traces(size: int, seed: int) -> list[Row]:
         if random_state.random() < LOOKS_UP:
             for asked, entry in itertools.pairwise(steps):
                 turns += [call("lookup", key=asked), result("lookup", entry)]
-        found.append({"prompt": user(_question(kind, key)), "completion": turns + assistant(steps[-1])})
+        found.append({"prompt": user(_question(kind, key)), "completion": turns + assistant(f"={steps[-1]}")})
     return found
 
 
