@@ -238,6 +238,13 @@ class Session:
                 f"plugin {forwards[0]!r} needs the token ids in the forward, and this PEFT adapter replaces them by "
                 f"learned prompt tokens. Use another kind of adapter, such as LoRA."
             )
+        term = access.adds_to_loss(self.trainer)
+        scaled = self.has("keep_rows") and access.loss_unit(self.trainer, self.kind) != "tokens"
+        if term and scaled and not self.has("policy_loss"):
+            raise ConfigError(
+                f"plugin {self.plan.users('keep_rows')[0]!r} leaves rows out, for which this loss is scaled, and "
+                f"{term} would be scaled with it. Switch that off, or set loss_type='dapo', which needs no scale."
+            )
         if "ref_logps" in self.plan.needs and not access.has_reference(self.trainer):
             raise ConfigError(
                 f"plugin {self.plan.needs['ref_logps'][0]!r} needs reference log-probabilities: set `beta` above 0 so "

@@ -66,7 +66,8 @@ class Plugin:
         claims: Exclusive resources that it takes, of `CLAIMS`.
         fields: Names that its `annotate` and `batch_fields` may return; no other plugin of the run may own them.
         honours: Only with the hook `policy_loss`: the loss settings of the trainer that the new loss applies itself
-            (`beta`, `top_entropy_quantile`, ...). Every other one is refused when it is switched on.
+            (`beta`, `top_entropy_quantile`, ...). Every other one is refused when it is switched on. And `keep_rows`
+            for a loss that is a scalar and leaves out the rows whose mask is 0.
     """
 
     name: ClassVar[str]

@@ -198,6 +198,32 @@ def advantages(round: Round) -> torch.Tensor | None:
 
 
 @hookspec
+def keep_rows(round: Round) -> torch.Tensor | None:
+    """Selects the rows that a training round learns from. All plugins; each must keep a row for it to stay. Collective.
+
+    Returns (N,) booleans for the rows of all processes, equal on each. The others become as if they had never been
+    sampled: their advantage and loss mask are 0, and no denominator of the loss counts them. `num_items_in_batch`
+    (loss types dapo, cispo, vespo) is counted again; where the loss averages over rows (grpo, sapo, dr_grpo, luspo,
+    RLOO) it is scaled by N / kept; in bnpo, which averages inside micro-batches, each micro-batch weighs as many rows
+    as it keeps. What plugins add in `loss_terms` is averaged as they do it; `loss.mask` is 0 on the rows left out. A
+    `policy_loss` that is a scalar has to leave them out itself and to say so: `honours = ("keep_rows",)`.
+
+    Advantages and group statistics are computed before, with all rows. Training rounds only. GRPO and RLOO.
+
+    ```python
+    class SkipSilentGroups(Plugin):
+        name = "skip-silent-groups"
+        trainers = ("grpo", "rloo")
+
+        @hookimpl
+        def keep_rows(self, round):
+            total = (round.rewards * round.reward_weights).nansum(1)
+            return ~ops.group_stats(total, round.group_ids).constant
+    ```
+    """
+
+
+@hookspec
 def batch_fields(round: Round) -> Mapping[str, torch.Tensor] | None:
     """Adds tensors (b, ...) that travel with their rows through shuffling and splitting to the loss. All plugins.
 

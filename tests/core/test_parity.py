@@ -65,6 +65,10 @@ class Observer(Plugin):
         return None
 
     @hookimpl
+    def keep_rows(self, round: Any) -> None:
+        return None
+
+    @hookimpl
     def batch_fields(self, round: Any) -> None:
         return None
 

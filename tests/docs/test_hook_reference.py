@@ -28,6 +28,7 @@ SIGNATURES = {
     "annotate": ["rollout"],
     "rewards": ["scored"],
     "advantages": ["round"],
+    "keep_rows": ["round"],
     "batch_fields": ["round"],
     "logps": ["call", "compute"],
     "loss_inputs": ["batch", "trainer"],

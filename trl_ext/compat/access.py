@@ -7,7 +7,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -140,6 +140,24 @@ def loss_divisor(trainer: Any, kind: TrainerKind) -> float:
     if kind == "grpo" and mode(trainer) == "train":
         return float(trainer.current_gradient_accumulation_steps)
     return 1.0
+
+
+LossUnit = Literal["tokens", "rows", "micro_batch"]
+
+
+def loss_unit(trainer: Any, kind: TrainerKind) -> LossUnit:
+    """What the trainer's own loss divides by: counted tokens of the round, rows, or what a micro-batch holds."""
+    loss_type = trainer.loss_type if kind == "grpo" else "rows"
+    if loss_type in ("dapo", "cispo", "vespo"):
+        return "tokens"
+    return "micro_batch" if loss_type == "bnpo" else "rows"
+
+
+def adds_to_loss(trainer: Any) -> str | None:
+    """A term that the trainer adds to its loss with a mean of its own, by the setting that asks for it, or None."""
+    if getattr(trainer.args, "entropy_coef", None) or getattr(trainer.args, "use_adaptive_entropy", False):
+        return "an entropy bonus (entropy_coef, use_adaptive_entropy)"
+    return "the router's auxiliary loss (output_router_logits)" if getattr(trainer, "aux_loss_enabled", False) else None
 
 
 def aggregate(

@@ -54,7 +54,7 @@ class Seam:
     since: str = ""
 
 
-_SCORING = frozenset({"annotate", "rewards", "advantages", "batch_fields", "round_metrics"})
+_SCORING = frozenset({"annotate", "rewards", "advantages", "keep_rows", "batch_fields", "round_metrics"})
 _LOSS = frozenset({"policy_loss", "loss_terms", "loss_metrics"})
 _PAIR_FORWARDS = frozenset({"logps", "pair_logps", "pair_metrics"})
 
@@ -80,7 +80,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam("add_fused_lm_head", ("dpo",), ("model",), _PAIR_FORWARDS, module_level=True, since="1.15"),
     Seam("compute_ref_log_probs", ("dpo",), ("model", "inputs"), _PAIR_FORWARDS | {"pair_batch"}),
     Seam("_set_signature_columns_if_needed", ("dpo",), (), _PAIR_FORWARDS | {"pair_batch"}),
-    Seam("_compute_loss", _ALL, ("model", "inputs"), _LOSS | _PAIR_FORWARDS | {"loss_inputs", "pair_batch"}),
+    Seam("_compute_loss", _ALL, ("model", "inputs"), _LOSS | _PAIR_FORWARDS | {"loss_inputs", "keep_rows", "pair_batch"}),
     Seam("training_step", _ALL, ("model", "inputs")),
     Seam("_save_checkpoint", _ALL, ("model", "trial"), frozenset({"state_dict"})),
     Seam("_load_optimizer_and_scheduler", _ALL, ("checkpoint",), frozenset({"load_state_dict"})),

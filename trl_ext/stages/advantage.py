@@ -1,4 +1,4 @@
-"""After scoring: the hooks `advantages`, `batch_fields` and `round_metrics`, and the order of rows."""
+"""After scoring: the hooks `advantages`, `keep_rows`, `batch_fields` and `round_metrics`, and the order of rows."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from trl_ext_hooks.ops import group_stats, masked_mean
 
 from ..compat import access
 from ..errors import PluginError
+from . import selection
 
 if TYPE_CHECKING:
     from ..session import Session
@@ -29,22 +30,28 @@ def finish(session: Session, output: dict[str, Any]) -> dict[str, Any]:
         start = session.view.process_index * rows
         group = access.num_generations(session.trainer)
         output[GROUP_IDS] = (torch.arange(start, start + rows) // group).to(output["advantages"].device)
-    if not session.has("advantages", "batch_fields", "round_metrics"):
+    hooks = ("advantages", "keep_rows", "batch_fields", "round_metrics")
+    if not session.has(*hooks):
         return output
     scored = session.current().scored
     if scored is None:
         raise PluginError(
             f"{type(session.trainer).__name__} finished a round without scoring it through TRL's reward method, so "
-            f"plugins {', '.join(session.plan.users('advantages', 'batch_fields', 'round_metrics'))} cannot act."
+            f"plugins {', '.join(session.plan.users(*hooks))} cannot act."
         )
     advantages = session.view.gather(output["advantages"])  # (N,)
     round = Round(**vars(scored), advantages=advantages, batch=output)
     metrics: dict[str, tuple[float, float]] = {}
+    stock = round.advantages
     if session.has("advantages"):
         round = _chain(session, round, metrics)
-        if metrics:  # without a change everything that TRL recorded is true
+        if round.advantages is not stock:
             output["advantages"] = round.advantages if round.advantages.dim() == 2 else round.advantages[round.local]
-            _log(session, round)
+    if session.has("keep_rows") and round.mode == "train":
+        round = selection.select(session, round, metrics)
+        output = dict(round.batch)
+    if round.advantages is not stock:  # otherwise everything that TRL recorded is true
+        _log(session, round)
     for name, fields in session.each("batch_fields", round=round):
         for field, values in session.mapping(name, "batch_fields", fields).items():
             session.owned(name, "batch_fields", field)

@@ -13,6 +13,7 @@ from trl_ext_hooks.ops import masked_mean
 
 from ..compat import access
 from ..errors import PluginError
+from . import selection
 
 if TYPE_CHECKING:
     from ..session import Session
@@ -70,6 +71,8 @@ def compute(session: Session, inputs: Mapping[str, Any], stock: Callable[[Mappin
             total = stock(batch)
     finally:
         session.in_loss = False
+    if not replaced:
+        total = _weighted(total, batch, access.loss_unit(session.trainer, session.kind))
     if not session.wants_loss:
         return total
     if session.policy_logps is None:
@@ -106,14 +109,26 @@ def _policy_loss(session: Session, name: str, result: PolicyLoss, loss: Loss) ->
         raise PluginError(f"plugin {name!r} returned {type(result).__name__} from 'policy_loss', expected PolicyLoss.")
     divisor = access.loss_divisor(session.trainer, session.kind)
     if result.values.dim() == 0:
-        return result.values / divisor
+        if session.has("keep_rows") and "keep_rows" not in session.plugins[name].honours:
+            others = ", ".join(session.plan.users("keep_rows"))
+            raise PluginError(
+                f"plugin {name!r} returned a scalar from 'policy_loss', and {others} leaves rows out. Return one loss "
+                f"per token, or average over the rows where `loss.mask` is not 0 and declare honours = ('keep_rows',)."
+            )
+        return _weighted(result.values, loss.batch, "micro_batch") / divisor
     if result.values.shape != loss.mask.shape:
         raise PluginError(
             f"plugin {name!r} returned a loss of shape {tuple(result.values.shape)}, expected a scalar or "
             f"{tuple(loss.mask.shape)}."
         )
     if result.normalisation == "trainer":
-        return access.aggregate(session.trainer, session.kind, result.values, loss.mask, loss.batch)
+        total = access.aggregate(session.trainer, session.kind, result.values, loss.mask, loss.batch)
+        return _weighted(total, loss.batch, access.loss_unit(session.trainer, session.kind))
     if result.normalisation == "token_mean":
-        return masked_mean(result.values, loss.mask) / divisor
-    return masked_mean(result.values, loss.mask, dim=1).mean() / divisor
+        return _weighted(masked_mean(result.values, loss.mask), loss.batch, "micro_batch") / divisor
+    return _weighted(masked_mean(result.values, loss.mask, dim=1).mean(), loss.batch, "rows") / divisor
+
+
+def _weighted(total: torch.Tensor, batch: Mapping[str, Any], unit: access.LossUnit) -> torch.Tensor:
+    factor = selection.weight(batch, unit)
+    return total if factor is None else total * factor

@@ -26,7 +26,7 @@ def score(
     stock: Callable[..., torch.Tensor],
 ) -> torch.Tensor:
     """Annotates the rollout, runs the reward functions, and lets plugins rewrite the rewards of all processes."""
-    if not session.has("annotate", "rewards", "advantages", "batch_fields", "round_metrics"):
+    if not session.has("annotate", "rewards", "advantages", "keep_rows", "batch_fields", "round_metrics"):
         return stock(rows, prompts, completions, completion_ids)
     rollout = _rollout(session, rows, prompts, completions, completion_ids)
     fields, gathered = _annotate(session, rollout)
