@@ -31,6 +31,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_model(tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(scope="session")
+def tool_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of the tiny model that knows tool calls."""
+    return tiny_model(tmp_path_factory.mktemp("tool_model"), tools=True)
+
+
 @pytest.fixture
 def build(model: str, tmp_path: Path) -> Callable[..., Any]:
     """`build(kind, **settings)` makes a real TRL trainer with an output folder of its own."""

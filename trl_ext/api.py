@@ -16,7 +16,7 @@ from trl_ext_hooks import Config, TrainerKind
 from . import registry, report
 from .compat import access, seams
 from .errors import CompatError, ConfigError
-from .plan import Plan, check_kind, common_trainers, compose, make_plan
+from .plan import TOOL_SOURCES, Plan, check_kind, common_trainers, compose, make_plan, provided_arguments
 from .registry import PluginSpec
 
 T = TypeVar("T")
@@ -55,6 +55,12 @@ def attach(trainer: T, *plugins: str | Mapping[str, Any], **options: Mapping[str
     """Gives one built trainer these plugins, and returns it. Undo: `detach(trainer)`. Arguments as in `enable`."""
     specs = _resolve(plugins, options)
     kind = _check_class(type(trainer), specs)
+    late = [spec.name for spec in specs if "trainer_arguments" in spec.hooks]
+    if late:
+        raise ConfigError(
+            f"plugin {late[0]!r} gives a trainer what it is built with, and this one is built already. Use "
+            f"trl_ext.enable or trl_ext.extend."
+        )
     plan = make_plan(specs, _config_of_trainer(trainer, kind))
     _put_in_front(trainer, plan)
     return trainer
@@ -181,10 +187,18 @@ def _construct(
             bound |= value
         elif variadic is not inspect.Parameter.VAR_POSITIONAL:
             bound[name] = value
+    provided = provided_arguments(specs, bound)
+    kwargs, bound = {**kwargs, **provided}, {**bound, **provided}
     config, plan = None, None
     if bound.get("args") is not None:  # without arguments TRL makes its own, and the plan waits for them
         config = _config_of_arguments(kind, bound)
         plan = make_plan(specs, config)
+        if "tools" in plan.needs and not access.renders_tool_calls(bound):
+            raise ConfigError(
+                f"{' and '.join(plan.needs['tools'])}: rollouts must be able to call tools, and the chat template of "
+                f"this model loses a tool call or its result (a message of the role 'tool'). Use a model that was "
+                f"trained with tools, such as Qwen/Qwen3-0.6B, or set the chat_template of the processing_class."
+            )
     original(trainer, *args, **kwargs)
     if config is None or plan is None:
         plan = make_plan(specs, _config_of_trainer(trainer, kind))
@@ -249,11 +263,13 @@ def _config_of_arguments(kind: TrainerKind, bound: Mapping[str, Any]) -> Config:
     functions = bound.get("reward_funcs") or ()
     functions = functions if isinstance(functions, list | tuple) else [functions]
     names = None if bound.get("environment_factory") is not None else tuple(map(access.reward_name, functions))
-    return Config(kind, bound["args"], names, _columns(bound.get("train_dataset")), ())
+    sources = tuple(name for name in TOOL_SOURCES if bound.get(name))
+    return Config(kind, bound["args"], names, _columns(bound.get("train_dataset")), (), sources)
 
 
 def _config_of_trainer(trainer: Any, kind: TrainerKind) -> Config:
-    return Config(kind, trainer.args, access.reward_names(trainer), _columns(trainer.train_dataset), ())
+    names, columns = access.reward_names(trainer), _columns(trainer.train_dataset)
+    return Config(kind, trainer.args, names, columns, (), access.tool_sources(trainer))
 
 
 def _columns(dataset: Any) -> tuple[str, ...] | None:

@@ -18,9 +18,11 @@ from typing import Any
 from . import api, registry
 from .compat import access
 from .errors import TrlExtError
-from .testing import metrics_of, tiny_model, tiny_trainer
+from .plan import TOOL_SOURCES
+from .testing import calls, metrics_of, tiny_model, tiny_trainer
+from .tools import calculator
 
-SHAPES_SAMPLING = {"select_rows", "rollout"}
+SHAPES_SAMPLING = {"select_rows", "rollout", "trainer_arguments"}
 """Hooks that may change what the first round generates."""
 
 
@@ -48,7 +50,8 @@ def conformance(
         reference: Name, `file.py` or `module:attribute`.
         folder: An empty folder for models and runs.
         options: Options of the plugin.
-        trainer: Further arguments of the trainer, such as `tools` or `reward_funcs`.
+        trainer: Further arguments of the trainer, such as `tools`. A plugin that needs tools gets a calculator, and
+            rollouts that call it, where none are given.
         progress: Called with the name of each check as it begins.
         settings: Training arguments, where the plugin needs other ones than `trl_ext.testing.tiny_args`.
 
@@ -75,9 +78,16 @@ def conformance(
     if not check("declaration", declared):
         return checks
     spec = specs[0]
-    model = tiny_model(folder / "model")
+    needs_tools = "tools" in spec.cls.needs
+    model = tiny_model(folder / "model", tools=needs_tools or "trainer_arguments" in spec.hooks)
     for kind in spec.cls.trainers:
-        runs = _Runs(kind, model, folder, reference, options, {"trainer": dict(trainer or {}), **settings})
+        arguments: dict[str, Any] = {"trainer": dict(trainer or {}), **settings}
+        if kind == "grpo" and needs_tools and not set(TOOL_SOURCES) & set(arguments["trainer"]):
+            arguments["trainer"]["tools"] = [calculator]
+            called: dict[str, Any] = {"max_completion_length": 150, "max_tool_calling_iterations": 2}
+            called["generation_kwargs"] = calls(model, "calculator", likelihood=5.0, expression="6 * 7")
+            arguments = called | arguments
+        runs = _Runs(kind, model, folder, reference, options, arguments)
         if check(f"{kind}: trains, every hook fires", runs.trains):
             check(f"{kind}: the same run gives the same numbers", runs.repeats)
             if kind != "dpo" and not SHAPES_SAMPLING & set(spec.hooks):

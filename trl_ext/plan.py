@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from trl_ext_hooks import NEEDS, Config, Need, Plugin, Recommend, Refuse, Require, TrainerKind, Warn
@@ -12,15 +13,20 @@ from trl_ext_hooks import NEEDS, Config, Need, Plugin, Recommend, Refuse, Requir
 from .errors import ConfigError, PluginError, near
 from .registry import HOOKS, PluginSpec, build_manager
 
-LIFECYCLE = ("configure", "setup", "teardown", "state_dict", "load_state_dict")
+BUILDING = ("trainer_arguments", "configure")
+"""Hooks that run before there is a trainer, on instances of their own."""
+LIFECYCLE = (*BUILDING, "setup", "teardown", "state_dict", "load_state_dict")
+_COMMON = tuple(hook for hook in LIFECYCLE if hook != "trainer_arguments")
 _PAIRS = ("pair_batch", "pair_logps", "pair_metrics")
 _ROUNDS = tuple(hook for hook in HOOKS if hook not in _PAIRS)
 SERVED: dict[TrainerKind, tuple[str, ...]] = {
     "grpo": _ROUNDS,
-    "rloo": _ROUNDS,
-    "dpo": (*LIFECYCLE, "loss_inputs", "logps", *_PAIRS),
+    "rloo": tuple(hook for hook in _ROUNDS if hook != "trainer_arguments"),
+    "dpo": (*_COMMON, "loss_inputs", "logps", *_PAIRS),
 }
 """The hooks that each trainer calls."""
+TOOL_SOURCES = ("tools", "environment_factory", "rollout_func")
+"""Constructor arguments of a trainer that let its rollouts call tools; what `trainer_arguments` may give."""
 
 _LOSS_SETTINGS: dict[str, tuple[Any, ...]] = {
     "beta": (0.0,),
@@ -114,12 +120,53 @@ def check_kind(specs: Sequence[PluginSpec], kind: TrainerKind) -> None:
                 f"{', '.join(spec.cls.trainers)}. "
                 f"Use one of these trainers, or leave the plugin out."
             )
+        if "trainer_arguments" in spec.hooks and "trainer_arguments" not in SERVED[kind]:
+            raise PluginError(
+                f"plugin {spec.name!r} declares the {kind.upper()} trainer and gives it tools in its hook "
+                f"'trainer_arguments'; only GRPO takes {', '.join(TOOL_SOURCES)}."
+            )
         working = [hook for hook in spec.hooks if hook not in LIFECYCLE]
         if working and not any(hook in SERVED[kind] for hook in working):
             raise PluginError(
                 f"plugin {spec.name!r} declares the {kind.upper()} trainer, which calls none of its hooks "
                 f"({', '.join(working)}). That trainer calls: {', '.join(SERVED[kind])}."
             )
+
+
+def provided_arguments(specs: Sequence[PluginSpec], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What plugins add to the arguments with which a trainer is constructed.
+
+    Args:
+        given: The arguments of the caller by name.
+
+    Raises:
+        ConfigError: Two plugins, or the caller and a plugin, give the same argument.
+        PluginError: A plugin gives something else.
+    """
+    found: dict[str, Any] = {}
+    owners = {name: "the caller" for name in TOOL_SOURCES if given.get(name)}
+    for spec in compose(specs):
+        if "trainer_arguments" not in spec.hooks:
+            continue
+        plugin = spec.cls(spec.options)
+        with _blamed(plugin, "trainer_arguments"):
+            results = build_manager([plugin]).hook.trainer_arguments()
+        for result in results:
+            if not isinstance(result, Mapping) or not set(result) <= set(TOOL_SOURCES):
+                got = f"{', '.join(result)!r}" if isinstance(result, Mapping) else type(result).__name__
+                raise PluginError(
+                    f"plugin {spec.name!r} returned {got} from 'trainer_arguments', expected a mapping of "
+                    f"{', '.join(TOOL_SOURCES)}."
+                )
+            for name, value in result.items():
+                if name in owners:
+                    raise ConfigError(
+                        f"plugin {spec.name!r} gives the trainer `{name}`, which {owners[name]} gives too. Leave one "
+                        f"out."
+                    )
+                owners[name] = f"plugin {spec.name!r}"
+                found[name] = value
+    return found
 
 
 def make_plan(specs: Sequence[PluginSpec], config: Config) -> Plan:
@@ -152,7 +199,8 @@ def make_plan(specs: Sequence[PluginSpec], config: Config) -> Plan:
                 case Need(name):
                     if (name.partition(":")[0] + ":NAME" if ":" in name else name) not in NEEDS:
                         raise PluginError(f"plugin {spec.name!r}: `configure` needs {name!r}.{near(name, NEEDS)}")
-                    needs.setdefault(name, []).append(spec.name)
+                    if spec.name not in needs.setdefault(name, []):
+                        needs[name].append(spec.name)
                 case Refuse(what, fix):
                     refusals.append(f"{spec.name}: {what} {fix}")
                 case Warn(message):
@@ -174,11 +222,18 @@ def make_plan(specs: Sequence[PluginSpec], config: Config) -> Plan:
 
 
 def _configure(plugin: Plugin, config: Config) -> list[Any]:
-    try:
+    with _blamed(plugin, "configure"):
         return [found for result in build_manager([plugin]).hook.configure(config=config) for found in result]
+
+
+@contextlib.contextmanager
+def _blamed(plugin: Plugin, hook: str) -> Iterator[None]:
+    """Names the plugin and the hook of what is raised inside the block."""
+    try:
+        yield
     except Exception as error:
         raise PluginError(
-            f"plugin {plugin.name!r} failed in its hook 'configure': {type(error).__name__}: {error}"
+            f"plugin {plugin.name!r} failed in its hook {hook!r}: {type(error).__name__}: {error}"
         ) from error
 
 
@@ -208,8 +263,14 @@ def _check_need(need: str, names: list[str], config: Config) -> list[str]:
     if kind == "column" and config.columns is not None and target not in config.columns:
         return [f"{who}: the training data has no column {target!r}; it has {', '.join(config.columns) or 'none'}"]
     if kind == "reward" and config.reward_names is not None and target not in config.reward_names:
-        listed = ", ".join(config.reward_names) or "none"
-        return [f"{who}: no reward function is called {target!r}; the run has {listed}"]
+        return [f"{who}: no reward function is called {target!r}.{near(target, config.reward_names)}"]
+    if need == "tools" and not config.tool_sources:
+        if config.kind == "rloo":
+            return [f"{who}: rollouts must be able to call tools, which the RLOO trainer has not; use GRPO"]
+        return [
+            f"{who}: rollouts must be able to call tools; give the trainer `tools`, `environment_factory` or "
+            f"`rollout_func`, or add a plugin that does, such as `tools`"
+        ]
     if need == "whole_groups":
         size, group = args.per_device_train_batch_size, args.num_generations
         if size % group:

@@ -24,6 +24,7 @@ BUILTINS: dict[str, str] = {
     "gdpo": "trl_ext_plugins.gdpo:GDPO",
     "shared-prefix": "trl_ext_plugins.shared_prefix:SharedPrefix",
     "tgdpo": "trl_ext_plugins.tgdpo:TGDPO",
+    "tools": "trl_ext_plugins.tools:Tools",
 }
 HOOKS: tuple[str, ...] = tuple(name for name, value in vars(specs).items() if hasattr(value, "trl_ext_spec"))
 KINDS: tuple[TrainerKind, ...] = get_args(TrainerKind)

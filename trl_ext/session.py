@@ -250,16 +250,6 @@ class Session:
                 f"plugin {self.plan.needs['ref_logps'][0]!r} needs reference log-probabilities: set `beta` above 0 so "
                 f"that the trainer loads a reference model, or train a PEFT adapter."
             )
-        if "tools" in self.plan.needs and not (
-            getattr(self.trainer, "tools", None)
-            or getattr(self.trainer, "environments", None)
-            or getattr(self.trainer, "environment_factories", None)
-            or getattr(self.trainer, "rollout_func", None)
-        ):
-            raise ConfigError(
-                f"plugin {self.plan.needs['tools'][0]!r} needs rollouts that can call tools: give the trainer `tools`, "
-                f"`environment_factory` or `rollout_func`."
-            )
 
     def verify_fired(self) -> None:
         """After the first training step: every hook of every plugin must have run.

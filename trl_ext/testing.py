@@ -14,28 +14,62 @@ from trl_ext_hooks import TrainerKind
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_TOOLS = (
+    "{% if tools %}<|im_start|>system\nTools:{% for tool in tools %} {{ tool['function']['name'] }}{% endfor %}"
+    "<|im_end|>\n{% endif %}"
+)
 _TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
-def tiny_model(folder: str | Path, **config: Any) -> str:
+_CALLS = (
+    "{{ message['content'] }}{% for call in message['tool_calls'] or [] %}"
+    "<tool_call>{{ call['function'] | tojson }}</tool_call>{% endfor %}"
+)
+_RESPONSE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|im_start|>assistant\n",
+    "fields": {
+        "tool_calls": {
+            "open": "<tool_call>",
+            "close_pattern": r"</tool_call>\s*",
+            "repeats": True,
+            "content": "json",
+            "transform": {"type": "function", "function": "{content}"},
+        },
+        "content": {"close_pattern": r"<\|im_end\|>\s*", "content": "text"},
+    },
+}
+"""How transformers reads tool calls out of what the model wrote."""
+
+
+def tiny_model(folder: str | Path, *, tools: bool = False, **config: Any) -> str:
     """Saves a two-layer Qwen2 with a character tokenizer and a chat template; returns its folder. Always the same.
 
-    `config` overrides settings of the architecture, such as `num_hidden_layers`.
+    With `tools` it is a Qwen3 whose template and tokenizer know tool calls, for TRL's `tools=[...]`. It is not trained;
+    `calls` makes it call. `config` overrides settings of the architecture, such as `num_hidden_layers`.
     """
     import torch
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
     from tokenizers import decoders as token_decoders
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import (
+        PreTrainedTokenizerFast,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
 
     special = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>"]
+    marks = ["<tool_call>", "</tool_call>"] if tools else []
     letters = [chr(code) for code in range(32, 127)] + ["\n"]
-    vocabulary = {token: index for index, token in enumerate([*special, *letters])}
+    vocabulary = {token: index for index, token in enumerate([*special, *letters, *marks])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
     backend.decoder = token_decoders.Fuse()
+    backend.add_tokens([AddedToken(mark, normalized=False) for mark in marks])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
@@ -44,6 +78,9 @@ def tiny_model(folder: str | Path, **config: Any) -> str:
         additional_special_tokens=["<|im_start|>"],
     )
     tokenizer.chat_template = _TEMPLATE
+    if tools:
+        tokenizer.chat_template = _TOOLS + _TEMPLATE.replace("{{ message['content'] }}", _CALLS)
+        tokenizer.response_template = _RESPONSE
     shape = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -52,11 +89,14 @@ def tiny_model(folder: str | Path, **config: Any) -> str:
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
     }
+    config_class, model_class = Qwen2Config, Qwen2ForCausalLM
+    if tools:  # transformers reads the tokenizer of every Qwen2 as the byte-level one of its hub models
+        config_class, model_class, shape["head_dim"] = Qwen3Config, Qwen3ForCausalLM, 8  # type: ignore[assignment]
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    architecture = Qwen2Config(vocab_size=len(vocabulary), **ids, **shape | config)
+    architecture = config_class(vocab_size=len(vocabulary), **ids, **shape | config)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        Qwen2ForCausalLM(architecture).save_pretrained(folder)
+        model_class(architecture).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -73,6 +113,31 @@ def tiny_data(kind: TrainerKind = "grpo", rows: int = 16) -> Dataset:
     return Dataset.from_dict(
         {"prompt": prompts, "answer": [str(2 * i) for i in range(rows)], "index": list(range(rows))}
     )
+
+
+def calls(folder: str, name: str, likelihood: float = 3.0, end: float = 3.0, **arguments: Any) -> dict[str, Any]:
+    """`generation_kwargs` with which the untrained tiny model calls a tool now and then, in TRL's own loop.
+
+    A bias on sequences makes the opening of a call likely, and what follows it certain.
+
+    Args:
+        folder: Folder of `tiny_model(..., tools=True)`.
+        name: Name of the tool.
+        likelihood: Added to the logit of a call's first token wherever nothing else is certain.
+        end: Added to the logit of the end of a turn there.
+        arguments: Arguments of the call.
+    """
+    import json
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    written = tokenizer("<tool_call>" + json.dumps({"name": name, "arguments": arguments}) + "</tool_call>")[
+        "input_ids"
+    ]
+    stop = tokenizer.eos_token_id
+    certain = [[[*written, stop][:length], 100.0] for length in range(2, len(written) + 2)]
+    return {"sequence_bias": [[[written[0]], likelihood], [[stop], end], *certain]}
 
 
 def digits(completions: list[Any], **kwargs: Any) -> list[float]:

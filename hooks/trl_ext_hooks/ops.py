@@ -1,4 +1,4 @@
-"""Tensor functions that plugins share: group statistics and masked means.
+"""Tensor functions that plugins share: group statistics, masked means, and counts of tool calls.
 
 Groups are given by `group_ids` (N,), so groups may differ in size and their rows need not be neighbours. Statistics are
 computed in float64 and leave NaN entries out.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -123,3 +124,33 @@ def align_tokens(values: Sequence[Sequence[float]], mask: torch.Tensor, *, trunc
         kept = own[len(own) - count :] if truncation == "keep_end" else own[:count]
         out[row, start : start + count] = torch.tensor(kept, dtype=torch.float32)
     return out[:, 1:].to(mask.device)
+
+
+def count_tool_messages(completions: Sequence[Any]) -> torch.Tensor:
+    """Executed tool calls of each completion: its messages with the role `tool`.
+
+    A failed call answers with a message too and counts. A call that the model wrote and nobody executed (turn limit, or
+    a result that would not have fitted) has no message and does not count. Parallel calls in one turn count one each.
+
+    Args:
+        completions: b lists of messages; a plain text holds no messages and counts 0.
+
+    Returns:
+        (b,) int64.
+    """
+    counts = [
+        0 if isinstance(completion, str) else sum(message.get("role") == "tool" for message in completion)
+        for completion in completions
+    ]
+    return torch.tensor(counts, dtype=torch.int64)
+
+
+def count_tag(texts: Sequence[str], tag: str) -> torch.Tensor:
+    """How often `tag` stands in each text, without overlaps: tool calls of rollouts that are plain text.
+
+    Returns:
+        (b,) int64.
+    """
+    if not tag:
+        raise ValueError("the tag must not be empty")
+    return torch.tensor([text.count(tag) for text in texts], dtype=torch.int64)

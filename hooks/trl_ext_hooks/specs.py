@@ -59,6 +59,35 @@ def configure(config: Config) -> Iterable[Requirement] | None:
 
 
 @hookspec
+def trainer_arguments() -> Mapping[str, Any] | None:
+    """Gives the trainer what its caller left out: `tools`, `environment_factory` or `rollout_func`. GRPO.
+
+    Runs on every process before `configure`, for trainers that are built with the plugin (`enable`, `extend`, the
+    command line). Two givers of one argument are refused, the caller being one of them. What a trainer was built with
+    stays when the plugin is switched off.
+
+    ```python
+    class Multiplication(Plugin):
+        name = "multiplication"
+        trainers = ("grpo",)
+
+        @hookimpl
+        def trainer_arguments(self):
+            def multiply(a: int, b: int) -> int:
+                \"\"\"Multiplies two numbers.
+
+                Args:
+                    a: The first number.
+                    b: The second number.
+                \"\"\"
+                return a * b
+
+            return {"tools": [multiply]}
+    ```
+    """
+
+
+@hookspec
 def setup(trainer: TrainerView) -> None:
     """Prepares what needs the built trainer. The random state is restored afterwards.
 
@@ -303,21 +332,23 @@ def policy_loss(loss: Loss) -> PolicyLoss:
 
 
 @hookspec
-def loss_terms(loss: Loss) -> Mapping[str, torch.Tensor] | None:
-    """Adds named scalars to the loss of a micro-batch, each a mean over it. Summed over plugins.
+def loss_terms(loss: Loss) -> Mapping[str, torch.Tensor | PolicyLoss] | None:
+    """Adds named terms to the loss of a micro-batch. Summed over plugins.
 
-    The core scales them for gradient accumulation, so a term counts the same whatever the micro-batch size, and reports
-    each as the metric `<plugin>/<term>`. GRPO and RLOO.
+    A term is a scalar that is a mean over the micro-batch, or a `PolicyLoss` with one value per token, which the core
+    averages as the trainer's `loss_type` does. The core scales both for gradient accumulation, so a term counts the
+    same whatever the micro-batch size, and reports each as the metric `<plugin>/<term>`. GRPO and RLOO.
 
     ```python
-    class EntropyFloor(Plugin):
-        name = "entropy-floor"
+    class StayNear(Plugin):
+        name = "stay-near"
         trainers = ("grpo",)
 
         @hookimpl
         def loss_terms(self, loss):
+            drift = loss.per_token_logps - loss.old_per_token_logps
             entropy = (loss.entropies * loss.mask).sum() / loss.mask.sum().clamp(min=1)
-            return {"entropy_floor": torch.relu(0.5 - entropy)}
+            return {"drift": PolicyLoss(0.1 * drift**2), "entropy_floor": torch.relu(0.5 - entropy)}
     ```
     """
 

@@ -33,6 +33,8 @@ class Config:
             is known once the trainer is built (`configure` then runs again).
         columns: Columns of the training data, or None where they cannot be known before it is read.
         plugins: Names of all plugins of the run, in the order in which they act.
+        tool_sources: What lets rollouts call tools: those of `tools`, `environment_factory` and `rollout_func` that
+            the trainer is given.
     """
 
     kind: TrainerKind
@@ -40,6 +42,7 @@ class Config:
     reward_names: tuple[str, ...] | None
     columns: tuple[str, ...] | None
     plugins: tuple[str, ...]
+    tool_sources: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -208,6 +211,16 @@ class Rollout:
         """Selects this process's rows from a tensor over the N rows."""
         return slice(self.offset, self.offset + len(self.rows))
 
+    @property
+    def tool_calls(self) -> torch.Tensor:
+        """(b,) int64: executed tool calls of each rollout, that is its messages with the role `tool`.
+
+        Rollouts that are plain text hold no messages: see `trl_ext_hooks.calls.CallCounter`.
+        """
+        from .ops import count_tool_messages
+
+        return count_tool_messages(self.completions).to(self.trainer.device)
+
 
 @dataclass(frozen=True)
 class Rewards:
@@ -351,7 +364,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """A replacement of the policy loss.
+    """A loss of a micro-batch: the policy loss itself, or a term beside it.
 
     Attributes:
         values: (m, T) loss per token, or a scalar that already is a mean over the micro-batch.

@@ -74,7 +74,9 @@ def checking(*requirements: Any, **attributes: Any) -> type[Plugin]:
         (Require("beta", (0.1, 0.2), "why"), "checking needs beta=0.1 or 0.2, it is 0.0: why"),
         (Refuse("the moon is full.", "Wait."), "checking: the moon is full. Wait."),
         (Need("column:steps"), "checking: the training data has no column 'steps'; it has prompt, answer, index"),
-        (Need("reward:format"), "checking: no reward function is called 'format'; the run has digits, brevity"),
+        (Need("reward:format"), "checking: no reward function is called 'format'. Known: brevity, digits."),
+        (Need("reward:digit"), "no reward function is called 'digit'. Did you mean 'digits'? Known: brevity, digits."),
+        (Need("tools"), "checking: rollouts must be able to call tools; give the trainer `tools`"),
     ],
 )
 def test_what_configure_refuses(requirement: Any, expected: str, build: Any, plugin: Any) -> None:
@@ -207,12 +209,49 @@ def test_rlos_kl_term_is_no_part_of_the_loss(build: Any, plugin: Any) -> None:
 
 
 def test_a_plugin_that_needs_tools(build: Any, plugin: Any) -> None:
-    cls = checking(needs=("tools",))
-    with (
-        trl_ext.enable(plugin(cls)),
-        refused(ConfigError, "plugin 'checking' needs rollouts that can call tools: give the trainer `tools`"),
-    ):
-        build()
+    text = "checking: rollouts must be able to call tools; give the trainer `tools`, `environment_factory` or"
+    with trl_ext.enable(plugin(checking(needs=("tools",)))):
+        with refused(ConfigError, text):
+            build(cls=unloadable("grpo"))
+        with refused(ConfigError, "call tools, which the RLOO trainer has not; use GRPO"):
+            build("rloo", cls=unloadable("rloo"))
+        # no chat template is asked for, as a rollout function renders conversations itself
+        assert build(trainer={"rollout_func": lambda prompts, trainer: {}})._trl_ext.plan.needs == {
+            "tools": ("checking",)
+        }
+
+
+def test_a_chat_template_that_loses_tool_calls(model: str, build: Any, plugin: Any) -> None:
+    """Noticed with the tokenizer alone, where TRL loads the model first."""
+    from transformers import AutoTokenizer
+
+    def multiply(a: int, b: int) -> int:
+        """Multiplies two numbers.
+
+        Args:
+            a: The first number.
+            b: The second number.
+        """
+        return a * b
+
+    def with_tokenizer_only(**arguments: Any) -> Any:
+        tokenizer = AutoTokenizer.from_pretrained(arguments["model"])
+        return unloadable("grpo")(**arguments | {"processing_class": tokenizer})
+
+    with trl_ext.enable(plugin(checking(needs=("tools",)))):
+        with refused(
+            ConfigError, "checking: rollouts", "loses a tool call or its result (a message of the role 'tool')"
+        ):
+            build(cls=with_tokenizer_only, trainer={"tools": [multiply]})
+        with refused(ConfigError, "loses a tool call"):
+            build(trainer={"tools": [multiply]})  # the tokenizer of a model that is named
+
+
+def test_an_attached_plugin_asks_the_built_trainer_for_tools(build: Any, plugin: Any) -> None:
+    with refused(ConfigError, "rollouts must be able to call tools"):
+        trl_ext.attach(build(), plugin(checking(needs=("tools",))))
+    trainer = build(trainer={"rollout_func": lambda prompts, trainer: {}})
+    assert trl_ext.attach(trainer, plugin(checking(needs=("tools",)))) is trainer
 
 
 # --- results of hooks -------------------------------------------------------------------------------------------------
@@ -275,8 +314,9 @@ CASES: list[Any] = [
     ("loss_inputs", {"advantage": torch.zeros(8)}, "returned 'advantage' from 'loss_inputs'; the batch has prompt_ids"),
     ("loss_inputs", torch.zeros(8), "returned Tensor from 'loss_inputs', expected a mapping"),
     ("loss_terms", torch.zeros(()), "returned Tensor from 'loss_terms', expected a mapping"),
-    ("loss_terms", {"x": 1.0}, "returned the loss term 'x' as float, expected a 0-d tensor"),
+    ("loss_terms", {"x": 1.0}, "returned the loss term 'x' as float, expected a 0-d tensor or PolicyLoss"),
     ("loss_terms", {"x": torch.zeros(8)}, "returned the loss term 'x' as shape (8,), expected a 0-d tensor"),
+    ("loss_terms", {"x": PolicyLoss(torch.zeros(8, 3))}, "a loss of shape (8, 3), expected a scalar or (8, 8)"),
     ("policy_loss", torch.zeros(()), "returned Tensor from 'policy_loss', expected PolicyLoss"),
     ("policy_loss", PolicyLoss(torch.zeros(8, 3)), "returned a loss of shape (8, 3), expected a scalar or (8, 8)"),
 ]

@@ -398,6 +398,51 @@ def test_terms_train_alike_for_1x8_and_8x1(kind: str, settings: Any, build: Any,
         assert logged(split, key) == pytest.approx(logged(whole, key), rel=1e-4, abs=1e-6), key
 
 
+def clipped(loss: Any) -> torch.Tensor:
+    """(m, T) the stock surrogate with clipping to 0.2."""
+    ratio = torch.exp(loss.per_token_logps - loss.old_per_token_logps)
+    return -torch.min(ratio * loss.advantages, ratio.clamp(0.8, 1.2) * loss.advantages)
+
+
+class Again(Plugin):
+    """The stock loss once more, one value per token."""
+
+    name = "again"
+    trainers = ("grpo",)
+
+    @hookimpl
+    def loss_terms(self, loss: Any) -> dict[str, PolicyLoss]:
+        return {"again": PolicyLoss(clipped(loss))}
+
+
+LOSS_TYPES = ["dapo", "grpo", "bnpo", "dr_grpo", "luspo"]
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_term_per_token_is_averaged_as_the_trainer_averages(loss_type: str, build: Any, plugin: Any) -> None:
+    """The stock loss a second time doubles loss and gradient, for every accumulation and reuse of rounds."""
+    settings = {
+        "loss_type": loss_type,
+        "max_steps": 4,
+        "num_iterations": 2,
+        "learning_rate": 1e-6,
+        "max_grad_norm": 1e9,
+    }
+    settings |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 4}
+    settings |= {"trainer": {"eval_dataset": tiny_data().select([0, 1])}}
+    plain = build(**settings)
+    plain.train()
+    plain.evaluate()
+    with trl_ext.enable(plugin(Again)):
+        trainer = build(**settings)
+        trainer.train()
+        trainer.evaluate()
+    assert any(abs(loss) > 1e-3 for loss in logged(plain, "loss"))
+    for key in ("loss", "grad_norm", "eval_loss"):
+        assert logged(trainer, key) == pytest.approx([2 * value for value in logged(plain, key)], abs=2e-5), key
+    assert logged(trainer, "again/again") == pytest.approx(logged(plain, "loss"), abs=1e-5)
+
+
 def test_terms_of_several_plugins_add_up(build: Any, plugin: Any) -> None:
     plain = build(max_steps=1)
     plain.train()
@@ -423,12 +468,6 @@ def test_gdpo_trains_alike_for_1x8_and_8x1(build: Any) -> None:
 
 
 # --- a replaced loss --------------------------------------------------------------------------------------------------
-
-
-def clipped(loss: Any) -> torch.Tensor:
-    """(m, T) the stock surrogate with clipping to 0.2."""
-    ratio = torch.exp(loss.per_token_logps - loss.old_per_token_logps)
-    return -torch.min(ratio * loss.advantages, ratio.clamp(0.8, 1.2) * loss.advantages)
 
 
 class Clipped(Plugin):

@@ -12,7 +12,8 @@ import trl_ext
 import trl_ext_hooks
 from trl_ext import registry
 from trl_ext.conformance import conformance, quiet
-from trl_ext.testing import tiny_data, tiny_trainer
+from trl_ext.plan import BUILDING
+from trl_ext.testing import tiny_data, tiny_model, tiny_trainer
 from trl_ext_hooks import ops, specs
 
 HOOKS = Path(__file__).parents[2] / "hooks"
@@ -21,6 +22,7 @@ BLOCKS = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 SIGNATURES = {
     "configure": ["config"],
+    "trainer_arguments": [],
     "setup": ["trainer"],
     "teardown": ["trainer"],
     "select_rows": ["rows", "trainer"],
@@ -67,6 +69,8 @@ def test_example_trains(hook, model, plugin, tmp_path):
     data = tiny_data(cls.trainers[0])
     data = data.add_column("difficulty", list(range(len(data))))
     settings = {"scale_rewards": "none"} if hook == "configure" else {}
+    if hook == "trainer_arguments":
+        model = tiny_model(tmp_path / "model", tools=True)
     with quiet(), trl_ext.enable(plugin(cls)) as handle:
         trainer = tiny_trainer(
             cls.trainers[0], model, tmp_path, data=data, save_strategy="steps", save_steps=1, **settings
@@ -74,7 +78,7 @@ def test_example_trains(hook, model, plugin, tmp_path):
         session = trainer._trl_ext
         trainer.train()
         handle.disable()
-    assert session.calls[cls.name, hook] > 0 or hook == "configure"  # that one runs before there is a session
+    assert session.calls[cls.name, hook] > 0 or hook in BUILDING  # these run before there is a session
 
 
 def test_the_guide_s_plugin_conforms(tmp_path):

@@ -57,6 +57,34 @@ def reward_name(function: Any) -> str:
     return get_callable_name(function)
 
 
+def tool_sources(trainer: Any) -> tuple[str, ...]:
+    """Which constructor arguments gave a trainer tools."""
+    held = {"tools": "tools", "environment_factory": "environment_factories", "rollout_func": "rollout_func"}
+    return tuple(name for name, attribute in held.items() if getattr(trainer, attribute, None))
+
+
+def renders_tool_calls(arguments: Mapping[str, Any]) -> bool:
+    """Whether TRL's tool loop can work with the chat template, asked before the model is loaded.
+
+    Args:
+        arguments: The arguments with which a GRPO trainer is about to be built.
+    """
+    from transformers import AutoProcessor
+    from trl.chat_template_utils import supports_tool_calling
+    from trl.trainer.utils import get_config_model_id
+
+    if not (arguments.get("tools") or arguments.get("environment_factory")):
+        return True  # a `rollout_func` renders its own conversations
+    processor = arguments.get("processing_class")
+    if processor is None:
+        model, args = arguments["model"], arguments["args"]
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        revision = (args.model_init_kwargs or {}).get("revision")
+        remote = getattr(args, "trust_remote_code", False)
+        processor = AutoProcessor.from_pretrained(name, revision=revision or "main", trust_remote_code=remote)
+    return bool(supports_tool_calling(processor))
+
+
 def reward_weights(trainer: Any) -> torch.Tensor:
     return trainer.reward_weights.to(trainer.accelerator.device)
 

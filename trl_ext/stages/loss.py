@@ -91,22 +91,30 @@ def compute(session: Session, inputs: Mapping[str, Any], stock: Callable[[Mappin
     session.policy_logps = None
     metrics: dict[str, tuple[float, float]] = {}
     for name, result in session.each("policy_loss", loss=loss):
-        total = _policy_loss(session, name, result, loss)
+        if not isinstance(result, PolicyLoss):
+            raise PluginError(
+                f"plugin {name!r} returned {type(result).__name__} from 'policy_loss', expected PolicyLoss."
+            )
+        total = _average(session, name, result, loss)
     for name, terms in session.each("loss_terms", loss=loss):
         for term, value in session.mapping(name, "loss_terms", terms).items():
-            if not isinstance(value, torch.Tensor) or value.dim() != 0:
+            if isinstance(value, torch.Tensor) and value.dim() == 0:
+                value = PolicyLoss(value)
+            if not isinstance(value, PolicyLoss):
                 got = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-                raise PluginError(f"plugin {name!r} returned the loss term {term!r} as {got}, expected a 0-d tensor.")
-            total = total + value / access.loss_divisor(session.trainer, session.kind)
-            metrics[f"{name}/{term}"] = (value.detach().item(), 1)
+                raise PluginError(
+                    f"plugin {name!r} returned the loss term {term!r} as {got}, expected a 0-d tensor or PolicyLoss."
+                )
+            scaled = _average(session, name, value, loss)
+            total = total + scaled
+            metrics[f"{name}/{term}"] = (scaled.item() * access.loss_divisor(session.trainer, session.kind), 1)
     metrics |= session.collect("loss_metrics", loss=loss)
     session.report(metrics)
     return total
 
 
-def _policy_loss(session: Session, name: str, result: PolicyLoss, loss: Loss) -> torch.Tensor:
-    if not isinstance(result, PolicyLoss):
-        raise PluginError(f"plugin {name!r} returned {type(result).__name__} from 'policy_loss', expected PolicyLoss.")
+def _average(session: Session, name: str, result: PolicyLoss, loss: Loss) -> torch.Tensor:
+    """The average that a plugin asks for, scaled for accumulation."""
     divisor = access.loss_divisor(session.trainer, session.kind)
     if result.values.dim() == 0:
         if session.has("keep_rows") and "keep_rows" not in session.plugins[name].honours:

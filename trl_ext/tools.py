@@ -1,0 +1,87 @@
+"""Tools that rollouts can call: a calculator, and a search over a few texts. For TRL's `tools=[...]`.
+
+from trl_ext.tools import Corpus, calculator
+trainer = GRPOTrainer(..., tools=[calculator, Corpus(passages).search])
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+_OPERATIONS: dict[type[ast.AST], Callable[..., float]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}
+
+
+def calculator(expression: str) -> str:
+    """Calculates the value of an arithmetic expression.
+
+    Args:
+        expression: Numbers, parentheses and the operators + - * / // %, such as "12 * (3 + 4)".
+
+    Returns:
+        The value.
+    """
+    if len(expression) > 200:
+        raise ValueError("the expression is longer than 200 characters")
+    return str(_value(ast.parse(expression.strip(), mode="eval").body))
+
+
+def _value(node: ast.AST) -> float:
+    match node:
+        case ast.Constant(int() | float() as number) if not isinstance(number, bool):
+            return number
+        case ast.BinOp(left, operation, right) if type(operation) in _OPERATIONS:
+            return _OPERATIONS[type(operation)](_value(left), _value(right))
+        case ast.UnaryOp(operation, operand) if type(operation) in _OPERATIONS:
+            return _OPERATIONS[type(operation)](_value(operand))
+    raise ValueError(f"{ast.unparse(node)!r} is not arithmetic")
+
+
+class Corpus:
+    """Texts to be searched; the bound method `search` is the tool.
+
+    Args:
+        passages: The texts.
+    """
+
+    def __init__(self, passages: Iterable[str]) -> None:
+        self.passages = [passage.strip() for passage in passages if passage.strip()]
+        self._words = [Counter(_words(passage)) for passage in self.passages]
+        self._holding = Counter(word for words in self._words for word in words)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Corpus:
+        """A corpus of the paragraphs of a text file, which empty lines part."""
+        return cls(Path(path).read_text(encoding="utf-8").split("\n\n"))
+
+    def search(self, query: str) -> str:
+        """Finds the passage that fits a query best.
+
+        Args:
+            query: A few words to look for.
+
+        Returns:
+            The passage, or a note that nothing fits.
+        """
+        wanted = set(_words(query))
+        # a word counts more the fewer passages hold it; the earlier passage wins a tie
+        scores = [sum(1 / self._holding[word] for word in wanted if word in words) for words in self._words]
+        best = max(range(len(scores)), key=scores.__getitem__, default=None)
+        return "nothing found" if best is None or scores[best] == 0 else self.passages[best]
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
