@@ -36,9 +36,21 @@ _LOSS_SETTINGS: dict[str, tuple[Any, ...]] = {
     "use_adaptive_entropy": (False,),
     "delta": (None,),
     "importance_sampling_level": ("token",),
-    "use_vllm": (False,),
+    "vllm_importance_sampling_correction": (False,),
+    "loss_type": (),
+    "epsilon": (),
+    "epsilon_high": (),
 }
-"""Settings of TRL's own policy loss and the values with which they do nothing."""
+"""Settings of TRL's own policy loss and the values with which they ask for nothing; () = only TRL's default."""
+
+_ADVANTAGE_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "scale_rewards": ("group", "none"),
+    "multi_objective_aggregation": ("sum_then_normalize",),
+    "normalize_advantages": (False,),
+    "reward_clip_range": (None,),
+    "beta": (0.0,),  # RLOO's KL term is part of the rewards
+}
+"""The same for settings of TRL's advantages, which a plugin with the claim `no_advantages` leaves unused."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +87,7 @@ def compose(specs: Sequence[PluginSpec]) -> tuple[PluginSpec, ...]:
     """Orders plugins (the estimator first, then as asked for) and checks their exclusive claims.
 
     Raises:
-        ConfigError: Two plugins claim one resource or one field name.
+        ConfigError: Two plugins claim one resource or one field name, or one makes what another does not use.
     """
     owners: dict[str, str] = {}
     for spec in specs:
@@ -86,6 +98,13 @@ def compose(specs: Sequence[PluginSpec]) -> tuple[PluginSpec, ...]:
                     f"one out."
                 )
             owners[claim] = spec.name
+    without = owners.get("no_advantages")
+    for spec in specs:
+        if without not in (None, spec.name) and ("advantages" in spec.hooks or "estimator" in spec.claims):
+            raise ConfigError(
+                f"plugins {without!r} and {spec.name!r} cannot be combined: {spec.name!r} makes advantages, and the "
+                f"loss of {without!r} uses none. Leave one out."
+            )
     return tuple(sorted(specs, key=lambda spec: "estimator" not in spec.claims))
 
 
@@ -245,14 +264,31 @@ def _setting(args: Any, setting: str, plugin: str) -> Any:
 
 def _dropped_settings(spec: PluginSpec, config: Config) -> list[str]:
     """A replaced loss drops TRL's own terms, so a user who asked for them must be told."""
-    return [
-        f"{spec.name} replaces the policy loss and does not apply {setting}={getattr(config.args, setting)!r}; "
-        f"set {setting}={neutral[0]!r}"
-        for setting, neutral in _LOSS_SETTINGS.items()
-        if setting not in spec.cls.honours
-        and getattr(config.args, setting, neutral[0]) not in neutral
-        and not (setting == "beta" and config.kind == "rloo")  # there the KL term is part of the rewards
-    ]
+    args = config.args
+    settings = dict(_LOSS_SETTINGS)
+    if config.kind == "rloo":
+        del settings["beta"]  # there the KL term is part of the rewards
+    if not getattr(args, "use_vllm", False):
+        del settings["vllm_importance_sampling_correction"]
+    if "no_advantages" in spec.claims:
+        settings |= _ADVANTAGE_SETTINGS
+    refusals = []
+    for setting, neutral in settings.items():
+        if setting in spec.cls.honours or not hasattr(args, setting):
+            continue
+        value, allowed = getattr(args, setting), neutral or (_trl_default(args, setting),)
+        if value not in allowed:
+            refusals.append(
+                f"{spec.name} replaces the policy loss and does not apply {setting}={value!r}; set "
+                f"{setting}={allowed[0]!r}"
+            )
+    return refusals
+
+
+def _trl_default(args: Any, setting: str) -> Any:
+    """The value that TRL itself gives to a setting, whatever a user's subclass of its arguments makes of it."""
+    owner = next((cls for cls in type(args).__mro__ if cls.__module__.startswith("trl.")), type(args))
+    return next(field.default for field in dataclasses.fields(owner) if field.name == setting)
 
 
 def _check_need(need: str, names: list[str], config: Config) -> list[str]:
@@ -272,11 +308,22 @@ def _check_need(need: str, names: list[str], config: Config) -> list[str]:
             f"`rollout_func`, or add a plugin that does, such as `tools`"
         ]
     if need == "whole_groups":
-        size, group = args.per_device_train_batch_size, args.num_generations
-        if size % group:
-            fits = sorted({max(group, size // group * group), (size // group + 1) * group})
-            return [
-                f"{who}: groups must stay whole, and per_device_train_batch_size={size} splits groups of "
-                f"num_generations={group}; use {' or '.join(map(str, fits))}"
-            ]
+        # processes and micro-batches get their rows in runs of these sizes, so multiples keep groups whole on both
+        phases = [("per_device_train_batch_size", "num_generations")]
+        if args.eval_strategy != "no":
+            own = "num_generations_eval" if args.num_generations_eval else "num_generations"
+            phases.append(("per_device_eval_batch_size", own))
+        return [
+            _split_groups(who, setting, getattr(args, setting), name, getattr(args, name))
+            for setting, name in phases
+            if getattr(args, setting) % getattr(args, name)
+        ]
     return []
+
+
+def _split_groups(who: str, setting: str, size: int, name: str, group: int) -> str:
+    fits = sorted({max(group, size // group * group), (size // group + 1) * group})
+    return (
+        f"{who}: groups must stay whole, and {setting}={size} splits groups of {name}={group}; use "
+        f"{' or '.join(map(str, fits))}"
+    )

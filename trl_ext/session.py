@@ -13,10 +13,10 @@ from typing import Any, cast
 
 import torch
 
-from trl_ext_hooks import Pairs, Plugin, Rollout, Scored, TrainerKind, TrainerView
+from trl_ext_hooks import Pairs, Plugin, Refuse, Rollout, Scored, TrainerKind, TrainerView
 from trl_ext_hooks.types import Role
 
-from .compat import access, frozen
+from .compat import access, frozen, reference
 from .compat.seams import overrides
 from .errors import ConfigError, PluginError
 from .plan import LIFECYCLE, SERVED, Plan
@@ -122,6 +122,7 @@ class Session:
         self.round: RoundState | None = None
         self.in_loss = False
         self.policy_logps: Any = None
+        self.reference: Any = None  # a frozen copy of the policy, where a plugin needs one and TRL has none
         self.keeps_groups = bool({"whole_groups", "grouped_order"} & set(plan.needs))
         self.wants_loss = self.has("policy_loss", "loss_terms", "loss_metrics")
         self.columns: list[str] = plan.columns() if self.has(*pairs.HOOKS) else []
@@ -202,16 +203,32 @@ class Session:
     # --- life ---
 
     def setup(self) -> None:
+        """Provides what plugins need and prepares them.
+
+        Raises:
+            ConfigError: With what they refuse now that the trainer is there.
+        """
+        refusals: list[str] = []
         if self.has(*pairs.HOOKS):
             plain = self.trainer.data_collator
             access.set_collator(self.trainer, pairs.Collator(plain, self.columns))
             self.undo.append(lambda: access.set_collator(self.trainer, plain))
         with untouched_random_state():
-            for _ in self.each("setup", trainer=self.view):
-                pass
+            if "ref_logps" in self.plan.needs and not reference.known(self.trainer):
+                self.reference = reference.load(self.trainer, self.plan.needs["ref_logps"][0])
+            for name, found in self.each("setup", trainer=self.view):
+                for refusal in found:
+                    if not isinstance(refusal, Refuse):
+                        raise PluginError(f"plugin {name!r}: `setup` returned {refusal!r}, expected `Refuse`s or None.")
+                    refusals.append(f"  - {name}: {refusal.what} {refusal.fix}")
+        if refusals:
+            raise ConfigError("this run cannot work:\n" + "\n".join(refusals))
 
     def teardown(self) -> None:
         with contextlib.ExitStack() as stack:  # runs everything, whatever one of them raises
+            if self.reference is not None:
+                stack.callback(reference.unload, self.trainer, self.reference)
+                self.reference = None
             for undo in self.undo:
                 stack.callback(undo)
             for callback in cast(View, self.view).callbacks:
@@ -244,11 +261,6 @@ class Session:
             raise ConfigError(
                 f"plugin {self.plan.users('keep_rows')[0]!r} leaves rows out, for which this loss is scaled, and "
                 f"{term} would be scaled with it. Switch that off, or set loss_type='dapo', which needs no scale."
-            )
-        if "ref_logps" in self.plan.needs and not access.has_reference(self.trainer):
-            raise ConfigError(
-                f"plugin {self.plan.needs['ref_logps'][0]!r} needs reference log-probabilities: set `beta` above 0 so "
-                f"that the trainer loads a reference model, or train a PEFT adapter."
             )
 
     def verify_fired(self) -> None:

@@ -1,4 +1,4 @@
-"""Tensor functions that plugins share: group statistics, masked means, and counts of tool calls.
+"""Tensor functions that plugins share: group statistics, pairs of a group, masked means, weighted gradients, counts.
 
 Groups are given by `group_ids` (N,), so groups may differ in size and their rows need not be neighbours. Statistics are
 computed in float64 and leave NaN entries out.
@@ -94,6 +94,30 @@ def group_normalize(
     out = centred / (stats.std + eps) if scale else centred
     out = torch.where(stats.constant | (stats.count <= 1), 0.0, out)
     return torch.where(torch.isnan(values), torch.nan, out).to(values.dtype)
+
+
+def group_pairs(group_ids: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+    """All unordered pairs of different rows of one group.
+
+    Args:
+        group_ids: (N,) integers; equal numbers, equal group.
+        keep: (N,) bool; rows that may be in a pair, all by default.
+
+    Returns:
+        (P, 2) row numbers, the smaller one first; (0, 2) where no group has two rows to keep.
+    """
+    together = group_ids.unsqueeze(0) == group_ids.unsqueeze(1)  # (N, N)
+    if keep is not None:
+        together = together & keep.unsqueeze(0) & keep.unsqueeze(1)
+    return together.triu(diagonal=1).nonzero()
+
+
+def scale_gradient(values: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+    """The same values, whose gradient is multiplied by `factor` (same shape or broadcast); None leaves it alone."""
+    if factor is None:
+        return values
+    constant = values.detach()
+    return constant + factor * (values - constant)
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor, dim: int | None = None) -> torch.Tensor:

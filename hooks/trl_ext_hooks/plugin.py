@@ -16,6 +16,8 @@ CLAIMS: dict[str, str] = {
     "estimator": "computes the advantages from the rewards, in place of TRL; other plugins may only adjust them",
     "policy_loss": "replaces the policy loss (implied by the hook `policy_loss`)",
     "logps": "owns the log-probability forward (implied by the hook `logps`)",
+    "no_advantages": "replaces the policy loss by one that uses no advantages, so no plugin of the run may compute or "
+    "adjust them",
 }
 """Exclusive resources: at most one plugin of a run may claim each."""
 
@@ -23,7 +25,8 @@ NEEDS: dict[str, str] = {
     "whole_groups": "every micro-batch holds whole groups; a batch size that would split one is refused",
     "grouped_order": "rows of a group stay next to each other in the micro-batches, as far as the sizes allow",
     "old_logps": "`old_per_token_logps` in every micro-batch, computed once per round where TRL leaves it out",
-    "ref_logps": "`ref_per_token_logps` in every micro-batch; with beta = 0 only a PEFT model can provide it",
+    "ref_logps": "`ref_per_token_logps` in every micro-batch; with beta = 0 they come from the policy without its "
+    "adapters, or from a frozen copy loaded from where the policy was loaded",
     "tools": "rollouts that can call tools: `tools`, `environment_factory` or `rollout_func` of the trainer",
     "column:NAME": "the column NAME in the training data",
     "reward:NAME": "a reward function of that name",
@@ -66,8 +69,9 @@ class Plugin:
         claims: Exclusive resources that it takes, of `CLAIMS`.
         fields: Names that its `annotate` and `batch_fields` may return; no other plugin of the run may own them.
         honours: Only with the hook `policy_loss`: the loss settings of the trainer that the new loss applies itself
-            (`beta`, `top_entropy_quantile`, ...). Every other one is refused when it is switched on. And `keep_rows`
-            for a loss that is a scalar and leaves out the rows whose mask is 0.
+            (`beta`, `loss_type` with the normalisation `"trainer"`, ...). Every other one is refused when it differs
+            from the value that asks for nothing.
+            And `keep_rows` for a loss that is a scalar and leaves out the rows whose mask is 0.
     """
 
     name: ClassVar[str]

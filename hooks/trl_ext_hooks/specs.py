@@ -24,6 +24,7 @@ from .types import (
     PairLogps,
     Pairs,
     PolicyLoss,
+    Refuse,
     Requirement,
     Rewards,
     Rollout,
@@ -88,10 +89,11 @@ def trainer_arguments() -> Mapping[str, Any] | None:
 
 
 @hookspec
-def setup(trainer: TrainerView) -> None:
+def setup(trainer: TrainerView) -> Iterable[Refuse] | None:
     """Prepares what needs the built trainer. The random state is restored afterwards.
 
-    Runs once on every process, after construction and before the first step.
+    Runs once on every process, after construction and before the first step. What can be checked only now, such as the
+    tokenizer, is refused by returning `Refuse`s as in `configure`.
 
     ```python
     class CountParameters(Plugin):
@@ -316,8 +318,10 @@ def loss_inputs(batch: Mapping[str, Any], trainer: TrainerView) -> Mapping[str, 
 def policy_loss(loss: Loss) -> PolicyLoss:
     """Replaces the policy loss of a micro-batch. One owner. GRPO and RLOO.
 
-    Everything that TRL would add (KL term, entropy bonus, importance correction) is replaced too, so settings that ask
-    for it are refused before training unless they are declared in `honours`. The core scales for accumulation.
+    Everything that TRL would add (KL term, entropy bonus, clipping, importance correction) is replaced too, so settings
+    that ask for it are refused before training unless they are declared in `honours`; only a router's auxiliary loss
+    stays. A loss that uses no advantages claims `no_advantages`, and their settings are refused as well. The core
+    scales for accumulation.
 
     ```python
     class Reinforce(Plugin):

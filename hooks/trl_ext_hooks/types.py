@@ -356,6 +356,20 @@ class Loss:
         return advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
 
     @property
+    def group_ids(self) -> torch.Tensor:
+        """(m,) which rows share a prompt; there with the need `whole_groups` or `grouped_order`."""
+        ids: torch.Tensor = self.batch["trl_ext_group_ids"]
+        return ids
+
+    @property
+    def sampling_ratio(self) -> torch.Tensor | None:
+        """(m, 1) or (m, T) detached: how much likelier TRL's policy found the tokens than the sampler (vLLM) did.
+
+        TRL multiplies its loss per token by it. None where the policy itself sampled, or the correction is off.
+        """
+        return self.batch.get("importance_sampling_ratio")
+
+    @property
     def old_per_token_logps(self) -> torch.Tensor:
         """(m, T) under the sampling policy; the detached current ones where the round is on-policy."""
         old = self.batch.get("old_per_token_logps")

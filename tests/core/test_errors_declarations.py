@@ -231,6 +231,21 @@ def test_two_estimators_built_in_and_own(plugin: Callable[[type], str]) -> None:
         trl_ext.enable("gdpo", plugin(claiming("mine", claims=("estimator",))))
 
 
+def test_advantages_that_a_loss_would_not_use(plugin: Callable[[type], str]) -> None:
+    class Adjusts(Good):
+        @hookimpl
+        def advantages(self, round: Any) -> None:
+            return None
+
+    loss = plugin(claiming("loss", OwnsLoss, claims=("no_advantages",)))
+    expected = "cannot be combined: {!r} makes advantages, and the loss of 'loss' uses none. Leave one out."
+    for other, name in (("gdpo", "gdpo"), (plugin(claiming("adjusts", Adjusts)), "adjusts")):
+        with refused(ConfigError, f"plugins 'loss' and {name!r} " + expected.format(name)):
+            trl_ext.enable(other, loss)
+    with trl_ext.enable(loss, plugin(claiming("scorer", Scorer))):
+        pass
+
+
 def test_no_trainer_is_served_by_all(plugin: Callable[[type], str]) -> None:
     pairs = plugin(claiming("pairs", trainers=("dpo",)))
     with refused(ConfigError, "no trainer is served by all plugins (gdpo: grpo; pairs: dpo). Leave one out."):

@@ -13,8 +13,11 @@ from trl import DPOTrainer, GRPOTrainer, RLOOTrainer
 import trl_ext
 from trl_ext import CompatError, ConfigError, PluginError, api
 from trl_ext.compat import seams
-from trl_ext.testing import digits, tiny_data
+from trl_ext.plan import make_plan
+from trl_ext.registry import resolve
+from trl_ext.testing import digits, tiny_args, tiny_data
 from trl_ext_hooks import (
+    Config,
     Generation,
     Logps,
     Need,
@@ -158,6 +161,32 @@ def test_whole_groups_with_a_size_that_splits_them(size: int, fits: str, build: 
         build(cls=unloadable("grpo"), per_device_train_batch_size=size, gradient_accumulation_steps=2)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, None),
+        ({"per_device_eval_batch_size": 6, "num_generations_eval": 3}, None),
+        (
+            {"per_device_eval_batch_size": 6},
+            "per_device_eval_batch_size=6 splits groups of num_generations=4; use 4 or 8",
+        ),
+        (
+            {"per_device_eval_batch_size": 5, "num_generations_eval": 3},
+            "per_device_eval_batch_size=5 splits groups of num_generations_eval=3; use 3 or 6",
+        ),
+        ({"per_device_eval_batch_size": 6, "eval_strategy": "no"}, None),
+    ],
+)
+def test_whole_groups_in_evaluation(settings: dict[str, int], expected: str | None, plugin: Any, tmp_path: Any) -> None:
+    """On several processes TRL takes sizes that put a group on two of them."""
+    args = tiny_args("grpo", tmp_path, eval_strategy="steps", eval_steps=1)
+    for name, value in settings.items():
+        setattr(args, name, value)
+    specs = resolve({plugin(checking(needs=("whole_groups",))): None})
+    with refused(ConfigError, expected) if expected else contextlib.nullcontext():
+        make_plan(specs, Config("grpo", args, ("digits",), ("prompt",), ()))
+
+
 @pytest.mark.parametrize("need", ["whole_groups", "old_logps", "tools", "reward:x"])
 def test_needs_that_pairs_cannot_have(need: str, build: Any, plugin: Any) -> None:
     expected = f"checking: the DPO trainer cannot provide {need!r}; use GRPO or RLOO"
@@ -182,6 +211,9 @@ DROPPED = [
     ("use_adaptive_entropy", True),
     ("delta", 2.0),
     ("importance_sampling_level", "sequence"),
+    ("loss_type", "grpo"),
+    ("epsilon", 0.3),
+    ("epsilon_high", 0.28),
 ]
 
 
@@ -206,6 +238,91 @@ def test_settings_that_a_replaced_loss_would_drop(setting: str, value: Any, buil
 def test_rlos_kl_term_is_no_part_of_the_loss(build: Any, plugin: Any) -> None:
     with trl_ext.enable(plugin(OwnLoss)):
         build("rloo", beta=0.1, max_steps=1).train()
+
+
+def test_the_correction_for_vllm_is_dropped_only_where_there_is_one(build: Any, plugin: Any) -> None:
+    expected = "does not apply vllm_importance_sampling_correction=True; set vllm_importance_sampling_correction=False"
+    with trl_ext.enable(plugin(OwnLoss)):
+        with refused(ConfigError, expected):
+            build(cls=unloadable("grpo"), use_vllm=True)
+        for kind, settings in (("grpo", {"vllm_importance_sampling_correction": False}), ("rloo", {})):
+            with pytest.raises(Exception, match=r"no/such/model|vllm"):  # what TRL itself says next
+                build(kind, cls=unloadable(kind), use_vllm=True, **settings)
+
+
+def test_a_subclass_of_the_arguments_may_have_other_defaults(plugin: Any) -> None:
+    """The user asked for these values by choosing the class."""
+    from dataclasses import dataclass
+
+    from trl import GRPOConfig
+
+    @dataclass
+    class Mine(GRPOConfig):
+        epsilon: float = 0.4
+
+    config = Config("grpo", Mine(use_cpu=True, bf16=False, num_generations=4), ("digits",), ("prompt",), ())
+    with refused(ConfigError, "does not apply epsilon=0.4; set epsilon=0.2"):
+        make_plan(resolve({plugin(OwnLoss): None}), config)
+
+
+class WithoutAdvantages(OwnLoss):
+    name = "without-advantages"
+    claims = ("no_advantages",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "value"),
+    [
+        ("grpo", "scale_rewards", "batch"),
+        ("grpo", "multi_objective_aggregation", "normalize_then_sum"),
+        ("rloo", "beta", 0.05),
+        ("rloo", "normalize_advantages", True),
+        ("rloo", "reward_clip_range", (-1.0, 1.0)),
+    ],
+)
+def test_settings_of_advantages_that_a_loss_leaves_unused(
+    kind: str, setting: str, value: Any, build: Any, plugin: Any
+) -> None:
+    expected = f"without-advantages replaces the policy loss and does not apply {setting}={value!r}; set {setting}="
+    with trl_ext.enable(plugin(WithoutAdvantages)):
+        with refused(ConfigError, expected):
+            build(kind, cls=unloadable(kind), **{setting: value})
+        build("grpo", scale_rewards="none")
+    settings = {"beta": 0.0} | ({} if kind == "grpo" else {setting: value})
+    with trl_ext.enable(plugin(OwnLoss)):
+        build(kind, **settings if setting != "beta" else {"beta": value})
+
+
+def test_what_setup_refuses(build: Any, plugin: Any) -> None:
+    events: list[str] = []
+
+    class Late(Plugin):
+        name = "late"
+        trainers = ROUNDS
+
+        @hookimpl
+        def setup(self, trainer: Any) -> Any:
+            yield Refuse(f"{trainer.processing_class.eos_token} is not to my taste.", "Take another model.")
+            yield Refuse("Nor is the weather.", "Wait.")
+
+        @hookimpl
+        def teardown(self) -> None:
+            events.append("teardown")
+
+    class Wrong(Plugin):
+        name = "wrong"
+        trainers = ROUNDS
+
+        @hookimpl
+        def setup(self) -> Any:
+            return [Warn("x")]
+
+    texts = ["this run cannot work:\n", "  - late: <|im_end|> is not to my taste. Take another model.\n", "late: Nor"]
+    with trl_ext.enable(plugin(Late)), refused(ConfigError, *texts):
+        build()
+    assert events == ["teardown"]
+    with trl_ext.enable(plugin(Wrong)), refused(PluginError, "plugin 'wrong': `setup` returned Warn(message='x')"):
+        build()
 
 
 def test_a_plugin_that_needs_tools(build: Any, plugin: Any) -> None:

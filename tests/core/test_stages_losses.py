@@ -256,12 +256,81 @@ def test_reference_log_probabilities(kind: str, settings: dict[str, Any], build:
     torch.testing.assert_close(found * mask, expected * mask, atol=1e-4, rtol=0)
 
 
-def test_a_reference_that_nobody_can_give_is_refused(build: Any, plugin: Any) -> None:
-    with (
-        trl_ext.enable(plugin(NeedsReference)),
-        pytest.raises(trl_ext.ConfigError, match=r"'needs-reference' needs reference log-probabilities: set `beta`"),
-    ):
-        build(beta=0.0)
+@pytest.mark.parametrize("kind", ROUNDS)
+def test_a_reference_of_our_own_is_the_one_that_trl_would_load(kind: str, build: Any, plugin: Any) -> None:
+    """Without a KL term TRL loads no reference; the one that is loaded instead gives the same numbers, also resumed."""
+    settings = {"max_steps": 2, "learning_rate": 0.05, "num_iterations": 2, "save_strategy": "steps", "save_steps": 1}
+    with trl_ext.enable(plugin(NeedsReference)):
+        ours = build(kind, beta=0.0, **settings)
+        assert ours.ref_model is None and ours._trl_ext.reference in ours.accelerator._models
+        assert not any(value.requires_grad for value in ours._trl_ext.reference.parameters())
+        ours.train()
+        theirs = build(kind, beta=1e-9, **settings)
+        assert theirs._trl_ext.reference is None
+        theirs.train()
+        resumed = build(kind, beta=0.0, **settings)
+        resumed.train(resume_from_checkpoint=f"{ours.args.output_dir}/checkpoint-1")
+        found, expected, again = (own(trainer, "needs-reference").seen for trainer in (ours, theirs, resumed))
+        reference = ours._trl_ext.reference
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one["ref_per_token_logps"], other["ref_per_token_logps"], atol=1e-6, rtol=0)
+    for batch in again:  # the reference is the model that training began with, not the checkpoint
+        assert (batch["ref_per_token_logps"] - batch["policy"]).abs().max() > 1e-3
+    assert reference not in ours.accelerator._models and "_trl_ext" not in vars(ours)
+
+
+def test_a_reference_of_our_own_leaves_the_random_stream_alone(build: Any, plugin: Any) -> None:
+    plain = build(max_steps=2)
+    plain.train()
+    with trl_ext.enable(plugin(NeedsReference)):
+        trainer = build(max_steps=2)
+        trainer.train()
+    assert list(trainer._logs["completion"]) == list(plain._logs["completion"])
+    assert_close_training(plain, trainer, 1e-6)
+
+
+@pytest.mark.parametrize("change", ["made in memory", "other vocabulary", "path is gone"])
+def test_a_reference_that_nobody_can_give_is_refused(change: str, model: str, build: Any, plugin: Any) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    expected = "plugin 'needs-reference' needs a reference model, a frozen copy of the policy"
+    if change == "made in memory":
+        known = {name: value for name, value in policy.config.to_dict().items() if name != "_name_or_path"}
+        policy = AutoModelForCausalLM.from_config(AutoConfig.for_model(**known))
+        expected += ", and this policy was made in memory: nothing says where to load it from. Save it with"
+    elif change == "other vocabulary":
+        size = policy.config.vocab_size
+        policy.resize_token_embeddings(size + 1)
+        expected += f", and the policy has {size + 1} token embeddings where {model!r} has {size}. Save the policy"
+    else:
+        policy.config._name_or_path = "/no/such/folder"
+        expected += ", which cannot be loaded again from '/no/such/folder'"
+    classes = {kind: getattr(__import__("trl"), f"{kind.upper()}Trainer") for kind in ROUNDS}
+    for kind, cls in classes.items():
+        with trl_ext.enable(plugin(NeedsReference)), pytest.raises(trl_ext.ConfigError) as caught:
+            build(
+                kind,
+                beta=0.0,
+                cls=lambda cls=cls, **given: cls(**given | {"model": policy}),
+                trainer={"processing_class": tokenizer},
+            )
+        assert expected in str(caught.value)
+
+
+def test_a_reference_of_our_own_with_a_head_in_float32(build: Any, plugin: Any) -> None:
+    if not hasattr(build().args, "cast_lm_head_to_fp32"):
+        pytest.skip("this TRL has no such setting")
+    settings = {"cast_lm_head_to_fp32": True, "max_steps": 1, "model_init_kwargs": {"dtype": "bfloat16"}}
+    for beta in (0.0, 1e-9):
+        with trl_ext.enable(plugin(NeedsReference)):
+            trainer = build(beta=beta, **settings)
+            assert beta or next(trainer._trl_ext.reference.parameters()).dtype == torch.bfloat16
+            trainer.train()
+            (batch,) = own(trainer, "needs-reference").seen
+        # nothing was trained yet, so a head in bfloat16 would show
+        torch.testing.assert_close(batch["ref_per_token_logps"], batch["policy"], atol=1e-6, rtol=0)
 
 
 # --- inputs of the loss -----------------------------------------------------------------------------------------------
@@ -473,6 +542,7 @@ def test_gdpo_trains_alike_for_1x8_and_8x1(build: Any) -> None:
 class Clipped(Plugin):
     name = "clipped"
     trainers = ("grpo",)
+    honours = ("loss_type",)
 
     @hookimpl
     def policy_loss(self, loss: Any) -> PolicyLoss:
@@ -482,6 +552,7 @@ class Clipped(Plugin):
 class TokenMean(Plugin):
     name = "token-mean"
     trainers = ("grpo",)
+    honours = ("loss_type",)
 
     @hookimpl
     def policy_loss(self, loss: Any) -> PolicyLoss:
@@ -491,6 +562,7 @@ class TokenMean(Plugin):
 class SequenceMean(Plugin):
     name = "sequence-mean"
     trainers = ("grpo",)
+    honours = ("loss_type",)
 
     @hookimpl
     def policy_loss(self, loss: Any) -> PolicyLoss:
@@ -500,6 +572,7 @@ class SequenceMean(Plugin):
 class Scalar(Plugin):
     name = "scalar"
     trainers = ("grpo",)
+    honours = ("loss_type",)
 
     @hookimpl
     def policy_loss(self, loss: Any) -> PolicyLoss:
@@ -530,6 +603,35 @@ def test_the_stock_loss_as_a_plugin_trains_as_the_stock_loss(
     assert logged(trainer, "entropy") == logged(plain, "entropy")
     # clip ratios of a loss that was not used would mislead
     assert logged(plain, "clip_ratio/region_mean") and not logged(trainer, "clip_ratio/region_mean")
+
+
+@pytest.mark.parametrize("kind", ROUNDS)
+def test_a_replaced_loss_keeps_the_auxiliary_loss_of_a_router(
+    kind: str, model: str, build: Any, plugin: Any, tmp_path: Any
+) -> None:
+    from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4}
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = Qwen3MoeConfig(vocab_size=len(tokenizer), router_aux_loss_coef=5.0, num_experts_per_tok=2, **shape, **ids)
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "moe")
+    tokenizer.save_pretrained(tmp_path / "moe")
+    cls = getattr(__import__("trl"), f"{kind.upper()}Trainer")
+    settings = {"cls": lambda **given: cls(**given | {"model": str(tmp_path / "moe")}), "max_steps": 2, "beta": 0.0}
+    settings |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 0.01}
+    plain = build(kind, **settings)
+    plain.train()
+    with trl_ext.enable(plugin({"grpo": Clipped, "rloo": SequenceRatio}[kind])):
+        trainer = build(kind, **settings)
+        trainer.train()
+    assert logged(plain, "aux_loss") and logged(trainer, "aux_loss") == pytest.approx(
+        logged(plain, "aux_loss"), abs=1e-5
+    )
+    assert logged(trainer, "loss") == pytest.approx(logged(plain, "loss"), abs=1e-4) and logged(plain, "loss")[0] > 5
+    assert_close_training(plain, trainer, 1e-4)
 
 
 class SequenceRatio(Plugin):

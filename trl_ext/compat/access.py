@@ -170,6 +170,11 @@ def loss_divisor(trainer: Any, kind: TrainerKind) -> float:
     return 1.0
 
 
+def router_loss(trainer: Any, kind: TrainerKind, aux_loss: torch.Tensor) -> torch.Tensor:
+    """The load-balancing term of a mixture of experts as TRL adds it to the loss of a micro-batch."""
+    return trainer.router_aux_loss_coef * aux_loss / loss_divisor(trainer, kind)
+
+
 LossUnit = Literal["tokens", "rows", "micro_batch"]
 
 
@@ -230,19 +235,6 @@ def adapters_off(trainer: Any, model: Any) -> bool:
     return layer is not None and (layer.disable_adapters or layer.active_adapters == ["ref"])
 
 
-def has_reference(trainer: Any) -> bool:
-    """Whether reference log-probabilities can be had: the trainer computes them, or the policy is a PEFT model."""
-    return trainer.args.beta != 0.0 or hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
-
-
-def peft_reference(trainer: Any) -> contextlib.AbstractContextManager[Any]:
-    """Turns a PEFT policy into its reference inside the block."""
-    from trl.trainer.utils import use_adapter
-
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    return use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None)
-
-
 @contextlib.contextmanager
 def scoring(trainer: Any) -> Iterator[None]:
     """No gradients and no gradient checkpointing, as TRL scores completions."""
@@ -266,8 +258,8 @@ _VISION = (
 )
 
 
-def completion_logps(trainer: Any, batch: Mapping[str, Any]) -> torch.Tensor:
-    """(b, T) log-probabilities of a round's completions under the trainer's model as it is now, no gradient."""
+def completion_logps(trainer: Any, batch: Mapping[str, Any], model: Any = None) -> torch.Tensor:
+    """(b, T) log-probabilities of a round's completions under a model (the policy as it is now), no gradient."""
     rows = (
         trainer.args.per_device_train_batch_size
         if mode(trainer) == "train"
@@ -275,7 +267,7 @@ def completion_logps(trainer: Any, batch: Mapping[str, Any]) -> torch.Tensor:
     )
     with scoring(trainer):
         return trainer._get_per_token_logps_and_entropies(
-            trainer.model,
+            trainer.model if model is None else model,
             torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
             torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
             batch["completion_ids"].size(1),

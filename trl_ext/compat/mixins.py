@@ -92,7 +92,7 @@ class RoundMixin(TrainerMixin):
         role: Role
         if session.in_loss:
             role = "policy"
-        elif model is getattr(self, "ref_model", None) or adapters_off(self, model):
+        elif model in (session.reference, getattr(self, "ref_model", None)) or adapters_off(self, model):
             role = "reference"
         else:
             role = "old"

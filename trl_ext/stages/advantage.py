@@ -11,7 +11,7 @@ import torch
 from trl_ext_hooks import Round
 from trl_ext_hooks.ops import group_stats, masked_mean
 
-from ..compat import access
+from ..compat import access, reference
 from ..errors import PluginError
 from . import selection
 
@@ -94,11 +94,14 @@ def _provide_logps(session: Session, output: dict[str, Any]) -> None:
         old = known.get("old")
         output["old_per_token_logps"] = access.completion_logps(trainer, output) if old is None else old
     if "ref_logps" in needs and output.get("ref_per_token_logps") is None:
-        reference = known.get("reference")
-        if reference is None:
-            with access.peft_reference(trainer):
-                reference = access.completion_logps(trainer, output)
-        output["ref_per_token_logps"] = reference
+        values = known.get("reference")
+        if values is None:
+            if session.reference is None:
+                with reference.without_adapters(trainer):
+                    values = access.completion_logps(trainer, output)
+            else:
+                values = access.completion_logps(trainer, output, session.reference)
+        output["ref_per_token_logps"] = values
 
 
 def _chain(session: Session, round: Round, metrics: dict[str, tuple[float, float]]) -> Round:

@@ -64,7 +64,7 @@ def compute(session: Session, inputs: Mapping[str, Any], stock: Callable[[Mappin
     """The loss of a micro-batch: TRL's or a plugin's, plus the terms of all plugins."""
     batch = edited(session, inputs)
     replaced = session.has("policy_loss")
-    keep = access.only_metrics(session.trainer, ("entropy", "kl")) if replaced else contextlib.nullcontext()
+    keep = access.only_metrics(session.trainer, ("entropy", "kl", "aux_loss")) if replaced else contextlib.nullcontext()
     session.in_loss, session.policy_logps = True, None
     try:
         with keep:
@@ -88,6 +88,7 @@ def compute(session: Session, inputs: Mapping[str, Any], stock: Callable[[Mappin
         per_token_logps=session.policy_logps.per_token_logps,
         entropies=session.policy_logps.entropies,
     )
+    aux_loss = session.policy_logps.aux_loss
     session.policy_logps = None
     metrics: dict[str, tuple[float, float]] = {}
     for name, result in session.each("policy_loss", loss=loss):
@@ -96,6 +97,8 @@ def compute(session: Session, inputs: Mapping[str, Any], stock: Callable[[Mappin
                 f"plugin {name!r} returned {type(result).__name__} from 'policy_loss', expected PolicyLoss."
             )
         total = _average(session, name, result, loss)
+        if aux_loss is not None:
+            total = total + access.router_loss(session.trainer, session.kind, aux_loss)
     for name, terms in session.each("loss_terms", loss=loss):
         for term, value in session.mapping(name, "loss_terms", terms).items():
             if isinstance(value, torch.Tensor) and value.dim() == 0:
