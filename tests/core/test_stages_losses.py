@@ -616,12 +616,13 @@ def test_a_replaced_loss_keeps_the_auxiliary_loss_of_a_router(
     shape = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2}
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4}
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = Qwen3MoeConfig(vocab_size=len(tokenizer), router_aux_loss_coef=5.0, num_experts_per_tok=2, **shape, **ids)
+    config = Qwen3MoeConfig(vocab_size=len(tokenizer), num_experts_per_tok=2, **shape, **ids)
     Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "moe")
     tokenizer.save_pretrained(tmp_path / "moe")
     cls = getattr(__import__("trl"), f"{kind.upper()}Trainer")
     settings = {"cls": lambda **given: cls(**given | {"model": str(tmp_path / "moe")}), "max_steps": 2, "beta": 0.0}
     settings |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 0.01}
+    settings |= {"router_aux_loss_coef": 5.0}
     plain = build(kind, **settings)
     plain.train()
     with trl_ext.enable(plugin({"grpo": Clipped, "rloo": SequenceRatio}[kind])):

@@ -77,10 +77,15 @@ SEAMS: tuple[Seam, ...] = (
         ("model", "input_ids", "attention_mask", "logits_to_keep"),
         _LOSS | {"logps", "old_logps", "ref_logps"},
     ),
+    Seam("create_model_from_path", _ROUND, ("model_id",), frozenset({"ref_logps"}), module_level=True),
+    Seam("prepare_deepspeed", _ROUND, ("model", "accelerator"), frozenset({"ref_logps"}), module_level=True),
+    Seam("prepare_fsdp", _ROUND, ("model", "accelerator"), frozenset({"ref_logps"}), module_level=True),
     Seam("add_fused_lm_head", ("dpo",), ("model",), _PAIR_FORWARDS, module_level=True, since="1.15"),
     Seam("compute_ref_log_probs", ("dpo",), ("model", "inputs"), _PAIR_FORWARDS | {"pair_batch"}),
     Seam("_set_signature_columns_if_needed", ("dpo",), (), _PAIR_FORWARDS | {"pair_batch"}),
-    Seam("_compute_loss", _ALL, ("model", "inputs"), _LOSS | _PAIR_FORWARDS | {"loss_inputs", "keep_rows", "pair_batch"}),
+    Seam(
+        "_compute_loss", _ALL, ("model", "inputs"), _LOSS | _PAIR_FORWARDS | {"loss_inputs", "keep_rows", "pair_batch"}
+    ),
     Seam("training_step", _ALL, ("model", "inputs")),
     Seam("_save_checkpoint", _ALL, ("model", "trial"), frozenset({"state_dict"})),
     Seam("_load_optimizer_and_scheduler", _ALL, ("checkpoint",), frozenset({"load_state_dict"})),
