@@ -75,6 +75,55 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Callable[[type], str]:
     return publish
 
 
+WORDS = ["Wait", "But", "Let", "Therefore", "Alternatively", "so", "the", "answer", "is", "four", "check"]
+"""Words that the tokenizers below know as one token, with and without a space; `Hmm` is not among them."""
+
+
+@pytest.fixture(scope="session")
+def byte_level() -> Any:
+    """A byte-level BPE tokenizer as Qwen's: `.\\n\\n` and some words are tokens, a character may be several."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(alphabet)}
+    merges = []
+
+    def learn(text: str) -> None:
+        for end in range(2, len(text) + 1):
+            if text[:end] not in vocabulary:
+                vocabulary[text[:end]] = len(vocabulary)
+                merges.append((text[: end - 1], text[end - 1]))
+
+    for word in [*("Ġ" + word for word in WORDS), *WORDS, ".ĊĊ", "ĊĊ"]:
+        learn(word)
+    vocabulary["?.ĊĊ"] = len(vocabulary)
+    merges.append(("?", ".ĊĊ"))
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"eos_token": "<eos>", "pad_token": "<pad>", "additional_special_tokens": ["</think>"]}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+@pytest.fixture(scope="session")
+def space_pieces() -> Any:
+    """A tokenizer as Llama 2's: words carry their space in front, unknown characters are bytes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    plain = [*"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:=+-*()\\{}!?'", "▁"]
+    words = [word for text in WORDS for word in (text, "▁" + text)]
+    pieces = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *plain, *words]
+    scores = [(piece, 0.0 if piece in words else -10.0) for piece in dict.fromkeys(pieces)]
+    tokenizer = Tokenizer(models.Unigram(scores, unk_id=0, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """Fails a test after which TRL is not as before, and cleans up for the next one."""

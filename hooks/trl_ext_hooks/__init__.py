@@ -3,7 +3,8 @@
     from trl_ext_hooks import Plugin, hookimpl, option, Round
 
 `trl_ext_hooks.specs` documents every hook; `trl_ext_hooks.ops` holds the tensor functions that plugins share
-(it imports torch, so it is not imported from here).
+(it imports torch, so it is not imported from here), `trl_ext_hooks.segments` cuts completions into chunks and steps,
+and `trl_ext_hooks.judges` asks whether a piece of text states the right answer.
 """
 
 from .plugin import CLAIMS, NEEDS, NoOptions, Plugin, hookimpl, hookspec, option

@@ -191,7 +191,7 @@ def test_what_is_public_is_what_is_listed() -> None:
         for name, value in vars(trl_ext_hooks).items()
         if not name.startswith("_") and not hasattr(value, "__path__")
     }
-    public -= {"annotations", "plugin", "types", "specs", "ops", "calls", "memory"}
+    public -= {"annotations", "plugin", "types", "specs", "ops", "calls", "memory", "segments", "judges"}
     assert public == set(trl_ext_hooks.__all__)
     with pytest.raises(AttributeError, match="module 'trl_ext' has no attribute 'enabel'"):
         trl_ext.enabel  # noqa: B018
