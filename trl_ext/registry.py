@@ -22,6 +22,7 @@ from .errors import ConfigError, OptionError, PluginError, UnknownPluginError, n
 GROUP = "trl_ext"
 BUILTINS: dict[str, str] = {
     "gdpo": "trl_ext_plugins.gdpo:GDPO",
+    "otc": "trl_ext_plugins.otc:OTC",
     "shared-prefix": "trl_ext_plugins.shared_prefix:SharedPrefix",
     "tgdpo": "trl_ext_plugins.tgdpo:TGDPO",
     "tools": "trl_ext_plugins.tools:Tools",

@@ -1,4 +1,4 @@
-"""Tools that rollouts can call: a calculator, and a search over a few texts. For TRL's `tools=[...]`.
+"""Tools that rollouts can call, for TRL's `tools=[...]`: a calculator and a search over texts; and a reward for them.
 
 from trl_ext.tools import Corpus, calculator
 trainer = GRPOTrainer(..., tools=[calculator, Corpus(passages).search])
@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 _OPERATIONS: dict[type[ast.AST], Callable[..., float]] = {
     ast.Add: operator.add,
@@ -85,3 +86,18 @@ class Corpus:
 
 def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
+
+
+def answer_accuracy(completions: list[list[dict[str, Any]]], **kwargs: Any) -> list[float | None]:
+    """TRL's `accuracy_reward` on what a rollout says last; TRL's reads its first message, which may be a tool call.
+
+    A rollout that ends with a tool's result gave no answer.
+    """
+    from trl.rewards import accuracy_reward
+
+    silence = {"role": "assistant", "content": ""}
+    last = [
+        completion[-1] if completion and completion[-1]["role"] == "assistant" else silence
+        for completion in completions
+    ]
+    return accuracy_reward(completions=[[message] for message in last], **kwargs)

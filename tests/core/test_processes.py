@@ -19,21 +19,21 @@ WHOLE = ("whole-grpo", "whole-rloo")
 Report = dict[str, Any]
 
 
-def here(model: str, folder: Path) -> Report:
+def here(model: str, folder: Path, script: Path = SCRIPT) -> Report:
     """What one process, this one, writes down."""
-    spec = importlib.util.spec_from_file_location("processes_script", SCRIPT)
+    spec = importlib.util.spec_from_file_location(f"{script.stem}_script", script)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main(model, folder)
 
 
-def two_processes(model: str, folder: Path) -> list[Report]:
+def two_processes(model: str, folder: Path, script: Path = SCRIPT) -> list[Report]:
     """What each of two processes wrote down; they really run, under accelerate's launcher with gloo."""
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     done = subprocess.run(
-        [sys.executable, *launcher, str(SCRIPT), model, str(folder)],
+        [sys.executable, *launcher, str(script), model, str(folder)],
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

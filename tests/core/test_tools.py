@@ -12,7 +12,7 @@ import torch
 import trl_ext
 from trl_ext import ConfigError, OptionError, PluginError
 from trl_ext.testing import calls, tiny_data, tiny_trainer
-from trl_ext.tools import Corpus, calculator
+from trl_ext.tools import Corpus, answer_accuracy, calculator
 from trl_ext_hooks import Plugin, hookimpl
 
 
@@ -203,7 +203,10 @@ def test_environments_and_rollout_functions_by_name(
     [
         ("calculator", "'calculator' is no dotted path, such as my_tools.calculator"),
         ("no_such_module.x", "'no_such_module.x': importing 'no_such_module' failed: ModuleNotFoundError"),
-        ("trl_ext.tools.calculater", "'trl_ext.tools' has no function 'calculater'; it has Corpus, calculator"),
+        (
+            "trl_ext.tools.calculater",
+            "'trl_ext.tools' has no function 'calculater'; it has Corpus, answer_accuracy, calculator",
+        ),
     ],
 )
 def test_wrong_paths(path: str, text: str) -> None:
@@ -286,3 +289,19 @@ def test_the_conformance_checks_bring_tools_along(plugin: Any, tmp_path: Path) -
     assert Economy.called > 0
     checks = conformance("tools", tmp_path / "gives", {"functions": ["trl_ext.tools.calculator"]})
     assert len(checks) == 5 and not [check for check in checks if not check.passed]
+
+
+def test_the_reward_reads_the_answer_and_no_tool_s_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[Any] = []
+
+    def accuracy_reward(completions: list[Any], solution: list[str], **kwargs: Any) -> list[float]:
+        judged.extend(message["content"] for (message,) in completions)
+        return [float(message["content"] == wanted) for (message,), wanted in zip(completions, solution, strict=True)]
+
+    monkeypatch.setattr("trl.rewards.accuracy_reward", accuracy_reward)  # TRL's needs the package math-verify
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "calculator"}}]}
+    result = {"role": "tool", "name": "calculator", "content": "42"}
+    answer = {"role": "assistant", "content": "42"}
+    rollouts = [[call, result, answer], [call, result], [answer], [call, result, call], []]
+    assert answer_accuracy(rollouts, solution=["42"] * 5, index=[0] * 5) == [1, 0, 1, 0, 0]
+    assert judged == ["42", "", "42", "", ""]

@@ -44,6 +44,7 @@ def test_yaml_blocks_are_trl_files_plus_plugins():
     from trl_ext import registry
 
     recipes = [file.read_text() for file in sorted((ROOT / "recipes").glob("*.yaml"))]
+    assert recipes
     for block in [*re.findall(r"```yaml\n(.*?)```", README, re.DOTALL), *recipes]:
         settings = yaml.safe_load(block)
         specs = registry.resolve(settings.pop("plugins"))

@@ -13,6 +13,7 @@ from trl_ext.testing import tiny_trainer
 from trl_ext.tools import calculator
 
 OPTIONS = {
+    "otc": {"c": 4, "call_tag": "<tool_call>"},
     "tgdpo": {"reward_func": f"{__name__}:even_tokens"},
     "tools": {"functions": ["trl_ext.tools.calculator"]},
 }
