@@ -44,7 +44,8 @@ def build(model: str, tmp_path: Path) -> Callable[..., Any]:
 
     def make(kind: str = "grpo", **settings: Any) -> Any:
         settings.setdefault("output", tmp_path / f"run{next(count)}")
-        return tiny_trainer(kind, model, **settings)
+        settings.setdefault("model", model)
+        return tiny_trainer(kind, **settings)
 
     return make
 

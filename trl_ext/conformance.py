@@ -11,9 +11,11 @@ import dataclasses
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from trl_ext_hooks import TrainerKind
 
 from . import api, registry
 from .compat import access
@@ -40,6 +42,7 @@ def conformance(
     folder: str | Path,
     options: Mapping[str, Any] | None = None,
     *,
+    kinds: Sequence[TrainerKind] | None = None,
     trainer: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] = lambda line: None,
     **settings: Any,
@@ -50,10 +53,12 @@ def conformance(
         reference: Name, `file.py` or `module:attribute`.
         folder: An empty folder for models and runs.
         options: Options of the plugin.
+        kinds: Only these of its trainers.
         trainer: Further arguments of the trainer, such as `tools`. A plugin that needs tools gets a calculator, and
             rollouts that call it, where none are given.
         progress: Called with the name of each check as it begins.
-        settings: Training arguments, where the plugin needs other ones than `trl_ext.testing.tiny_args`.
+        settings: What the plugin needs of `trl_ext.testing.tiny_trainer`: training arguments, `rewards`, `data`,
+            `model`.
 
     Returns:
         One entry per check; a failed one says what happened and what was expected.
@@ -79,8 +84,9 @@ def conformance(
         return checks
     spec = specs[0]
     needs_tools = "tools" in spec.cls.needs
-    model = tiny_model(folder / "model", tools=needs_tools or "trainer_arguments" in spec.hooks)
-    for kind in spec.cls.trainers:
+    with_tools = needs_tools or "trainer_arguments" in spec.hooks
+    model = settings.pop("model", None) or tiny_model(folder / "model", tools=with_tools)
+    for kind in kinds or spec.cls.trainers:
         arguments: dict[str, Any] = {"trainer": dict(trainer or {}), **settings}
         if kind == "grpo" and needs_tools and not set(TOOL_SOURCES) & set(arguments["trainer"]):
             arguments["trainer"]["tools"] = [calculator]

@@ -23,6 +23,7 @@ GROUP = "trl_ext"
 BUILTINS: dict[str, str] = {
     "gdpo": "trl_ext_plugins.gdpo:GDPO",
     "otc": "trl_ext_plugins.otc:OTC",
+    "p3o": "trl_ext_plugins.p3o:P3O",
     "shared-prefix": "trl_ext_plugins.shared_prefix:SharedPrefix",
     "tgdpo": "trl_ext_plugins.tgdpo:TGDPO",
     "tools": "trl_ext_plugins.tools:Tools",

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import trl_ext
+from trl_ext import plan, registry
 from trl_ext.cli import COMMANDS
 
 ROOT = Path(__file__).parents[2]
@@ -41,14 +42,13 @@ def test_commands_exist():
 
 
 def test_yaml_blocks_are_trl_files_plus_plugins():
-    from trl_ext import registry
 
     recipes = [file.read_text() for file in sorted((ROOT / "recipes").glob("*.yaml"))]
     assert recipes
     for block in [*re.findall(r"```yaml\n(.*?)```", README, re.DOTALL), *recipes]:
         settings = yaml.safe_load(block)
         specs = registry.resolve(settings.pop("plugins"))
-        _trl_accepts(settings, specs[0].cls.trainers[0])
+        _trl_accepts(settings, plan.common_trainers(specs)[0])
 
 
 def _trl_accepts(settings, kind):

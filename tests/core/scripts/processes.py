@@ -148,6 +148,14 @@ RUNS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "token-wise": ("grpo", [publish(Tokens)], {"loss_type": "grpo"}),
     "rloo": ("rloo", [], {"beta": 0.0}),
 }
+WHOLE = publish(Whole)
+WHOLE_RUNS: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
+    "whole-grpo": ("grpo", [WHOLE], {}),
+    "whole-rloo": ("rloo", [WHOLE], {}),
+    # with a reference model that TRL does not load
+    "p3o": ("grpo", [WHOLE, {"p3o": {"reward_scale": "running_diff"}}], {"num_iterations": 2, "max_steps": 4}),
+    "p3o-rloo": ("rloo", [WHOLE, "p3o"], {"beta": 0.0}),
+}
 
 
 def main(model: str, folder: Path) -> dict[str, Any]:
@@ -183,16 +191,10 @@ def main(model: str, folder: Path) -> dict[str, Any]:
         train(name, kind, plugins, per_device_train_batch_size=ROWS // world, **settings)
     train("resumed", "grpo", ["gdpo"], str(folder / f"gdpo-{world}" / "checkpoint-1"), loss_type="grpo",
           per_device_train_batch_size=ROWS // world)  # fmt: skip
-    for kind in ("grpo", "rloo"):
-        _, plugins = train(
-            f"whole-{kind}",
-            kind,
-            [publish(Whole)],
-            per_device_train_batch_size=GROUP,
-            gradient_accumulation_steps=6 // world,
-            max_steps=2,
-        )
-        report[f"whole-{kind}"]["groups"] = plugins["whole"].groups
+    sizes = {"per_device_train_batch_size": GROUP, "gradient_accumulation_steps": 6 // world, "max_steps": 2}
+    for name, (kind, plugins, settings) in WHOLE_RUNS.items():
+        _, made = train(name, kind, plugins, **sizes | settings)
+        report[name]["groups"] = made["whole"].groups
     (folder / f"report-{world}-{rank}.json").write_text(json.dumps(report))
     return report
 

@@ -1,0 +1,25 @@
+"""Every built-in passes the checks that outside plugins are given, on every trainer that it declares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trl_ext import registry
+from trl_ext.conformance import conformance
+
+EVERY = [(name, kind) for name in registry.BUILTINS for kind in registry.find(name)[0].trainers]
+
+
+@pytest.mark.parametrize(("name", "kind"), EVERY)
+def test_a_built_in_conforms(name: str, kind: str, smoke: Any, tmp_path: Path) -> None:
+    requests, settings = smoke(kind, name)
+    checks = conformance(name, tmp_path / "runs", requests[name], kinds=(kind,), **settings)
+    assert len(checks) >= 5 and not [check for check in checks if not check.passed]
+
+
+def test_every_file_of_settings_belongs_to_a_built_in() -> None:
+    known = {name.replace("-", "_") for name in registry.BUILTINS}
+    assert {file.stem for file in (Path(__file__).parent / "smoke").glob("*.py")} <= known
