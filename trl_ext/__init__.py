@@ -14,9 +14,9 @@ from ._version import __version__
 from .errors import CompatError, ConfigError, OptionError, PluginError, TrlExtError, UnknownPluginError
 
 if TYPE_CHECKING:
-    from .api import Handle, attach, detach, enable, extend
+    from .api import Handle, attach, detach, enable, extend, record
 
-_LAZY = ("Handle", "attach", "detach", "enable", "extend")
+_LAZY = ("Handle", "attach", "detach", "enable", "extend", "record")
 
 __all__ = [
     "CompatError",
@@ -31,6 +31,7 @@ __all__ = [
     "detach",
     "enable",
     "extend",
+    "record",
 ]
 
 

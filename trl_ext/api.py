@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -16,7 +18,7 @@ from trl_ext_hooks import Config, TrainerKind
 from . import registry, report
 from .compat import access, seams
 from .errors import CompatError, ConfigError
-from .plan import TOOL_SOURCES, Plan, check_kind, common_trainers, compose, make_plan, provided_arguments
+from .plan import ROUNDS, TOOL_SOURCES, Plan, check_kind, common_trainers, compose, make_plan, provided_arguments
 from .registry import PluginSpec
 
 T = TypeVar("T")
@@ -54,6 +56,9 @@ def enable(*plugins: str | Mapping[str, Any], **options: Mapping[str, Any]) -> H
 def attach(trainer: T, *plugins: str | Mapping[str, Any], **options: Mapping[str, Any]) -> T:
     """Gives one built trainer these plugins, and returns it. Undo: `detach(trainer)`. Arguments as in `enable`."""
     specs = _resolve(plugins, options)
+    session = getattr(trainer, "_trl_ext", None)
+    if session is not None and not session.plan.specs:
+        raise ConfigError(f"this {type(trainer).__name__} is being recorded already. Attach first, then record.")
     kind = _check_class(type(trainer), specs)
     late = [spec.name for spec in specs if "trainer_arguments" in spec.hooks]
     if late:
@@ -90,6 +95,40 @@ def extend(trainer_class: type[T], *plugins: str | Mapping[str, Any], **options:
     return type(
         trainer_class.__name__, (trainer_class,), {"__init__": __init__, "__module__": trainer_class.__module__}
     )
+
+
+def record(trainer: T, rounds: int = 1, folder: str | Path | None = None, max_rows: int = 64) -> T:
+    """Writes the first training rounds of a trainer, with or without plugins, for `trl_ext inspect`; returns it.
+
+    Recording changes no number of the run. Plugins come first: record what `attach` or `enable` made.
+
+    Args:
+        trainer: A built GRPOTrainer or RLOOTrainer.
+        rounds: How many rounds.
+        folder: Where `round-1.json`, ... are written; `<output_dir>/inspect` by default. Older ones are replaced.
+        max_rows: Rows of a round that are kept, in whole groups.
+
+    Raises:
+        ConfigError: The trainer has no rounds, is recorded already, or an argument cannot be.
+    """
+    from .inspection.recorder import Recorder
+    from .inspection.recording import FOLDER
+
+    if rounds < 1 or max_rows < 1:
+        raise ConfigError(f"`rounds` and `max_rows` must be at least 1, got {rounds} and {max_rows}.")
+    session = getattr(trainer, "_trl_ext", None)
+    kind = session.plan.kind if session is not None else _check_class(type(trainer), ())
+    if kind not in ROUNDS:
+        raise ConfigError(f"the {kind.upper()} trainer generates no rounds to record; GRPO and RLOO do.")
+    if session is None:
+        seams.check_seams(kind, {"inspect"})
+        _put_in_front(trainer, Plan(kind, (), {}, ()))
+        session = vars(trainer)["_trl_ext"]
+    if session.recorder is not None:
+        raise ConfigError(f"this {type(trainer).__name__} is being recorded already.")
+    target = Path(session.trainer.args.output_dir) / FOLDER if folder is None else Path(folder)
+    session.recorder = Recorder(session, target, rounds, max_rows)
+    return trainer
 
 
 class Handle:
@@ -134,6 +173,22 @@ class Handle:
     def on_trainer(self, listener: Callable[[Any], None]) -> None:
         """Calls `listener(trainer)` for every trainer that gets the plugins."""
         self._listeners.append(listener)
+
+    def record(self, rounds: int = 1, max_rows: int = 64) -> Handle:
+        """Records every trainer that gets the plugins, each into its output folder; see `trl_ext.record`."""
+        if not set(self.kinds) & set(ROUNDS):
+            raise ConfigError(f"{self!r} serves no trainer with rounds to record; GRPO and RLOO have them.")
+
+        def start(trainer: Any) -> None:
+            if trainer._trl_ext.kind in ROUNDS:
+                record(trainer, rounds, max_rows=max_rows)
+            else:
+                warnings.warn(f"this {type(trainer).__name__} generates no rounds: it is not recorded.", stacklevel=4)
+
+        for trainer in self.trainers:
+            start(trainer)
+        self.on_trainer(start)
+        return self
 
     def _install(self) -> None:
         seams.check_version()
@@ -236,7 +291,7 @@ def _put_in_front(trainer: Any, plan: Plan) -> None:
     except BaseException:
         detach(trainer)
         raise
-    if trainer.accelerator.is_main_process:
+    if plan.specs and trainer.accelerator.is_main_process:
         report.print_plan(plan)
 
 

@@ -14,6 +14,7 @@ COMMANDS: dict[str, str] = {
     "train": "train with plugins; takes every option of `trl grpo`, `trl rloo`, `trl dpo` and `accelerate launch`",
     "plugins": "list the plugins that are installed",
     "show": "show one plugin: stages, needs, options with their defaults and sources",
+    "inspect": "look at rounds of a run: tokens, rewards and advantages before and after each plugin",
     "check": "check a plugin on a tiny model, in seconds",
     "new": "write a package with a working plugin, its tests and its entry point",
     "doctor": "look at versions, devices and extras, and at every part of TRL that is used",
@@ -26,6 +27,7 @@ examples:
   trl_ext train --plugin gdpo --config run.yaml --learning_rate 1e-6 --num_processes 8
   trl_ext train --plugin my_method.py --set my-method.floor=0.5 --config run.yaml
   trl_ext show gdpo
+  trl_ext inspect --plugin gdpo                                  what it does to one round, as a page
   trl_ext new my-method
 """
 
@@ -51,7 +53,7 @@ def _dispatch(argv: list[str]) -> int:
     if argv and argv[0] in COMMANDS:
         name, rest = argv[0], argv[1:]
         module = importlib.import_module(f"{__package__}.commands.{name}")
-        if name == "train":  # its options are TRL's, so it parses them itself
+        if hasattr(module, "main"):  # its options are also TRL's, so it parses them itself
             return int(module.main(rest))
         parser = argparse.ArgumentParser(
             prog=f"trl_ext {name}", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False

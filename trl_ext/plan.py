@@ -16,6 +16,8 @@ from .registry import HOOKS, PluginSpec, build_manager
 BUILDING = ("trainer_arguments", "configure")
 """Hooks that run before there is a trainer, on instances of their own."""
 LIFECYCLE = (*BUILDING, "setup", "teardown", "state_dict", "load_state_dict")
+NO_STAGE = (*LIFECYCLE, "inspect")
+"""Hooks that are no stage of training: a printed plan leaves them out, and they prove nothing."""
 _COMMON = tuple(hook for hook in LIFECYCLE if hook != "trainer_arguments")
 _PAIRS = ("pair_batch", "pair_logps", "pair_metrics")
 _ROUNDS = tuple(hook for hook in HOOKS if hook not in _PAIRS)
@@ -27,6 +29,8 @@ SERVED: dict[TrainerKind, tuple[str, ...]] = {
 """The hooks that each trainer calls."""
 TOOL_SOURCES = ("tools", "environment_factory", "rollout_func")
 """Constructor arguments of a trainer that let its rollouts call tools; what `trainer_arguments` may give."""
+ROUNDS: tuple[TrainerKind, ...] = ("grpo", "rloo")
+"""The trainers that train on rounds of generated completions, which can be recorded."""
 
 _LOSS_SETTINGS: dict[str, tuple[Any, ...]] = {
     "beta": (0.0,),
@@ -78,8 +82,8 @@ class Plan:
         return [need.partition(":")[2] for need in self.needs if need.startswith("column:")]
 
     def stages(self) -> list[tuple[str, list[str]]]:
-        """(hook, plugins in order) for every hook that somebody implements, lifecycle hooks left out."""
-        found = [(h, self.users(h)) for h in SERVED[self.kind] if h not in LIFECYCLE]
+        """(hook, plugins in order) for every hook that somebody implements and that is a stage of training."""
+        found = [(h, self.users(h)) for h in SERVED[self.kind] if h not in NO_STAGE]
         return [(hook, names) for hook, names in found if names]
 
 

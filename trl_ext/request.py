@@ -15,7 +15,7 @@ from trl_ext_hooks import TrainerKind
 
 from . import options, registry
 from .errors import ConfigError
-from .plan import check_kind, common_trainers, compose
+from .plan import ROUNDS, check_kind, common_trainers, compose
 from .registry import PluginSpec
 
 BLOCKS = ("plugins", "experiment")
@@ -85,6 +85,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="do not call the reward functions on two rows before the model is loaded",
     )
+    parser.add_argument(
+        "--inspect",
+        type=_rounds,
+        metavar="N",
+        help="record the first N rounds (tokens, rewards and advantages before and after each plugin) for "
+        "`trl_ext inspect`; changes no number of the run",
+    )
+    parser.add_argument(
+        "--no_save",
+        action="store_true",
+        help="end after training, without the final model that TRL's scripts save",
+    )
+
+
+def _rounds(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of rounds, at least 1, got {text}")
+    return number
 
 
 def understand(args: argparse.Namespace, rest: list[str]) -> Request:
@@ -103,6 +122,8 @@ def understand(args: argparse.Namespace, rest: list[str]) -> Request:
     else:
         kind = common_trainers(specs)[0]
         check_kind(specs, kind)
+    if args.inspect and kind not in ROUNDS:
+        raise ConfigError(f"--inspect records rounds of completions, and the {kind.upper()} trainer generates none.")
     return Request(requests, specs, kind, args.config, settings, rest)
 
 
@@ -144,4 +165,8 @@ def forwarded(args: argparse.Namespace, request: Request) -> list[str]:
         own += ["--config", args.config]
     if args.no_reward_check:
         own.append("--no_reward_check")
+    if args.inspect:
+        own += ["--inspect", str(args.inspect)]
+    if args.no_save:
+        own.append("--no_save")
     return own

@@ -9,7 +9,7 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -19,9 +19,12 @@ from trl_ext_hooks.types import Role
 from .compat import access, frozen, reference
 from .compat.seams import overrides
 from .errors import ConfigError, PluginError
-from .plan import LIFECYCLE, SERVED, Plan
+from .plan import NO_STAGE, SERVED, Plan
 from .registry import build_manager
 from .stages import pairs, precompute
+
+if TYPE_CHECKING:
+    from .inspection.recorder import Recorder, RoundRecord
 
 STATE_FILE = "trl_ext_state.pt"
 
@@ -98,6 +101,7 @@ class RoundState:
     logps: dict[Role, torch.Tensor] = dataclasses.field(default_factory=dict)
     rollout: Rollout | None = None
     scored: Scored | None = None
+    record: RoundRecord | None = None
 
 
 class Session:
@@ -120,6 +124,7 @@ class Session:
         self.undo: list[Callable[[], None]] = []
         self.calls: Counter[tuple[str, str]] = Counter()
         self.round: RoundState | None = None
+        self.recorder: Recorder | None = None
         self.in_loss = False
         self.policy_logps: Any = None
         self.reference: Any = None  # a frozen copy of the policy, where a plugin needs one and TRL has none
@@ -172,10 +177,22 @@ class Session:
 
     def begin_round(self, columns: access.RewardColumns) -> None:
         self.round = RoundState(columns)
+        if self.recorder is not None:
+            self.round.record = self.recorder.begin()
 
     def current(self) -> RoundState:
         assert self.round is not None, "a stage ran outside a round"
         return self.round
+
+    @property
+    def recording(self) -> bool:
+        """Whether the current round is recorded; the same on every process."""
+        return self.round is not None and self.round.record is not None
+
+    def seen(self, by: str, state: Scored) -> None:
+        """Shows the recorder, if the round is recorded, the rewards or advantages as `by` left them."""
+        if self.round is not None and self.round.record is not None:
+            self.round.record.after(by, state)
 
     def report(self, values: Mapping[str, tuple[float, float]]) -> None:
         """Adds (sum, count) pairs over processes and records each ratio. Collective; names may differ by process."""
@@ -274,7 +291,7 @@ class Session:
         silent = [
             f"{name}.{hook}"
             for hook, callers in self._callers.items()
-            if hook not in LIFECYCLE
+            if hook not in NO_STAGE
             for name, _ in callers
             if not self.calls[name, hook]
         ]

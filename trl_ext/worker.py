@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from . import failures, request
 
@@ -40,11 +41,17 @@ def _train(argv: list[str]) -> None:
         if first:
             preflight.check(asked.kind, parsed, _warn, rewards=not args.no_reward_check)
         progress = Progress(asked, parsed, lines=not _wants_bars(asked))
+
+        def built(trainer: Any) -> None:
+            progress.follow(trainer)
+            if args.inspect:
+                api.record(trainer, args.inspect)
+
         if handle is not None:
-            handle.on_trainer(progress.follow)
+            handle.on_trainer(built)
         else:
-            stack.enter_context(scripts.on_built(asked.kind, progress.follow))
-        scripts.run_script(asked.kind, parsed)
+            stack.enter_context(scripts.on_built(asked.kind, built))
+        scripts.run_script(asked.kind, parsed, save=not args.no_save)
 
 
 def _wants_bars(asked: request.Request) -> bool:

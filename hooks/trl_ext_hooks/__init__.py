@@ -10,6 +10,7 @@ and `trl_ext_hooks.judges` asks whether a piece of text states the right answer.
 from .plugin import CLAIMS, NEEDS, NoOptions, Plugin, hookimpl, hookspec, option
 from .types import (
     Config,
+    Curve,
     Generation,
     Logps,
     LogpsCall,
@@ -27,8 +28,10 @@ from .types import (
     Round,
     Scored,
     ScoredPairs,
+    Span,
     TrainerKind,
     TrainerView,
+    Views,
     Warn,
 )
 
@@ -36,6 +39,7 @@ __all__ = [
     "CLAIMS",
     "NEEDS",
     "Config",
+    "Curve",
     "Generation",
     "Logps",
     "LogpsCall",
@@ -55,8 +59,10 @@ __all__ = [
     "Round",
     "Scored",
     "ScoredPairs",
+    "Span",
     "TrainerKind",
     "TrainerView",
+    "Views",
     "Warn",
     "hookimpl",
     "hookspec",

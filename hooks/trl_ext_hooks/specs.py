@@ -32,6 +32,7 @@ from .types import (
     Scored,
     ScoredPairs,
     TrainerView,
+    Views,
 )
 
 if TYPE_CHECKING:
@@ -456,6 +457,39 @@ def pair_metrics(pairs: ScoredPairs) -> Mapping[str, Metric] | None:
         def pair_metrics(self, pairs):
             chosen, rejected = (pairs.per_token_logps * pairs.mask).sum(1).chunk(2)
             return {"margin": ((chosen - rejected).sum().item(), len(chosen))}
+    ```
+    """
+
+
+@hookspec
+def inspect(round: Round) -> Views | None:
+    """Returns spans and curves of a finished round for `trl_ext inspect`. All plugins. GRPO and RLOO.
+
+    Called only while a run records rounds (`trl_ext train --inspect N`, `Handle.record`), on every process, after
+    `round_metrics`. Tokens, masks, fields, tool results, and rewards and advantages before and after each plugin are
+    recorded without it: return what only the plugin knows, for the local rows. It is not part of the method: nothing
+    that it does may reach training, it runs without gradients, and the random state is restored after it.
+
+    ```python
+    class Halves(Plugin):
+        name = "halves"
+        trainers = ("grpo",)
+
+        @hookimpl
+        def advantages(self, round):
+            position = torch.arange(round.loss_mask.shape[1], device=round.loss_mask.device)
+            self.first = position < round.loss_mask.sum(1, keepdim=True) / 2  # (b, T)
+            return torch.where(self.first, round.token_advantages, 0.5 * round.token_advantages)
+
+        @hookimpl
+        def inspect(self, round):
+            spans, curves = [], []
+            for row, ids in enumerate(round.completion_ids):
+                middle = int(self.first[row].sum())
+                if 0 < middle < len(ids):
+                    spans += [Span(row, 0, middle, "half 1", value=1.0), Span(row, middle, len(ids), "half 2", 0.5)]
+                curves.append(Curve(row, "share read", range(len(ids)), [(i + 1) / len(ids) for i in range(len(ids))]))
+            return Views(spans, curves)
     ```
     """
 

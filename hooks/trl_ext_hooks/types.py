@@ -448,6 +448,52 @@ def _loss_mask(batch: Mapping[str, Any]) -> torch.Tensor:
     return mask if tool_mask is None else mask * tool_mask
 
 
+# --- what `trl_ext inspect` shows -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens of a completion that belong together: a step, a redundant stretch, a tool call.
+
+    Attributes:
+        row: Local row, 0 to b - 1.
+        start, end: The tokens `start` to `end - 1` of the completion, as positions in `completion_ids`.
+        label: A word or two. Spans whose labels differ only in a number at the end (`step 1`, `step 2`) look alike.
+        value: A number to print at the label, such as a reward of the step.
+    """
+
+    row: int
+    start: int
+    end: int
+    label: str
+    value: float | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values along a completion: a probe at every step, a potential, a weight per token.
+
+    Attributes:
+        row: Local row, 0 to b - 1.
+        name: What is drawn; curves of one name share a scale.
+        positions: Positions in `completion_ids`, ascending.
+        values: One per position; NaN leaves a gap.
+    """
+
+    row: int
+    name: str
+    positions: Sequence[int]
+    values: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Views:
+    """What a plugin alone knows about the rows of a round; rows may have any number of spans and curves."""
+
+    spans: Sequence[Span] = ()
+    curves: Sequence[Curve] = ()
+
+
 Metric = tuple[float, float]
 """A sum and a count; the core adds both over processes and reports their ratio."""
 

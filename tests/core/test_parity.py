@@ -93,6 +93,10 @@ class Observer(Plugin):
         return None
 
     @hookimpl
+    def inspect(self, round: Any) -> None:
+        return None
+
+    @hookimpl
     def state_dict(self) -> None:
         return None
 
@@ -255,5 +259,5 @@ def test_hooks_were_called(name: str, build: Callable[..., Any], plugin: Callabl
         trainer.train()
         assert handle.trainers == [trainer]
         calls = trainer._trl_ext.calls
-    lifecycle = {"teardown", "state_dict", "load_state_dict", "policy_loss"}
+    lifecycle = {"teardown", "state_dict", "load_state_dict", "inspect", "policy_loss"}
     assert {hook for _, hook in calls} >= set(HOOKS) - lifecycle - {"configure"}

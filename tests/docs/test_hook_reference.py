@@ -41,6 +41,7 @@ SIGNATURES = {
     "pair_batch": ["pairs"],
     "pair_logps": ["pairs"],
     "pair_metrics": ["pairs"],
+    "inspect": ["round"],
     "state_dict": [],
     "load_state_dict": ["state"],
 }
@@ -72,6 +73,8 @@ def test_example_trains(hook, model, plugin, tmp_path):
     if hook == "trainer_arguments":
         model = tiny_model(tmp_path / "model", tools=True)
     with quiet(), trl_ext.enable(plugin(cls)) as handle:
+        if hook == "inspect":  # only called while rounds are recorded
+            handle.record()
         trainer = tiny_trainer(
             cls.trainers[0], model, tmp_path, data=data, save_strategy="steps", save_steps=1, **settings
         )

@@ -16,7 +16,7 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from ..compat.scripts import Split
 
-_OWN = ("--plugin", "--set", "--config", "--trainer", "--no_reward_check", "--help-trl")
+_OWN = ("--plugin", "--set", "--config", "--trainer", "--no_reward_check", "--inspect", "--no_save", "--help-trl")
 _DESCRIPTION = """\
 Trains with plugins. Besides the arguments below it takes every option of `trl grpo`, `trl rloo` or `trl dpo` (all
 keys of their YAML files too) and every option of `accelerate launch`.
@@ -32,6 +32,8 @@ examples:
       two plugins, eight processes with DeepSpeed
   trl_ext train --config run.yaml --resume_from_checkpoint true
       plugins from the block `plugins:` of the file; continues from the last checkpoint in output_dir
+  trl_ext train --plugin gdpo --inspect 2
+      records the first two rounds; `trl_ext inspect runs/demo-gdpo` shows what the plugins did to them
 
 in the YAML file:
   plugins:
@@ -41,8 +43,13 @@ The output folder gets trl_ext_run.json (plugins, versions, metrics, how often e
 """
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs the command; `argv` is everything after `trl_ext train`."""
+def main(argv: Sequence[str], demo_settings: Mapping[str, Any] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: Everything after `trl_ext train`.
+        demo_settings: Settings of TRL that replace those of the embedded default, where it is trained.
+    """
     parser = request.Parser()
     parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
     parser.usage = "trl_ext train [--plugin PLUGIN ...] [--config FILE] [TRL options] [accelerate options]"
@@ -70,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
         from .. import demo as embedded
 
         say("no model and no data are named: training the embedded SmolLM2-135M-Instruct on arithmetic")
-        values = embedded.settings(asked.kind, [spec.name for spec in asked.specs], say)
+        values = embedded.settings(asked.kind, [spec.name for spec in asked.specs], say) | dict(demo_settings or {})
         defaults |= {name: value for name, value in values.items() if name not in divided.given}
     if not asked.specs:
         say(f"no plugin is enabled: this is plain TRL ({asked.kind.upper()})")

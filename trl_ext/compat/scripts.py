@@ -15,7 +15,7 @@ import logging
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -256,9 +256,32 @@ def load_data(parsed: Parsed) -> Any:
     return None
 
 
-def run_script(kind: TrainerKind, parsed: Parsed) -> None:
-    """TRL's own script: data, rewards, PEFT, training, saving."""
-    _script(kind).main(*parsed)
+class _Trained(BaseException):
+    """Leaves TRL's script after training, before it saves."""
+
+
+def run_script(kind: TrainerKind, parsed: Parsed, save: bool = True) -> None:
+    """TRL's own script: data, rewards, PEFT, training, saving; without `save` it ends when training has ended."""
+    if save:
+        _script(kind).main(*parsed)
+        return
+    trainers: list[Any] = []
+
+    def leave_after_training(trainer: Any) -> None:
+        train = trainer.train
+
+        def train_and_leave(*args: Any, **kwargs: Any) -> NoReturn:
+            train(*args, **kwargs)
+            raise _Trained
+
+        trainer.train = train_and_leave
+        trainers.append(trainer)
+
+    with on_built(kind, leave_after_training), suppress(_Trained):
+        _script(kind).main(*parsed)
+    for trainer in trainers:
+        if hasattr(trainer, "end"):  # trackers and the process group; newer scripts do it after saving
+            trainer.end()
 
 
 @contextmanager

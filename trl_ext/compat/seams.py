@@ -54,7 +54,7 @@ class Seam:
     since: str = ""
 
 
-_SCORING = frozenset({"annotate", "rewards", "advantages", "keep_rows", "batch_fields", "round_metrics"})
+_SCORING = frozenset({"annotate", "rewards", "advantages", "keep_rows", "batch_fields", "round_metrics", "inspect"})
 _LOSS = frozenset({"policy_loss", "loss_terms", "loss_metrics"})
 _PAIR_FORWARDS = frozenset({"logps", "pair_logps", "pair_metrics"})
 

@@ -31,16 +31,19 @@ def finish(session: Session, output: dict[str, Any]) -> dict[str, Any]:
         group = access.num_generations(session.trainer)
         output[GROUP_IDS] = (torch.arange(start, start + rows) // group).to(output["advantages"].device)
     hooks = ("advantages", "keep_rows", "batch_fields", "round_metrics")
-    if not session.has(*hooks):
+    if not (session.recording or session.has(*hooks)):
         return output
-    scored = session.current().scored
+    state = session.current()
+    scored = state.scored
     if scored is None:
+        users = session.plan.users(*hooks)
         raise PluginError(
             f"{type(session.trainer).__name__} finished a round without scoring it through TRL's reward method, so "
-            f"plugins {', '.join(session.plan.users(*hooks))} cannot act."
+            + (f"plugins {', '.join(users)} cannot act." if users else "it cannot be recorded.")
         )
     advantages = session.view.gather(output["advantages"])  # (N,)
     round = Round(**vars(scored), advantages=advantages, batch=output)
+    session.seen("TRL", round)
     metrics: dict[str, tuple[float, float]] = {}
     stock = round.advantages
     if session.has("advantages"):
@@ -66,6 +69,8 @@ def finish(session: Session, output: dict[str, Any]) -> dict[str, Any]:
             output[field] = values.detach()
     metrics |= session.collect("round_metrics", round=round)
     session.report(metrics)
+    if state.record is not None:
+        state.record.finish(round)
     return output
 
 
@@ -132,6 +137,7 @@ def _chain(session: Session, round: Round, metrics: dict[str, tuple[float, float
         metrics[f"trl_ext/{name}/advantage_mean"] = (_per_row(after).sum().item(), len(round.rows))
         metrics[f"trl_ext/{name}/advantage_change"] = (change.abs().sum().item(), len(round.rows))
         round = after
+        session.seen(name, round)
     return round
 
 

@@ -26,7 +26,10 @@ def score(
     stock: Callable[..., torch.Tensor],
 ) -> torch.Tensor:
     """Annotates the rollout, runs the reward functions, and lets plugins rewrite the rewards of all processes."""
-    if not session.has("annotate", "rewards", "advantages", "keep_rows", "batch_fields", "round_metrics"):
+    if not (
+        session.recording
+        or session.has("annotate", "rewards", "advantages", "keep_rows", "batch_fields", "round_metrics")
+    ):
         return stock(rows, prompts, completions, completion_ids)
     rollout = _rollout(session, rows, prompts, completions, completion_ids)
     fields, gathered = _annotate(session, rollout)
@@ -44,6 +47,7 @@ def score(
     scored = Scored(
         **vars(rollout), fields=fields, gathered=gathered, rewards=values, reward_names=names, reward_weights=weights
     )
+    session.seen("TRL", scored)
     scored = _rewrite(session, scored)
     state = session.current()
     state.rollout, state.scored = rollout, scored
@@ -114,4 +118,5 @@ def _rewrite(session: Session, scored: Scored) -> Scored:
             reward_names=tuple(result.names),
             reward_weights=result.weights.to(scored.reward_weights),
         )
+        session.seen(name, scored)
     return scored

@@ -1,0 +1,206 @@
+"""`trl_ext inspect`: shows what plugins did to recorded rounds, or records one round and shows it."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..errors import ConfigError
+from ..inspection.recording import FOLDER, HOW, Recording, files, find, read
+
+PAGE = "inspect.html"
+ONE_ROUND: dict[str, Any] = {
+    "max_steps": 1,
+    "eval_strategy": "no",
+    "eval_on_start": False,
+    "save_strategy": "no",
+    "load_best_model_at_end": False,
+    "report_to": "none",
+}
+"""Settings of a run that is only looked at; the command line can change them, a YAML file cannot."""
+DEMO = {"per_device_train_batch_size": 32}
+"""The untrained model of the embedded default earns few rewards, so it takes some more groups to see any."""
+_USAGE = """\
+trl_ext inspect FOLDER_OR_FILE [--round K] [--group G ...] [--rows R ...] [--html PATH]
+       trl_ext inspect --plugin PLUGIN ... [options of `trl_ext train`]"""
+_DESCRIPTION = """\
+Shows what plugins did to a batch: rewards per function and advantages before and after each plugin, completions with
+tokens coloured by advantage, and the steps, spans and curves that plugins add. Prints it, and writes a page that a
+browser opens from disk, with details of every token.
+
+With a folder or a file it shows what a run recorded with `trl_ext train --inspect N` (`trl_ext.record` in Python).
+Without one it runs the first round itself, takes every option of `trl_ext train`, and saves no model; where neither a
+model nor data is named, on the embedded default."""
+_EXAMPLES = """\
+examples:
+  trl_ext inspect --plugin gdpo
+      one round of the embedded model and task, minutes at most
+  trl_ext inspect --plugin gdpo my_method.py --config run.yaml --output_dir looks/first
+      one round of your run with two plugins; the recording and the page stay in looks/first
+  trl_ext train --plugin gdpo --inspect 3 --output_dir runs/a && trl_ext inspect runs/a --round 3 --group all
+      the third round of a run, with all its groups
+  trl_ext inspect runs/a --rows 4 9 | less
+      two rows as plain text
+
+Rounds count from 1. Groups and rows count from 0, over all processes, as plugins see them.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}\nSee `{self.prog} --help`.")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; `argv` is everything after `trl_ext inspect`."""
+    parser = _parser()
+    given = list(argv)
+    place = given.pop(0) if given and not given[0].startswith("-") else None
+    args, rest = parser.parse_known_args(given)
+    if place is None and not rest:
+        raise ConfigError(
+            "name what to look at: the output folder of a run that recorded rounds (trl_ext inspect runs/a), or "
+            "plugins to record one round with (trl_ext inspect --plugin gdpo). See `trl_ext inspect --help`."
+        )
+    if place is not None and rest:
+        raise ConfigError(
+            f"{' '.join(rest)}: with a folder or a file, `trl_ext inspect` takes --round, --group, --rows and --html. "
+            f"Options of a run are for recording one: leave {place} out, or record with `trl_ext train --inspect N`."
+        )
+    if place is not None:
+        return _show(place, args)
+    code, place = _record(rest)
+    return code or _show(place, args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        "trl_ext inspect",
+        usage=_USAGE,
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--round", type=int, metavar="K", help="the round to print (default: the first recorded one)")
+    parser.add_argument(
+        "--group",
+        nargs="+",
+        metavar="G",
+        help="groups to print in full, or `all` (default: one in which advantages differ)",
+    )
+    parser.add_argument("--rows", nargs="+", type=int, metavar="R", help="rows to print in full, instead of groups")
+    parser.add_argument(
+        "--html", metavar="PATH", help=f"where to write the page of all rounds (default: {PAGE} beside the recordings)"
+    )
+    return parser
+
+
+def _record(options: Sequence[str]) -> tuple[int, str]:
+    """Trains one step with a recorder; returns the exit code and the output folder, a temporary one by default."""
+    from . import train
+
+    finder = _Parser("trl_ext inspect", add_help=False, allow_abbrev=False)
+    finder.add_argument("--output_dir", "--output-dir")
+    given, options = finder.parse_known_args(options)
+    folder = given.output_dir or tempfile.mkdtemp(prefix="trl_ext-inspect-")
+    before = _written(folder)
+    code = 1
+    try:
+        own = [*train.as_arguments(ONE_ROUND), "--inspect", "1", "--no_save"]
+        code = train.main([*own, *options, "--output_dir", folder], DEMO)
+        if code == 0 and _written(folder) == before:
+            raise ConfigError(
+                "the run ended before a round was trained on, so nothing was recorded. Raise --max_steps, for example "
+                "above the step of the checkpoint from which it resumes."
+            )
+    finally:
+        if given.output_dir is None and not _written(folder):
+            shutil.rmtree(folder)
+    return code, folder
+
+
+def _written(folder: str) -> list[int]:
+    """When the recordings of a run were written."""
+    place = Path(folder) / FOLDER
+    return [path.stat().st_mtime_ns for path in files(place)] if place.is_dir() else []
+
+
+def _show(place: str, args: argparse.Namespace) -> int:
+    from ..inspection import page, terminal
+
+    paths = find(place)
+    recordings = [read(path) for path in paths]
+    shown = _round(recordings, args.round)
+    rows = _rows(shown, args.group, args.rows)
+    terminal.show(shown, rows)
+    target = Path(args.html) if args.html is not None else paths[0].parent / PAGE
+    page.write(recordings, target)
+    print(f"trl_ext: {_counted(len(recordings), 'round')} as a page: {target.resolve()}", file=sys.stderr)
+    return 0
+
+
+def _round(recordings: Sequence[Recording], number: int | None) -> Recording:
+    """The recording of a round, the first one by default.
+
+    Raises:
+        ConfigError: It is not there.
+    """
+    known = {recording.round: recording for recording in recordings}
+    if number is None:
+        return recordings[0]
+    if number not in known:
+        raise ConfigError(f"--round {number} is not recorded; recorded: {', '.join(map(str, sorted(known)))}. {HOW}")
+    return known[number]
+
+
+def _rows(recording: Recording, groups: Sequence[str] | None, rows: Sequence[int] | None) -> set[int]:
+    """The numbers of the chosen rows, by default those of a group that has something to show.
+
+    Raises:
+        ConfigError: A group or a row is not there, or both are chosen.
+    """
+    if groups is not None and rows is not None:
+        raise ConfigError("--group and --rows choose the same thing; give one of them.")
+    known = recording.groups()
+    left_out = f" {recording.left_out} rows of the round were not recorded." if recording.left_out else ""
+    if rows is not None:
+        there = {row.row for row in recording.rows}
+        missing = [row for row in rows if row not in there]
+        if missing:
+            raise ConfigError(
+                f"--rows {missing[0]}: round {recording.round} has no such row; it has {_ranges(sorted(there))}."
+                f"{left_out}"
+            )
+        return set(rows)
+    if groups is None:
+        groups = [str(recording.telling_group())]
+    if "all" in groups:
+        groups = [str(group) for group in known]
+    unknown = [group for group in groups if group not in map(str, known)]
+    if unknown:
+        raise ConfigError(
+            f"--group {unknown[0]}: round {recording.round} has no such group; it has {_ranges(list(known))}, or say "
+            f"`all`.{left_out}"
+        )
+    return {row.row for group, members in known.items() if str(group) in groups for row in members}
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`[0, 1, 2, 5]` -> `0-2, 5`."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"

@@ -1,0 +1,294 @@
+"""Writes the first training rounds of a trainer into files, without touching what it trains on."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trl_ext_hooks import Curve, Round, Scored, Span, Views
+
+from .._version import __version__
+from ..compat import access
+from ..errors import ConfigError, PluginError
+from ..session import Session, untouched_random_state
+from . import recording as files
+from .recording import Prompt, Recording, RewardStage, Row
+from .tokens import decoder, texts
+
+_NOT_SHOWN = ("prompt", "completion", "image", "images")
+"""Columns of the data that are seen anyway, or are no text."""
+
+
+class Recorder:
+    """Records the first training rounds of one trainer.
+
+    Args:
+        session: The trainer's session.
+        folder: Where the files go; recordings of an earlier run that lie there are replaced.
+        rounds: How many rounds.
+        max_rows: Rows of a round that are kept: whole groups from the start, and one group at least.
+    """
+
+    def __init__(self, session: Session, folder: Path, rounds: int, max_rows: int) -> None:
+        self.session = session
+        self.folder, self.rounds, self.max_rows = folder, rounds, max_rows
+        self.begun = 0
+        if session.view.process_index == 0:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"rounds cannot be recorded in {folder}: {error.strerror or error}.") from error
+
+    def begin(self) -> RoundRecord | None:
+        """Starts a record where the round that begins is to be recorded; the same on every process."""
+        if self.begun == self.rounds or access.mode(self.session.trainer) != "train":
+            return None
+        self.begun += 1
+        return RoundRecord(self)
+
+    def write(self, recording: Recording) -> None:
+        if recording.round == 1:
+            for old in files.files(self.folder):
+                old.unlink()
+        files.write(recording, self.folder)
+        if recording.round == 1:
+            print(f"trl_ext: recording rounds; look at them with: trl_ext inspect {self.folder}", file=sys.stderr)
+
+
+class RoundRecord:
+    """One round while it comes about."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder, self.session, self.number = recorder, recorder.session, recorder.begun
+        self.rewards: list[tuple[RewardStage, torch.Tensor]] = []
+        self.advantages: list[tuple[str, torch.Tensor]] = []
+        self._decode = decoder(self.session.view.processing_class)
+        self._prompts: dict[tuple[int, ...], Prompt] = {}
+
+    def after(self, by: str, state: Scored) -> None:
+        """Keeps the rewards of a scored round, or the advantages of a finished one, as `by` left them."""
+        if isinstance(state, Round):
+            self.advantages.append((by, state.advantages.detach().clone()))
+        else:
+            stage = RewardStage(by, list(state.reward_names), [number(w) or 0.0 for w in state.reward_weights.tolist()])
+            self.rewards.append((stage, state.rewards.detach().clone()))
+
+    def finish(self, round: Round) -> None:
+        """Asks the plugins for their views, brings the kept rows of all processes together, and writes. Collective."""
+        views = self._views(round)
+        kept = kept_groups(round.group_ids.tolist(), self.recorder.max_rows)
+        local = [
+            self._row(round, index, views[index])
+            for index in range(len(round.rows))
+            if int(round.group_ids[round.offset + index]) in kept
+        ]
+        gathered = self.session.view.gather_objects(local)
+        if self.session.view.process_index == 0:
+            self.recorder.write(self._recording(round, sorted(gathered, key=lambda row: row["row"])))
+
+    def _views(self, round: Round) -> list[dict[str, list[dict[str, Any]]]]:
+        """Spans and curves of every local row, checked."""
+        found: list[dict[str, list[dict[str, Any]]]] = [{"spans": [], "curves": []} for _ in round.rows]
+        for index, written in enumerate(round.tool_mask or ()):
+            found[index]["spans"] += [
+                {"by": "TRL", "start": start, "end": end, "label": "tool result", "value": None}
+                for start, end in runs_of_zeros(written)
+            ]
+        with untouched_random_state(), torch.no_grad():
+            for name, views in self.session.each("inspect", round=round):
+                _expect(name, views, Views)
+                for span in views.spans:
+                    _expect(name, span, Span)
+                    entry = _span(round, name, span)
+                    found[span.row]["spans"].append(entry)
+                for curve in views.curves:
+                    _expect(name, curve, Curve)
+                    entry = _curve(round, name, curve)
+                    found[curve.row]["curves"].append(entry)
+        return found
+
+    def _row(self, round: Round, index: int, views: Mapping[str, Any]) -> dict[str, Any]:
+        """A local row as plain values, with its prompt in full."""
+        place, ids = round.offset + index, list(round.completion_ids[index])
+        prompt = round.batch["prompt_ids"][index][round.batch["prompt_mask"][index].bool()].tolist()
+        advantages: list[Any] = []
+        for _, values in self.advantages:
+            wide = values.dim() == 2
+            advantages.append(numbers(values[index, : len(ids)]) if wide else number(values[place].item()))
+        owned = {field for plugin in self.session.plugins.values() for field in plugin.fields}
+        fields: dict[str, Any] = {name: plain(values[index]) for name, values in round.fields.items()}
+        per_token: dict[str, Any] = {}
+        for name, values in round.batch.items():
+            if not isinstance(values, torch.Tensor) or values.dim() == 0 or len(values) != len(round.rows):
+                continue
+            wide = values.shape == round.loss_mask.shape
+            if wide and name != "advantages" and (name in owned or values.is_floating_point()):
+                per_token[name] = numbers(values[index, : len(ids)])
+            elif name in owned:
+                fields[name] = plain(values[index])
+        return {
+            "row": place,
+            "group": int(round.group_ids[place]),
+            "prompt": self._prompt(prompt),
+            "ids": ids,
+            "tokens": texts(self._decode, ids, before=prompt),
+            "mask": [int(counted) for counted in round.loss_mask[index, : len(ids)].tolist()],
+            "rewards": [numbers(values[place]) for _, values in self.rewards],
+            "advantages": advantages,
+            "columns": {name: plain(value) for name, value in round.rows[index].items() if name not in _NOT_SHOWN},
+            "fields": fields,
+            "calls": tool_calls(round.completions[index]),
+            "values": per_token,
+            **views,
+        }
+
+    def _prompt(self, ids: list[int]) -> Prompt:
+        """A prompt token by token; the rows of a group share it."""
+        key = tuple(ids)
+        if key not in self._prompts:
+            self._prompts[key] = Prompt(ids, texts(self._decode, ids))
+        return self._prompts[key]
+
+    def _recording(self, round: Round, rows: list[dict[str, Any]]) -> Recording:
+        prompts: list[Prompt] = []
+        places: dict[tuple[int, ...], int] = {}
+        for row in rows:
+            key = tuple(row["prompt"].ids)
+            if key not in places:
+                places[key] = len(prompts)
+                prompts.append(row["prompt"])
+            row["prompt"] = places[key]
+        model = self.session.view.unwrapped_model
+        return Recording(
+            trl_ext=__version__,
+            model=str(getattr(model.config, "_name_or_path", "")) or type(model).__name__,
+            trainer=self.session.kind,
+            round=self.number,
+            step=round.step,
+            processes=self.session.view.num_processes,
+            num_generations=round.num_generations,
+            left_out=len(round.group_ids) - len(rows),
+            plugins=[
+                {"name": s.name, "version": s.version, "options": plain(s.option_values), "hooks": list(s.hooks)}
+                for s in self.session.plan.specs
+            ],
+            prompts=prompts,
+            reward_stages=[stage for stage, _ in self.rewards],
+            advantage_stages=[by for by, _ in self.advantages],
+            rows=[Row(**row) for row in rows],
+        )
+
+
+def _expect(plugin: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        got = type(value).__name__
+        raise PluginError(f"plugin {plugin!r} returned {got} from 'inspect', expected {kind.__name__}.")
+
+
+def _span(round: Round, plugin: str, span: Span) -> dict[str, Any]:
+    """A plugin's span as it is written, checked against the row."""
+    what = f"plugin {plugin!r} returned the span {span.label!r} from 'inspect'"
+    length = _length(round, what, span.row)
+    if not 0 <= span.start < span.end <= length:
+        raise PluginError(
+            f"{what} with start {span.start} and end {span.end} on row {span.row}, expected 0 <= start < end <= "
+            f"{length}, the number of tokens of the completion."
+        )
+    value = None if span.value is None else number(span.value)
+    return {"by": plugin, "start": int(span.start), "end": int(span.end), "label": str(span.label), "value": value}
+
+
+def _curve(round: Round, plugin: str, curve: Curve) -> dict[str, Any]:
+    """A plugin's curve as it is written, checked against the row."""
+    what = f"plugin {plugin!r} returned the curve {curve.name!r} from 'inspect'"
+    length = _length(round, what, curve.row)
+    positions, values = [int(position) for position in curve.positions], [number(value) for value in curve.values]
+    if len(positions) != len(values):
+        raise PluginError(f"{what} with {len(positions)} positions and {len(values)} values, expected as many of both.")
+    if positions != sorted(set(positions)) or not all(0 <= position < length for position in positions):
+        raise PluginError(
+            f"{what} on row {curve.row} at the positions {positions}, expected ascending ones from 0 to {length - 1}, "
+            f"the last token of the completion."
+        )
+    return {"by": plugin, "name": str(curve.name), "positions": positions, "values": values}
+
+
+def _length(round: Round, what: str, row: int) -> int:
+    """Tokens of a local row, which must exist."""
+    rows = len(round.completion_ids)
+    if not 0 <= row < rows:
+        raise PluginError(f"{what} for row {row}, expected a local row, 0 to {rows - 1}.")
+    return len(round.completion_ids[row])
+
+
+def kept_groups(group_ids: Sequence[int], max_rows: int) -> set[int]:
+    """The groups from the start whose rows number at most `max_rows`; the first one in any case."""
+    sizes: dict[int, int] = {}
+    for group in group_ids:
+        sizes[group] = sizes.get(group, 0) + 1
+    kept: set[int] = set()
+    total = 0
+    for group, size in sizes.items():
+        total += size
+        if kept and total > max_rows:
+            break
+        kept.add(group)
+    return kept
+
+
+def runs_of_zeros(mask: Sequence[int]) -> list[tuple[int, int]]:
+    """(start, end) of every stretch of zeros.
+
+    >>> runs_of_zeros([1, 0, 0, 1, 0])
+    [(1, 3), (4, 5)]
+    """
+    edges = [i for i in range(len(mask) + 1) if (i < len(mask) and not mask[i]) != (i > 0 and not mask[i - 1])]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def tool_calls(completion: Any) -> list[dict[str, Any]]:
+    """The tool calls in a completion's messages, each with its result, in order."""
+    calls: list[dict[str, Any]] = []
+    if not isinstance(completion, list):
+        return calls
+    waiting = 0
+    for message in completion:
+        for call in message.get("tool_calls") or ():
+            function = call.get("function", call)
+            calls.append(
+                {"name": str(function.get("name")), "arguments": plain(function.get("arguments")), "result": None}
+            )
+        if message.get("role") == "tool" and waiting < len(calls):
+            calls[waiting]["result"] = plain(message.get("content"))
+            waiting += 1
+    return calls
+
+
+def number(value: Any) -> float | None:
+    """Six digits of a number; None where it is not finite."""
+    value = float(value)
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def numbers(values: torch.Tensor) -> list[float | None]:
+    return [number(value) for value in values.detach().tolist()]
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold: tensors and arrays as lists, and the type's name of what it cannot."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return number(value)
+    if hasattr(value, "tolist"):  # of torch and of numpy
+        return plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return f"<{type(value).__name__}>"

@@ -1,0 +1,60 @@
+"""How texts and numbers of a recording are written in a terminal."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Sequence
+
+SILENT = 1e-8
+"""TRL's own bound for an advantage that is none."""
+_BARS = "▁▂▃▄▅▆▇█"
+_BIDI = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+
+
+def visible(text: str) -> str:
+    """Model output that is safe to print: nothing in it can steer a terminal or turn the order of a line around.
+
+    Line feeds and tabs stay; other control characters become their pictures (ESC is ␛) or `\\u202e`.
+    """
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else _shown(letter) for letter in text)
+
+
+def _shown(letter: str) -> str:
+    code = ord(letter)
+    if code < 32:
+        return chr(0x2400 + code)
+    if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(letter) in _BIDI:
+        return f"\\u{code:04x}"
+    return letter
+
+
+def number(value: float | None) -> str:
+    """Three digits; `-` where a value does not apply."""
+    return "-" if value is None else f"{value:.3g}"
+
+
+def signed(value: float | None) -> str:
+    """Three digits with a sign; 0 has none, and what rounding errors leave of it is `~0`."""
+    if value is None:
+        return "-"
+    return f"{value:+.3g}" if abs(value) > SILENT else "~0" if value else "0"
+
+
+def chain(values: Sequence[str]) -> str:
+    """The values of successive stages; one that nobody changed is written once."""
+    kept = [value for index, value in enumerate(values) if index == 0 or value != values[index - 1]]
+    return " → ".join(kept)
+
+
+def sparkline(values: Sequence[float | None], width: int = 60) -> str:
+    """Bars for the means of at most `width` equal stretches; a stretch without values is blank."""
+    size = max(1, math.ceil(len(values) / width))
+    parts = [[v for v in values[i : i + size] if v is not None] for i in range(0, len(values), size)]
+    means = [sum(part) / len(part) if part else None for part in parts]
+    known = [mean for mean in means if mean is not None]
+    if not known:
+        return ""
+    low, high = min(known), max(known)
+    reach = (high - low) or 1.0
+    return "".join(" " if m is None else _BARS[round((m - low) / reach * (len(_BARS) - 1))] for m in means)
