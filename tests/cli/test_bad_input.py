@@ -13,7 +13,7 @@ from trl_ext.compat import scripts
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--plugin", "gdop"], ["no plugin is called 'gdop'", "Did you mean 'gdpo'?"]),
+        (["--plugin", "gdop"], ["no plugin is called 'gdop'", "Did you mean 'gdpo'"]),
         (["--plugin", "gdpo", "--set", "gdpo.grup_eps=1"], ["no option 'grup_eps'", "Did you mean 'group_eps'?"]),
         (["--plugin", "gdpo", "--set", "gdpo.group_eps=much"], ["gdpo.group_eps: expected float, got 'much'"]),
         (["--plugin", "gdpo", "--set", "group_eps=1"], ["expected PLUGIN.OPTION=VALUE"]),

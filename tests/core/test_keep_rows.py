@@ -214,6 +214,7 @@ def test_replaced_losses(normalisation: str, run: Any) -> None:
         name = "own"
         trainers = ("grpo",)
         needs = ("whole_groups",)
+        honours = ("loss_type",)
 
         @hookimpl
         def policy_loss(self, loss: Any) -> PolicyLoss:

@@ -11,11 +11,13 @@ import torch
 
 import trl_ext
 from trl_ext.compat import seams
+from trl_ext.plan import NO_STAGE, SERVED
 from trl_ext.registry import HOOKS
 from trl_ext.testing import digits, metrics_of
 from trl_ext_hooks import Plugin, hookimpl
 
 KINDS = ("grpo", "rloo", "dpo")
+NEEDS_FUSED = pytest.mark.skipif(seams.trl_version() < seams.Version("1.15"), reason="needs TRL 1.15")
 
 
 class Silent(Plugin):
@@ -26,7 +28,7 @@ class Silent(Plugin):
 
 
 class Observer(Plugin):
-    """Every hook, changing nothing. (`policy_loss` has to replace the loss, so it has no idle form.)"""
+    """Every hook with an idle form: `policy_loss` has to replace the loss, and `trainer_arguments` is for GRPO only."""
 
     name = "observer"
     trainers = KINDS
@@ -97,6 +99,18 @@ class Observer(Plugin):
         return None
 
     @hookimpl
+    def pair_batch(self, pairs: Any) -> None:
+        return None
+
+    @hookimpl
+    def pair_logps(self, pairs: Any) -> None:
+        return None
+
+    @hookimpl
+    def pair_metrics(self, pairs: Any) -> None:
+        return None
+
+    @hookimpl
     def state_dict(self) -> None:
         return None
 
@@ -108,7 +122,7 @@ class Observer(Plugin):
 class PairObserver(Observer):
     """For DPO before TRL 1.15, whose forward nobody can own."""
 
-    logps = None
+    logps = pair_logps = pair_metrics = None
 
 
 def lora() -> dict[str, Any]:
@@ -215,7 +229,7 @@ def test_an_idle_plugin_changes_no_bit(
 
 def test_the_observer_has_every_hook() -> None:
     missing = [hook for hook in HOOKS if not hasattr(getattr(Observer, hook, None), "trl_ext_impl")]
-    assert missing == ["policy_loss"]
+    assert missing == ["trainer_arguments", "policy_loss"]
 
 
 def test_the_comparison_notices_a_small_change(build: Callable[..., Any], plugin: Callable[[type], str]) -> None:
@@ -251,7 +265,7 @@ def test_the_other_ways_in_are_as_idle(way: str, build: Callable[..., Any], plug
     assert str(found.metrics) == str(plain.metrics)
 
 
-@pytest.mark.parametrize("name", ["grpo", "rloo"])
+@pytest.mark.parametrize("name", ["grpo", "rloo", pytest.param("dpo", marks=NEEDS_FUSED)])
 def test_hooks_were_called(name: str, build: Callable[..., Any], plugin: Callable[[type], str]) -> None:
     """The parity above would also hold if nothing ran."""
     with trl_ext.enable(plugin(Observer)) as handle:
@@ -259,5 +273,5 @@ def test_hooks_were_called(name: str, build: Callable[..., Any], plugin: Callabl
         trainer.train()
         assert handle.trainers == [trainer]
         calls = trainer._trl_ext.calls
-    lifecycle = {"teardown", "state_dict", "load_state_dict", "inspect", "policy_loss"}
-    assert {hook for _, hook in calls} >= set(HOOKS) - lifecycle - {"configure"}
+    stages = set(SERVED[RUNS[name][0]]) - set(NO_STAGE) - {"policy_loss"}
+    assert {hook for _, hook in calls} >= stages | {"setup"}
