@@ -20,7 +20,8 @@ from trl_ext_hooks import TrainerKind
 from . import api, registry
 from .compat import access
 from .errors import TrlExtError
-from .plan import TOOL_SOURCES
+from .inspection.recording import find, read
+from .plan import ROUNDS, TOOL_SOURCES
 from .testing import calls, metrics_of, tiny_model, tiny_trainer
 from .tools import calculator
 
@@ -99,6 +100,8 @@ def conformance(
             if kind != "dpo" and not SHAPES_SAMPLING & set(spec.hooks):
                 check(f"{kind}: setting it up leaves the random stream alone", runs.samples_like_stock)
             check(f"{kind}: a resumed run ends where an uninterrupted one does", runs.resumes)
+            if kind in ROUNDS and "inspect" in spec.hooks:
+                check(f"{kind}: recording a round changes nothing", runs.records)
             check(f"{kind}: switching it off restores the trainer", runs.restores)
     return checks
 
@@ -153,6 +156,15 @@ class _Runs:
         resumed = self.train("resumed", resume=checkpoint, save_strategy="no")
         _same_weights(self.first, resumed)
         return "weights are equal"
+
+    def records(self) -> str:
+        with quiet(), api.enable({self.reference: self.options}) as handle:
+            handle.record()
+            trainer = self.build("recorded")
+            trainer.train()
+        _same_weights(self.first, trainer)
+        rows = read(find(trainer.args.output_dir)[0]).rows
+        return f"{sum(len(row.spans) for row in rows)} spans, {sum(len(row.curves) for row in rows)} curves"
 
     def restores(self) -> str:
         assert type(self.first).__mro__[0].__module__.startswith("trl."), f"the class is {type(self.first)}"
