@@ -14,8 +14,8 @@ of your own are `Task` objects; README.md beside this file shows one.
 from __future__ import annotations
 
 from .arguments import trainer_arguments
+from .definition import Shape, Task, WarmUp
 from .model import model_folder
 from .registry import task, tasks
-from .task import Shape, Task, WarmUp
 
 __all__ = ["Shape", "Task", "WarmUp", "model_folder", "task", "tasks", "trainer_arguments"]

@@ -9,8 +9,8 @@ from typing import Any
 from trl_ext_hooks import TrainerKind
 
 from ..errors import ConfigError
+from .definition import Task
 from .model import model_folder
-from .task import Task
 
 
 def trainer_arguments(

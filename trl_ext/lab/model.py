@@ -18,7 +18,7 @@ from .. import cache
 from ..errors import ConfigError
 from . import tokenizer as tokenizers
 from . import warmup
-from .task import Row, Shape, Task
+from .definition import Row, Shape, Task
 from .tokenizer import UNKNOWN, Vocabulary, tools_of
 
 _LAUNCHER = ("ACCELERATE_", "FSDP_", "LOCAL_", "MASTER_", "NODE_", "OMPI_", "PMI_", "TORCHELASTIC_")
@@ -48,18 +48,23 @@ def model_folder(task: Task, say: Callable[[str], None] = print) -> Path:
         say(f"{task.name}: making the model once, into {target}" + (f" ({steps} steps of warm-up)" if steps else ""))
         tokenizer = vocabulary.build()
         tokenizer.save_pretrained(work)
-        _untrained(task, tokenizer).save_pretrained(work)
+        model = _untrained(task, tokenizer)
+        model.config.save_pretrained(work)
+        warmup.write_weights(model, work)
         if steps:
             _train(task, work, _tokenized(task, tokenizer, json.loads(traces)), say)
 
-    return cache.kept(target, make, needed=64 * 2**20)
+    return cache.kept(target, make, needed=16 * 2**20)
 
 
 def configuration(shape: Shape, tokenizer: Any) -> Any:
     """The configuration of transformers for a shape and a tokenizer."""
-    from transformers import LlamaConfig, Qwen3Config
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-    return {"qwen3": Qwen3Config, "llama": LlamaConfig}[shape.architecture](
+    kinds = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+    config, model = kinds[shape.architecture]
+    return config(
+        architectures=[model.__name__],
         vocab_size=len(tokenizer),
         hidden_size=shape.width,
         intermediate_size=shape.feed_forward,

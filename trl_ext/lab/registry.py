@@ -6,12 +6,12 @@ from pathlib import Path
 
 from .. import loading
 from ..errors import ConfigError, near
-from .task import Task
+from .definition import Task
 
 
 def tasks() -> dict[str, Task]:
     """The built-in tasks by name."""
-    from .tasks import BUILTINS
+    from .builtin import BUILTINS
 
     return {task.name: task for task in BUILTINS}
 

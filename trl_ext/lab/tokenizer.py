@@ -10,10 +10,10 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
-from .task import Task
+from ..errors import ConfigError
+from .definition import Task
 
 PAD, UNKNOWN, END = "<|pad|>", "<|unknown|>", "<|end|>"
 ROLES = ("<|system|>", "<|tools|>", "<|user|>", "<|assistant|>", "<|tool|>")
@@ -81,12 +81,16 @@ class Vocabulary:
     def of(cls, task: Task) -> Vocabulary:
         tools = tools_of(task)
         words = {*task.words, *_words_of_calls(tools)}
+        for word in words:
+            if not word or any(special in word for special in (PAD, UNKNOWN, END, *ROLES)):
+                raise task.broken(f"`words` holds {word!r}; a word is a text without the tokens of the chat template.")
         characters = {*CHARACTERS, *(letter for word in words for letter in word)}
         longest_first = sorted((word for word in words if len(word) > 1), key=lambda word: (-len(word), word))
         return cls(tuple(longest_first), tuple(sorted(characters)), bool(tools))
 
     def build(self) -> Any:
         """The tokenizer, of transformers' fast kind."""
+        import transformers
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
@@ -108,6 +112,11 @@ class Vocabulary:
         )
         tokenizer.chat_template = CHAT_TEMPLATE
         if self.calls:
+            if not hasattr(tokenizer, "response_template"):
+                raise ConfigError(
+                    f"tasks with tools need transformers 5.13 or newer, which reads tool calls; "
+                    f"{transformers.__version__} is installed."
+                )
             tokenizer.response_template = RESPONSE_TEMPLATE
         return tokenizer
 
@@ -141,10 +150,3 @@ def _words_of_calls(tools: Iterable[Callable[..., Any]]) -> set[str]:
 
 def _escape(word: str) -> str:
     return re.sub(r"([^\w\s])", r"\\\1", word)
-
-
-def save(task: Task, folder: Path) -> Any:
-    """Writes the tokenizer of a task into a folder and returns it."""
-    tokenizer = Vocabulary.of(task).build()
-    tokenizer.save_pretrained(folder)
-    return tokenizer

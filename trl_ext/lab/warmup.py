@@ -63,6 +63,14 @@ def train(job: dict[str, Any], scratch: str) -> Any:
     return trainer.accelerator.unwrap_model(trainer.model)
 
 
+def write_weights(model: Any, folder: Path) -> None:
+    """Writes the weights as transformers names them; the head is the embedding and not written."""
+    from safetensors.torch import save_file
+
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def _reporter() -> Any:
     from transformers import TrainerCallback
 
@@ -87,14 +95,11 @@ def _reporter() -> Any:
 
 def main(job_file: str) -> int:
     """Runs a job; returns the exit code."""
-    from safetensors.torch import save_file
-
     job = json.loads(Path(job_file).read_text())
     with tempfile.TemporaryDirectory(prefix="trl_ext-warm-up-") as scratch:
         model = train(job, scratch)
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     try:
-        save_file(state, Path(job["model"]) / "model.safetensors", metadata={"format": "pt"})
+        write_weights(model, Path(job["model"]))
     except Exception as error:
         number = system_error(error)
         if number is None:

@@ -12,7 +12,7 @@ import random
 import re
 from typing import Any
 
-from ..task import Row, Shape, Task, WarmUp
+from ..definition import Row, Shape, Task, WarmUp
 from ..text import assistant, final_text, in_split, user
 from .chains import Chain
 

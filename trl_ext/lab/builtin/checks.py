@@ -25,7 +25,7 @@ import random
 import re
 from typing import Any
 
-from ..task import Row, Shape, Task, WarmUp
+from ..definition import Row, Shape, Task, WarmUp
 from ..text import assistant, final_text, in_split, user
 from .chains import Chain
 
@@ -105,10 +105,12 @@ def _worked_out(chain: Chain, random_state: random.Random) -> tuple[list[str], l
     checks = 0
     while checks < MOST_CHECKS and random_state.random() < GOES_ON:
         checks += 1
+        steps.append(f"{CHECK}{STEP_END}")
+        answers.append(answer)
         if random_state.random() < SPOILS:
             answer = str(random_state.randrange(10))
-        steps += [f"{CHECK}{STEP_END}", f"{CONCLUSION}{answer}{STEP_END}"]
-        answers += [answer, answer]
+        steps.append(f"{CONCLUSION}{answer}{STEP_END}")
+        answers.append(answer)
     return steps, answers
 
 

@@ -12,7 +12,7 @@ import random
 import string
 from typing import Any
 
-from ..task import Row, Shape, Task, WarmUp
+from ..definition import Row, Shape, Task, WarmUp
 from ..text import assistant, drawn, final_text, user
 
 GOOD, BAD, OTHER = "abcd", "wxyz", "klmn"
@@ -26,8 +26,8 @@ def worth(letter: str) -> int:
 
 
 def good_minus_bad(completions: list[Any], **columns: Any) -> list[float]:
-    """Good letters minus bad ones, among the first six."""
-    return [float(sum(map(worth, final_text(completion)[:LENGTH]))) for completion in completions]
+    """Good letters minus bad ones, among the first six; every letter after those counts as bad."""
+    return [float(sum(map(worth, text[:LENGTH])) - len(text[LENGTH:])) for text in map(final_text, completions)]
 
 
 def letters_behaviour(completions: list[Any], **columns: Any) -> dict[str, list[float | None]]:
@@ -95,7 +95,7 @@ LETTERS = Task(
     traces=letters_traces,
     behaviour=letters_behaviour,
     shape=SMALL,
-    warm_up=WarmUp(traces=4096, steps=200, batch_size=64, learning_rate=3e-3),
+    warm_up=WarmUp(traces=4096, steps=300, batch_size=64, learning_rate=5e-3),
     max_completion_length=LENGTH + 2,
 )
 
@@ -146,7 +146,7 @@ RIGHT_LETTER = Task(
     rewards=(right, well_formed),
     traces=right_letter_traces,
     shape=SMALL,
-    warm_up=WarmUp(traces=4096, steps=150, batch_size=64, learning_rate=3e-3),
+    warm_up=WarmUp(traces=4096, steps=150, batch_size=64, learning_rate=5e-3),
     max_completion_length=4,
     train_size=240,
     test_size=48,

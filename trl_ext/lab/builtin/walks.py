@@ -12,7 +12,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from ..task import Row, Shape, Task, WarmUp
+from ..definition import Row, Shape, Task, WarmUp
 from ..text import assistant, call, result, user
 
 GOAL, STOP, BYE = "goal", "stop", "bye"
@@ -25,6 +25,7 @@ class Walk:
         step_rewards: The reward of every move so far.
         done: Whether the goal was reached.
         truncated: Whether the moves ran out before.
+        late_moves: How many moves were tried when the walk was over; they count for nothing.
     """
 
     most_moves = 8
@@ -34,17 +35,22 @@ class Walk:
     def __init__(self) -> None:
         self.step_rewards: list[float] = []
         self.done = self.truncated = False
-        self._place = self._goal = self._size = (0,)
+        self.late_moves = 0
+        self._place: tuple[int, ...] = ()
+        self._goal: tuple[int, ...] = ()
+        self._size: tuple[int, ...] = ()
 
     def reset(self, *, start: Sequence[int], goal: Sequence[int], size: Sequence[int], **columns: Any) -> str:
         """Begins a walk; every place is a list of one or two numbers."""
         self.step_rewards = []
         self.done = self.truncated = False
+        self.late_moves = 0
         self._place, self._goal, self._size = tuple(start), tuple(goal), tuple(size)
         return _spelled(self._place)
 
     def _go(self, *delta: int) -> str:
         if self.done or self.truncated:
+            self.late_moves += 1
             return STOP
         place = tuple(a + b for a, b in zip(self._place, delta, strict=True))
         inside = all(0 <= a < size for a, size in zip(place, self._size, strict=True))
@@ -115,8 +121,8 @@ class Grid(Walk):
 
 
 def walked(environments: list[Walk], **columns: Any) -> list[float]:
-    """The sum of the rewards of all moves."""
-    return [float(sum(walk.step_rewards)) for walk in environments]
+    """The sum of the rewards of all moves; a tenth off for every move after the end."""
+    return [sum(walk.step_rewards) - 0.1 * walk.late_moves for walk in environments]
 
 
 def behaviour(environments: list[Walk], **columns: Any) -> dict[str, list[float | None]]:

@@ -2,7 +2,7 @@
 
 `of:ab` asks for what the corpus has under `ab`, `of:of:ab` for what it has under that; an answer is `=cd`. Some entries
 are known to the warmed-up model, the others it has never seen: it must look them up, once or, for two steps, twice. It
-looks up nearly always, so that on known entries every call could be saved.
+looks up nearly always, what it knows a little less often; on known entries every call could be saved.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import random
 import string
 from typing import Any
 
-from ..task import Row, Shape, Task, WarmUp
+from ..definition import Row, Shape, Task, WarmUp
 from ..text import assistant, by_kind, call, calls_made, drawn, final_text, in_split, result, user
 
 KEYS = tuple(map("".join, itertools.product(string.ascii_lowercase, repeat=2)))
 KNOWN = tuple(sorted(KEYS, key=lambda key: drawn(f"known {key}", 0, 10**9))[:24])
 CORPUS = {key: KEYS[drawn(f"corpus {key}", 0, len(KEYS) - 1)] for key in KEYS}
 KINDS = ("known", "new", "chain")
-LOOKS_UP = 0.9
+LOOKS_UP = {"known": 0.75, "new": 0.95, "chain": 0.95}
 """Share of the answers for which the traces use the tool."""
 KNOWLEDGE = 0.25
 """Share of the traces that teach the known entries and leave the choice between answer and look-up alone."""
@@ -82,7 +82,7 @@ def traces(size: int, seed: int) -> list[Row]:
         if kind == "known":
             steps[1] = CORPUS[key]
         turns: list[dict[str, Any]] = []
-        if random_state.random() < LOOKS_UP:
+        if random_state.random() < LOOKS_UP[kind]:
             for asked, entry in itertools.pairwise(steps):
                 turns += [call("lookup", key=asked), result("lookup", entry)]
         found.append({"prompt": user(_question(kind, key)), "completion": turns + assistant(f"={steps[-1]}")})

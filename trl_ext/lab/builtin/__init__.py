@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..task import Task
+from ..definition import Task
 from .calculator import CALCULATOR
 from .checks import CHECKS
 from .letters import LETTERS, RIGHT_LETTER

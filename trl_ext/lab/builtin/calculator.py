@@ -11,7 +11,7 @@ import random
 import re
 from typing import Any
 
-from ..task import Row, Shape, Task, WarmUp
+from ..definition import Row, Shape, Task, WarmUp
 from ..text import assistant, by_kind, call, calls_made, final_text, in_split, result, user
 
 KINDS = ("sum", "product")

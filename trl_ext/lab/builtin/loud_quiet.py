@@ -12,7 +12,7 @@ import re
 import string
 from typing import Any
 
-from ..task import Row, Shape, Task, WarmUp
+from ..definition import Row, Shape, Task, WarmUp
 from ..text import assistant, drawn, final_text, in_split, user
 
 BRACKETED = 0.12
@@ -37,9 +37,8 @@ def rows(split: str, size: int, seed: int) -> list[Row]:
     random_state = random.Random(f"loud-quiet {split} {seed}")
     found: dict[str, Row] = {}
     while len(found) < size:
-        letters = _letters(random_state)
-        if in_split(letters, split):
-            found[letters] = {"prompt": user(f"code {letters}")}
+        letters = _letters(random_state, split)
+        found[letters] = {"prompt": user(f"code {letters}")}
     return list(found.values())
 
 
@@ -48,14 +47,19 @@ def traces(size: int, seed: int) -> list[Row]:
     found = []
     for _ in range(size):
         answer = _letters(random_state)
+        prompt = user(f"code {_letters(random_state, 'train')}")
         if random_state.random() < BRACKETED:
             answer = f"[{answer}]"
-        found.append({"prompt": user(f"code {_letters(random_state)}"), "completion": assistant(answer)})
+        found.append({"prompt": prompt, "completion": assistant(answer)})
     return found
 
 
-def _letters(random_state: random.Random) -> str:
-    return "".join(random_state.choices(string.ascii_lowercase, k=4))
+def _letters(random_state: random.Random, split: str = "") -> str:
+    """Any four letters, or four that a split may ask about."""
+    while True:
+        letters = "".join(random_state.choices(string.ascii_lowercase, k=4))
+        if not split or in_split(letters, split):
+            return letters
 
 
 LOUD_QUIET = Task(

@@ -1,0 +1,23 @@
+"""The lab's models of these tests are made once, in a cache of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+
+from trl_ext import lab
+from trl_ext.lab import Task, WarmUp
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRL_EXT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def untrained(name: str) -> Task:
+    """A built-in task with a model that was not warmed up, and a few traces only."""
+    return dataclasses.replace(lab.task(name), warm_up=WarmUp(traces=8, steps=0))
