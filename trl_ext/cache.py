@@ -63,8 +63,8 @@ def system_error(error: BaseException) -> int | None:
     """The system's number of an error, also where safetensors has put it into a text."""
     if isinstance(error, OSError):
         return error.errno
-    found = re.search(r"\bOs \{ code: (\d+)", str(error))
-    return int(found[1]) if found else None
+    found = re.search(r"\(os error (\d+)\)|\bOs \{ code: (\d+)", str(error))
+    return int(found[1] or found[2]) if found else None
 
 
 def _fill(target: Path, make: Callable[[Path], None], needed: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -18,6 +18,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def untrained(name: str) -> Task:
-    """A built-in task with a model that was not warmed up, and a few traces only."""
-    return dataclasses.replace(lab.task(name), warm_up=WarmUp(traces=8, steps=0))
+@pytest.fixture(scope="session")
+def untrained() -> Callable[[str], Task]:
+    """`untrained(name)` is a built-in task whose model is not warmed up, so that it takes no time to make."""
+    return lambda name: dataclasses.replace(lab.task(name), warm_up=WarmUp(traces=8, steps=0))

@@ -50,13 +50,12 @@ def test_rows_and_traces_depend_on_their_arguments_only(task: lab.Task) -> None:
         assert task.rows("train", 30, 1) != task.rows("train", 30, 0)
 
 
-@every_task
-def test_held_out_prompts_are_new(task: lab.Task) -> None:
-    if task.name not in HELD_OUT:
-        pytest.skip("the whole world of the task is in both splits")
-    held_out = [question(row) for row in task.rows("test", 200, 0) if HELD_OUT[task.name](row)]
+@pytest.mark.parametrize("name", HELD_OUT)
+def test_held_out_prompts_are_new(name: str) -> None:
+    task = TASKS[name]
+    held_out = [question(row) for row in task.rows("test", 200, 0) if HELD_OUT[name](row)]
     seen = {question(row) for row in task.rows("train", 2000, 0)}
-    if task.name != "lookup":  # there the traces make the entries up
+    if name != "lookup":  # there the traces make the entries up
         seen |= {question(trace) for trace in task.traces(2000, 0)}
     assert len(held_out) > 90 and not seen & set(held_out)
 
@@ -155,7 +154,7 @@ def test_lookup() -> None:
             told.setdefault(prompt[3:], set()).add(text.removeprefix("="))
     assert all(told[key] == {lookup.CORPUS[key]} for key in lookup.KNOWN)
     new = [key for key in told if key not in lookup.KNOWN and len(told[key]) > 1]
-    assert len(new) > 300  # made up anew, so that nothing can be learnt by heart
+    assert len(new) > 400  # made up anew, so that nothing can be learnt by heart
 
 
 def test_letters() -> None:
@@ -212,7 +211,7 @@ def test_a_walk_on_the_grid() -> None:
     walk = walks.Grid()
     assert walk.reset(start=[0, 3], goal=[1, 2], size=[4, 4]) == "03"
     assert [walk.up(), walk.left(), walk.right(), walk.down()] == ["03", "03", "13", "goal"]
-    assert walk.step_rewards == [-0.1, -0.1, 0, 1] and walks.walked([walk]) == [pytest.approx(0.8)]
+    assert walk.step_rewards == [-0.05, -0.05, 0, 1] and walks.walked([walk]) == [pytest.approx(0.9)]
     for row in walks.grid_rows("train", 50, 0):
         assert row["start"] != row["goal"] and question(row).startswith("to ")
 

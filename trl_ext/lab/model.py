@@ -137,7 +137,9 @@ def _tokenized(task: Task, tokenizer: Any, traces: list[Row]) -> list[Row]:
                 f"`max_completion_length` ({task.max_completion_length})."
             )
         if len(ids) > task.shape.positions:
-            raise task.broken(f"trace {number} has {len(ids)} tokens, more than `shape.positions`.")
+            raise task.broken(
+                f"trace {number} has {len(ids)} tokens, more than `shape.positions` ({task.shape.positions})."
+            )
         labels = [
             token if index >= len(prompt) and learn else -100
             for index, (token, learn) in enumerate(zip(ids, learnt, strict=True))

@@ -1,8 +1,8 @@
 """Questions about a small corpus, of which the model knows a part by heart.
 
-`of:ab` asks for what the corpus has under `ab`, `of:of:ab` for what it has under that; an answer is `=cd`. Some entries
-are known to the warmed-up model, the others it has never seen: it must look them up, once or, for two steps, twice. It
-looks up nearly always, what it knows a little less often; on known entries every call could be saved.
+`of:ab` asks for what the corpus has under `ab`, `of:of:ab` for what it has under that; an answer is `=cd`. Entries
+whose key begins with a vowel are known to the warmed-up model, the others it has never seen: it must look them up, once
+or, for two steps, twice. It looks up nearly always, though on known entries every call could be saved.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from ..definition import Row, Shape, Task, WarmUp
 from ..text import assistant, by_kind, call, calls_made, drawn, final_text, in_split, result, user
 
 KEYS = tuple(map("".join, itertools.product(string.ascii_lowercase, repeat=2)))
-KNOWN = tuple(sorted(KEYS, key=lambda key: drawn(f"known {key}", 0, 10**9))[:24])
+KNOWN = tuple(key for key in KEYS if key[0] in "aeiou" and key[1] in "bcdfg")
+UNKNOWN = tuple(key for key in KEYS if key[0] not in "aeiou")
 CORPUS = {key: KEYS[drawn(f"corpus {key}", 0, len(KEYS) - 1)] for key in KEYS}
-KINDS = ("known", "new", "chain")
-LOOKS_UP = {"known": 0.75, "new": 0.95, "chain": 0.95}
+KINDS = ("known", "new", "known", "chain")
+LOOKS_UP = 0.9
 """Share of the answers for which the traces use the tool."""
 KNOWLEDGE = 0.25
 """Share of the traces that teach the known entries and leave the choice between answer and look-up alone."""
@@ -54,9 +55,9 @@ def behaviour(
 
 
 def rows(split: str, size: int, seed: int) -> list[Row]:
-    """The three kinds in turn. New entries of the two splits differ; the known ones are the same two dozen."""
+    """The kinds in turn. New entries of the two splits differ; the known ones are the same twenty-five."""
     random_state = random.Random(f"lookup {split} {seed}")
-    new = [key for key in KEYS if key not in KNOWN and in_split(key, split)]
+    new = [key for key in UNKNOWN if in_split(key, split)]
     found = []
     for number in range(size):
         kind = KINDS[number % len(KINDS)]
@@ -69,7 +70,6 @@ def rows(split: str, size: int, seed: int) -> list[Row]:
 def traces(size: int, seed: int) -> list[Row]:
     """Entries that are not known are made up for every trace, so that the model learns to look and not the corpus."""
     random_state = random.Random(f"lookup traces {seed}")
-    unknown = [key for key in KEYS if key not in KNOWN]
     found = []
     for number in range(size):
         if random_state.random() < KNOWLEDGE:
@@ -77,12 +77,12 @@ def traces(size: int, seed: int) -> list[Row]:
             found.append({"prompt": user(f"of:{key}"), "completion": assistant(CORPUS[key], prefix="=")})
             continue
         kind = KINDS[number % len(KINDS)]
-        key = random_state.choice(KNOWN if kind == "known" else unknown)
-        steps = [key, *random_state.choices(unknown, k=2 if kind == "chain" else 1)]
+        key = random_state.choice(KNOWN if kind == "known" else UNKNOWN)
+        steps = [key, *random_state.choices(UNKNOWN, k=2 if kind == "chain" else 1)]
         if kind == "known":
             steps[1] = CORPUS[key]
         turns: list[dict[str, Any]] = []
-        if random_state.random() < LOOKS_UP[kind]:
+        if random_state.random() < LOOKS_UP:
             for asked, entry in itertools.pairwise(steps):
                 turns += [call("lookup", key=asked), result("lookup", entry)]
         found.append({"prompt": user(_question(kind, key)), "completion": turns + assistant(f"={steps[-1]}")})

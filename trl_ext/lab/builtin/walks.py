@@ -78,10 +78,10 @@ class Line(Walk):
 
 
 class Grid(Walk):
-    """A grid of places; the reward is 1 at the goal, -0.1 for running into the border and 0 elsewhere."""
+    """A grid of places; the reward is 1 at the goal, -0.05 for running into the border and 0 elsewhere."""
 
     most_moves = 6
-    wall = -0.1
+    wall = -0.05
 
     def up(self) -> str:
         """
@@ -144,14 +144,14 @@ def line_rows(split: str, size: int, seed: int) -> list[Row]:
 
 
 def grid_rows(split: str, size: int, seed: int) -> list[Row]:
-    """Two places of a grid of four by four, two or three moves apart."""
+    """Two places of a grid of three by three, two or three moves apart."""
     random_state = random.Random(f"grid {split} {seed}")
     found: list[Row] = []
     while len(found) < size:
-        start, goal = ([random_state.randrange(4), random_state.randrange(4)] for _ in range(2))
+        start, goal = ([random_state.randrange(3), random_state.randrange(3)] for _ in range(2))
         if 2 <= sum(abs(a - b) for a, b in zip(start, goal, strict=True)) <= 3:
             prompt = user(f"to {_spelled(goal)} at ")
-            found.append({"prompt": prompt, "start": start, "goal": goal, "size": [4, 4]})
+            found.append({"prompt": prompt, "start": start, "goal": goal, "size": [3, 3]})
     return found
 
 
