@@ -16,6 +16,7 @@ COMMANDS: dict[str, str] = {
     "show": "show one plugin: stages, needs, options with their defaults and sources",
     "inspect": "look at rounds of a run: tokens, rewards and advantages before and after each plugin",
     "check": "check a plugin on a tiny model, in seconds",
+    "compare": "compare plugin sets and plain TRL on one recipe, over seeds, with intervals and verdicts",
     "new": "write a package with a working plugin, its tests and its entry point",
     "doctor": "look at versions, devices and extras, and at every part of TRL that is used",
     "bench": "measure: `overhead` of the host, `shared-prefix` forwards",
@@ -26,6 +27,7 @@ examples:
   trl_ext train --plugin gdpo                                    the embedded demo: a real model, minutes on a CPU
   trl_ext train --plugin gdpo --config run.yaml --learning_rate 1e-6 --num_processes 8
   trl_ext train --plugin my_method.py --set my-method.floor=0.5 --config run.yaml
+  trl_ext compare recipes/tiny/gdpo.yaml
   trl_ext show gdpo
   trl_ext inspect --plugin gdpo                                  what it does to one round, as a page
   trl_ext new my-method

@@ -55,10 +55,14 @@ def tell(folder: str | Path, code: int) -> int:
     if code == 130 or code == -signal.SIGINT:
         print("interrupted", file=sys.stderr)
         return 130
-    if code < 0:
+    print(f"error: {how_it_ended(code)}.", file=sys.stderr)
+    return 1
+
+
+def how_it_ended(code: int | None) -> str:
+    """What is known of a training process that left no message, by its exit code."""
+    if code is not None and code < 0:
         name = signal.Signals(-code).name
         hint = ", which the system sends when memory runs out" if name == "SIGKILL" else ""
-        print(f"error: a training process was ended by {name}{hint}.", file=sys.stderr)
-    else:
-        print(f"error: a training process ended with exit code {code} and left no message of its own.", file=sys.stderr)
-    return 1
+        return f"a training process was ended by {name}{hint}"
+    return f"a training process ended with exit code {code} and left no message of its own"

@@ -128,7 +128,7 @@ def describe(
             for spec in asked.specs
         ],
         "hooks_fired": calls,
-        "versions": {"trl_ext": __version__, "python": platform.python_version()} | _versions(),
+        "versions": versions(),
         "model": model.model_name_or_path,
         "data": data,
         "output_dir": str(training.output_dir),
@@ -143,8 +143,9 @@ def describe(
     }
 
 
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
+def versions() -> dict[str, str | None]:
+    """Versions of trl_ext, Python and the packages that can change what a run computes."""
+    found: dict[str, str | None] = {"trl_ext": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

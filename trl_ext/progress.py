@@ -10,6 +10,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from . import outcome
 from .compat.scripts import Parsed
 from .request import Request
+from .tables import duration
 
 
 class Progress(TrainerCallback):
@@ -86,13 +87,6 @@ class Progress(TrainerCallback):
     def _left(self, state: TrainerState) -> float:
         done = max(1, state.global_step - self.first_step)
         return self.busy / done * (state.max_steps - state.global_step)
-
-
-def duration(seconds: float) -> str:
-    """`75` -> `1:15`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _resume(trainer: Any, value: Any) -> None:

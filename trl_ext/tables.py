@@ -33,6 +33,13 @@ def print_table(
     console.print(table)
 
 
+def duration(seconds: float) -> str:
+    """`75` -> `1:15`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def _width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
     cells = [[column, *(row[index] for row in rows)] for index, column in enumerate(columns)]
     return 2 + sum(max(len(line) for cell in column for line in cell.split("\n")) + 3 for column in cells)

@@ -141,6 +141,15 @@ def logged_completions(trainer: Any) -> list[Any]:
     return list(trainer._logs["completion"])
 
 
+def logged_round(trainer: Any) -> dict[str, list[Any]]:
+    """Columns of the last round: `prompt`, `completion`, `advantage`, and the rewards by name; empty for DPO."""
+    logs = getattr(trainer, "_logs", None)
+    if not logs or "prompt" not in logs:
+        return {}
+    columns = {"prompt": logs["prompt"], "completion": logs["completion"], "advantage": logs["advantages"]}
+    return {name: list(values) for name, values in {**columns, **logs["rewards"]}.items()}
+
+
 class RewardColumns:
     """Lets a round have other reward columns than the trainer has reward functions, and restores them after it."""
 

@@ -1,0 +1,147 @@
+"""One run of a comparison: builds the trainer, trains it, and writes the record."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from trl import get_peft_config
+
+from trl_ext_hooks import TrainerKind
+
+from .. import api, lab, outcome
+from ..compat import access, scripts, seams
+from . import records
+from .processes import Said, Step, Tell
+from .records import Job
+
+ROWS = 8
+"""Rows of a round that a record keeps."""
+
+
+class Watch(TrainerCallback):
+    """Reports progress, stops a run that has diverged, and keeps rows of the first and the last round."""
+
+    def __init__(self, tell: Tell) -> None:
+        self.tell = tell
+        self.trainer: Any = None
+        self.names: set[str] = set()
+        self.diverged: str | None = None
+        self.first: list[dict[str, Any]] = []
+        self.last: list[dict[str, Any]] = []
+
+    def follow(self, trainer: Any) -> None:
+        self.trainer = trainer
+        trainer.add_callback(self)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.last = sample(access.logged_round(self.trainer))
+        self.first = self.first or self.last
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+            if self.trainer.eval_dataset is not None and args.eval_strategy != "no":
+                control.should_evaluate = True
+        self.tell(Step(state.global_step, state.max_steps))
+
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        new = tuple(name for name in logs or () if name not in self.names)
+        if new:
+            self.names.update(new)
+            self.tell(Step(state.global_step, state.max_steps, new))
+        for name in ("loss", "grad_norm"):
+            value = (logs or {}).get(name)
+            if value is not None and not math.isfinite(value) and self.diverged is None:
+                self.diverged = f"{name} was {value} at step {state.global_step}"
+                control.should_training_stop = True
+
+
+def train(job: Job, tell: Tell) -> None:
+    """Does a run and writes its record."""
+    began = time.time()
+    watch = Watch(tell)
+    with contextlib.ExitStack() as stack:
+        settings = job.settings | {
+            "seed": job.seed,
+            "output_dir": stack.enter_context(tempfile.TemporaryDirectory(prefix="trl_ext-")),
+        }
+        if job.plugins:
+            stack.enter_context(api.enable(job.plugins))
+        parsed = scripts.parse(job.kind, [], settings)
+        if job.task is None:
+            with scripts.on_built(job.kind, watch.follow):
+                scripts.run_script(job.kind, parsed)
+        else:
+            trainer = build(job.task, job.kind, parsed, job.sizes, tell)
+            watch.follow(trainer)
+            trainer.train()
+        trainer = watch.trainer
+        session = vars(trainer).get("_trl_ext")
+        calls = {} if session is None else {f"{plugin}.{hook}": n for (plugin, hook), n in session.calls.items()}
+        records.save(
+            job,
+            {
+                "status": "finished" if watch.diverged is None else "diverged",
+                "error": watch.diverged,
+                "steps": trainer.state.global_step,
+                "seconds": round(time.time() - began, 1),
+                "model": str(trainer.model.config.name_or_path),
+                "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+                "hooks_fired": calls,
+                "versions": outcome.versions(),
+                "identity": job.identity,
+                "history": trainer.state.log_history,
+                "completions": {"first": watch.first, "last": watch.last},
+            },
+        )
+
+
+def build(task: str, kind: TrainerKind, parsed: scripts.Parsed, sizes: Mapping[str, int], tell: Tell) -> Any:
+    """A TRL trainer with TRL's arguments on a task of the lab."""
+    arguments = lab.trainer_arguments(
+        lab.task(task), kind, seed=parsed[1].seed, say=lambda text: tell(Said(text)), **sizes
+    )
+    adapter = get_peft_config(parsed[2])
+    if adapter is not None:
+        arguments["peft_config"] = adapter
+    return seams.trainer_class(kind)(args=parsed[1], **arguments)
+
+
+def sample(round: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    """A few rows of a round as text and numbers: two completions each of as many prompts as there is room for."""
+    rows = [dict(zip(round, values, strict=True)) for values in zip(*round.values(), strict=True)]
+    seen: dict[str, int] = {}
+    kept: list[dict[str, Any]] = []
+    for row in rows:
+        prompt, completion, advantage = (row.pop(name) for name in ("prompt", "completion", "advantage"))
+        text = as_text(prompt)
+        seen[text] = seen.get(text, 0) + 1
+        if seen[text] <= 2 and len(kept) < ROWS:
+            kept.append({"prompt": text, "completion": as_text(completion), "rewards": row, "advantage": advantage})
+    return kept
+
+
+def as_text(value: Any) -> str:
+    """A prompt or a completion for people: the content of one message, or `role: content` of several."""
+    if isinstance(value, str):
+        return value
+    if len(value) == 1 and not value[0].get("tool_calls"):
+        return str(value[0].get("content") or "")
+    return "\n".join(f"{message.get('role')}: {_said(message)}" for message in value)
+
+
+def _said(message: Mapping[str, Any]) -> str:
+    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    parts = [str(message.get("content") or ""), *(f"{call['name']}({call['arguments']})" for call in calls)]
+    return " ".join(part for part in parts if part)
