@@ -46,8 +46,15 @@ matrix: setup
 		PYTHONPATH=.matrix/trl-$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/core tests/plugins || exit 1; \
 	done
 
+# Every tiny recipe, about ten minutes each, then the table of results in plugins/README.md and the tests marked slow.
+# Runs that have ended are not repeated. An expectation that is not met shows in the table and fails the target.
 experiments: setup
-	$(BIN)/python -m pytest -q -m slow
+	@failed=; for recipe in recipes/tiny/*.yaml; do \
+		$(BIN)/trl_ext compare $$recipe --record recipes/tiny/results/$$(basename $$recipe .yaml).json \
+			|| failed="$$failed $$recipe"; \
+	done; \
+	$(BIN)/python recipes/table.py && $(BIN)/python -m pytest -q -m slow || failed="$$failed pytest"; \
+	test -z "$$failed" || { echo "not as expected:$$failed"; exit 1; }
 
 clean:
 	rm -rf $(VENV) .matrix build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

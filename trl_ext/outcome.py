@@ -119,7 +119,7 @@ def describe(
         calls[plugin][hook] = count
     history = trainer.state.log_history
     steps = [dict(logs) for logs in history if is_training(logs)]
-    data = script.dataset_name or [source.path for source in mixture.datasets]
+    data = asked.task or script.dataset_name or [source.path for source in mixture.datasets]
     return {
         "command": os.environ.get(COMMAND),
         "trainer": asked.kind,
@@ -129,7 +129,7 @@ def describe(
         ],
         "hooks_fired": calls,
         "versions": versions(),
-        "model": model.model_name_or_path,
+        "model": model.model_name_or_path or trainer.model.config.name_or_path,
         "data": data,
         "output_dir": str(training.output_dir),
         "processes": int(trainer.accelerator.num_processes),
@@ -156,5 +156,5 @@ def versions() -> dict[str, str | None]:
 
 def _title(asked: Request, parsed: Parsed, trainer: Any) -> str:
     plugins = " + ".join(spec.name for spec in asked.specs) or "no plugins"
-    name = os.path.basename(str(parsed[2].model_name_or_path).rstrip("/"))
+    name = asked.task or os.path.basename(str(parsed[2].model_name_or_path).rstrip("/"))
     return f"{plugins} on {asked.kind.upper()}, {name}, {trainer.state.global_step} steps"

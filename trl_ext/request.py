@@ -14,12 +14,14 @@ import yaml
 from trl_ext_hooks import TrainerKind
 
 from . import options, registry
-from .errors import ConfigError
+from .errors import ConfigError, near
 from .plan import ROUNDS, check_kind, common_trainers, compose
 from .registry import PluginSpec
 
 BLOCKS = ("plugins", "experiment")
 """Keys of the YAML file that are ours; TRL gets the file without them."""
+SIZES = ("train_size", "test_size")
+"""Keys of the block `experiment:` for the data of its task."""
 COMMAND = "TRL_EXT_COMMAND"
 """Environment variable that tells the workers the command line of the user."""
 
@@ -35,6 +37,8 @@ class Request:
         config: The path of the YAML file, or None.
         settings: What the YAML file holds for TRL and accelerate.
         arguments: The command line without our own arguments, for TRL and accelerate.
+        task: A task of the lab to train on, from the block `experiment:`; None where the settings name model and data.
+        sizes: Sizes of the task's data, where the block gives them.
     """
 
     plugins: dict[str, dict[str, Any]]
@@ -43,6 +47,8 @@ class Request:
     config: str | None
     settings: dict[str, Any]
     arguments: list[str]
+    task: str | None = None
+    sizes: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 class Parser(argparse.ArgumentParser):
@@ -113,18 +119,18 @@ def understand(args: argparse.Namespace, rest: list[str]) -> Request:
         TrlExtError: Something cannot work; nothing of TRL has been loaded by then.
     """
     settings = read_config(args.config)
-    block, _ = (settings.pop(name, None) for name in BLOCKS)
+    block, experiment = (settings.pop(name, None) for name in BLOCKS)
+    experiment = experiment if isinstance(experiment, Mapping) else {}
     requests = registry.merge(args.plugin, block, options.parse_set(args.set))
     specs = compose(registry.resolve(requests))
-    if args.trainer is not None:
-        check_kind(specs, args.trainer)
-        kind: TrainerKind = args.trainer
-    else:
-        kind = common_trainers(specs)[0]
-        check_kind(specs, kind)
+    kind: TrainerKind = args.trainer or experiment.get("trainer") or common_trainers(specs)[0]
+    if kind not in registry.KINDS:
+        raise ConfigError(f"{args.config}: experiment.trainer is {kind!r}.{near(str(kind), registry.KINDS)}")
+    check_kind(specs, kind)
     if args.inspect and kind not in ROUNDS:
         raise ConfigError(f"--inspect records rounds of completions, and the {kind.upper()} trainer generates none.")
-    return Request(requests, specs, kind, args.config, settings, rest)
+    sizes = {name: experiment[name] for name in SIZES if name in experiment}
+    return Request(requests, specs, kind, args.config, settings, rest, experiment.get("task"), sizes)
 
 
 def read_config(path: str | None) -> dict[str, Any]:

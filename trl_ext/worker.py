@@ -51,7 +51,20 @@ def _train(argv: list[str]) -> None:
             handle.on_trainer(built)
         else:
             stack.enter_context(scripts.on_built(asked.kind, built))
-        scripts.run_script(asked.kind, parsed, save=not args.no_save)
+        if asked.task is None:
+            scripts.run_script(asked.kind, parsed, save=not args.no_save)
+        else:
+            _train_on_task(asked.task, asked, parsed, save=not args.no_save)
+
+
+def _train_on_task(task: str, asked: request.Request, parsed: Any, save: bool) -> None:
+    """What TRL's script does for model and data that are named, for a task of the lab."""
+    from .experiments.running import build
+
+    trainer = build(task, asked.kind, parsed, asked.sizes, _warn)
+    trainer.train(resume_from_checkpoint=parsed[1].resume_from_checkpoint)
+    if save:
+        trainer.save_model(parsed[1].output_dir)
 
 
 def _wants_bars(asked: request.Request) -> bool:

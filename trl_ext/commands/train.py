@@ -30,6 +30,8 @@ examples:
       a YAML file as for `trl grpo`, one option of the plugin, one setting of TRL
   trl_ext train --plugin gdpo my_method.py --config run.yaml --accelerate_config zero2 --num_processes 8
       two plugins, eight processes with DeepSpeed
+  trl_ext train --config recipes/tiny/gdpo.yaml
+      the task of a recipe of `trl_ext compare`, with the plugins of its block `plugins:`
   trl_ext train --config run.yaml --resume_from_checkpoint true
       plugins from the block `plugins:` of the file; continues from the last checkpoint in output_dir
   trl_ext train --plugin gdpo --inspect 2
@@ -65,7 +67,7 @@ def main(argv: Sequence[str], demo_settings: Mapping[str, Any] | None = None) ->
         return 0
     divided = scripts.split(asked.kind, asked.arguments, asked.settings)
     check_resume(divided.given)
-    demo = wants_demo(divided.given)  # may refuse, so it comes before anything that takes time
+    demo = asked.task is None and wants_demo(divided.given)  # may refuse, so it comes before anything that takes time
     launch = scripts.launch_arguments(asked.kind, divided.launch, [], _OWN)
     accelerator = scripts.accelerator_found() and not launch.cpu
     scripts.fit_to_machine(launch, accelerator)

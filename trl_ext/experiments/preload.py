@@ -1,24 +1,9 @@
 """What every run needs and takes long to import; loaded once, in the process that all others are forked from."""
 
-import accelerate
 import datasets
-import peft
-import torch
-import transformers
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_ext import api
-from trl_ext.compat import mixins, scripts
+from trl_ext.compat import mixins
+from trl_ext.experiments import comparing, preparing
 
-__all__ = [
-    "GRPOConfig",
-    "GRPOTrainer",
-    "accelerate",
-    "api",
-    "datasets",
-    "mixins",
-    "peft",
-    "scripts",
-    "torch",
-    "transformers",
-]
+__all__ = ["GRPOConfig", "GRPOTrainer", "comparing", "datasets", "mixins", "preparing"]

@@ -121,7 +121,7 @@ def _try(
         preflight.check(kind, parsed, lambda text: tell(Said(text)))
         return parsed, None
     with api.enable(arm.plugins) if arm.plugins else contextlib.nullcontext():
-        trainer = running.build(recipe.task, kind, parsed, recipe.sizes, tell)
+        trainer = running.build(recipe.task, kind, parsed, recipe.sizes, lambda text: tell(Said(text)))
     return parsed, access.reward_names(trainer) or None
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, get_args
 from trl_ext_hooks import TrainerKind
 
 from .. import registry, request
-from ..errors import ConfigError, near
+from ..errors import ConfigError, OptionError, near
 from .measures import KINDS, Measure
 from .stats import Direction
 
@@ -130,7 +130,7 @@ def read(path: str) -> Recipe:
     """Reads and checks a recipe.
 
     Raises:
-        ConfigError: Naming the file, the key, what it holds and what is expected.
+        ConfigError, OptionError: Naming the file, the key, what it holds and what is expected.
     """
     try:
         settings = request.read_config(path)
@@ -156,8 +156,8 @@ def read(path: str) -> Recipe:
             claim=_typed(found.get("claim"), str, "experiment.claim") or "",
             paper=_typed(found.get("paper"), str, "experiment.paper") or "",
         )
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    except (ConfigError, OptionError) as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 def _arms(block: Any, plugins: dict[str, dict[str, Any]]) -> tuple[Arm, ...]:

@@ -6,7 +6,7 @@ import contextlib
 import math
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -83,7 +83,7 @@ def train(job: Job, tell: Tell) -> None:
             with scripts.on_built(job.kind, watch.follow):
                 scripts.run_script(job.kind, parsed)
         else:
-            trainer = build(job.task, job.kind, parsed, job.sizes, tell)
+            trainer = build(job.task, job.kind, parsed, job.sizes, lambda text: tell(Said(text)))
             watch.follow(trainer)
             trainer.train()
         trainer = watch.trainer
@@ -107,11 +107,11 @@ def train(job: Job, tell: Tell) -> None:
         )
 
 
-def build(task: str, kind: TrainerKind, parsed: scripts.Parsed, sizes: Mapping[str, int], tell: Tell) -> Any:
+def build(
+    task: str, kind: TrainerKind, parsed: scripts.Parsed, sizes: Mapping[str, int], say: Callable[[str], None]
+) -> Any:
     """A TRL trainer with TRL's arguments on a task of the lab."""
-    arguments = lab.trainer_arguments(
-        lab.task(task), kind, seed=parsed[1].seed, say=lambda text: tell(Said(text)), **sizes
-    )
+    arguments = lab.trainer_arguments(lab.task(task), kind, seed=parsed[1].seed, say=say, **sizes)
     adapter = get_peft_config(parsed[2])
     if adapter is not None:
         arguments["peft_config"] = adapter

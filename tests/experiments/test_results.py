@@ -1,0 +1,202 @@
+"""Verdicts, expectations and words, from records typed by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from trl_ext.experiments import curves, results
+from trl_ext.experiments.measures import Measure
+from trl_ext.experiments.recipe import Arm, Expectation, Metric, Recipe
+
+SEEDS = (1, 2, 3, 4, 5, 6)
+
+
+def recipe(*metrics: Metric, seeds: tuple[int, ...] = SEEDS) -> Recipe:
+    arms = (Arm("plain", {}, {}), Arm("ours", {"gdpo": {}}, {}))
+    return Recipe("typed", "typed.yaml", {}, arms, seeds, metrics)
+
+
+def record(*values: float, status: str = "finished", name: str = "reward") -> dict[str, Any]:
+    history = [{"step": step, name: value} for step, value in enumerate(values, 1)]
+    error = None if status == "finished" else "reason"
+    return {"status": status, "error": error, "history": history, "steps": len(values), "seconds": 2.0}
+
+
+def runs(plain: list[Any], ours: list[Any], seeds: tuple[int, ...] = SEEDS) -> dict[tuple[str, int], dict[str, Any]]:
+    made = {"plain": plain, "ours": ours}
+    return {
+        (arm, seed): value if isinstance(value, dict) else record(value)
+        for arm, values in made.items()
+        for seed, value in zip(seeds, values, strict=True)
+    }
+
+
+def judged(expectation: Expectation, plain: list[Any], ours: list[Any], **metric: Any) -> tuple[bool | None, str]:
+    asked = Metric("reward", **{"measure": Measure("mean"), "better": "higher"} | metric, expect=(expectation,))
+    found = results.summarize(recipe(asked), runs(plain, ours))
+    (entry,) = found["metrics"][0]["expectations"]
+    assert found["met"] == bool(entry["met"])
+    return entry["met"], f"{entry['text']}: {entry['detail']}"
+
+
+LOW, HIGH = [1.0, 1.2, 0.9, 1.1, 1.0, 0.8], [2.0, 2.3, 1.9, 2.2, 1.9, 1.7]
+BETTER = Expectation("ours", "plain", "better")
+
+
+def test_a_summary() -> None:
+    found = results.summarize(recipe(Metric("reward", Measure("mean"), "higher")), runs(LOW, HIGH))
+    (metric,) = found["metrics"]
+    assert metric["label"] == "reward: mean" and metric["values"]["plain"]["2"] == 1.2
+    assert metric["estimates"]["ours"]["mean"] == pytest.approx(2.0)
+    (pair,) = metric["comparisons"]
+    assert (pair["arm"], pair["against"], pair["verdict"], pair["apart"]) == ("ours", "plain", "better", True)
+    assert pair["difference"]["mean"] == pytest.approx(1.0) and pair["change"]["mean"] == pytest.approx(1.0)
+    assert found["complete"] and found["met"] and found["notes"] == []
+    assert found["arms"]["plain"] == {"finished": 6, "failed": [], "seconds_per_run": 2.0}
+    assert results.rows(found) == [
+        ["reward: mean", "plain", "1 [0.85, 1.15]", "", ""],
+        ["", "ours", "2 [1.78, 2.22]", "+1 [0.917, 1.08]", "better than plain"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("plain", "ours", "better", "verdict"),
+    [
+        (LOW, HIGH, "lower", "worse"),
+        (HIGH, LOW, "higher", "worse"),
+        (HIGH, LOW, "lower", "better"),
+        (LOW, LOW, "higher", "not distinguishable"),
+        (LOW, LOW[::-1], "higher", "not distinguishable"),
+    ],
+)
+def test_verdicts_know_the_direction(plain: Any, ours: Any, better: Any, verdict: str) -> None:
+    found = results.summarize(recipe(Metric("reward", Measure("mean"), better)), runs(plain, ours))
+    assert found["metrics"][0]["comparisons"][0]["verdict"] == verdict
+    assert results.rows(found)[1][-1].startswith(verdict)
+
+
+def test_better() -> None:
+    assert judged(BETTER, LOW, HIGH) == (True, "ours better than plain: better")
+    assert judged(BETTER, LOW, LOW) == (False, "ours better than plain: not distinguishable")
+    assert judged(BETTER, HIGH, LOW)[0] is False
+    assert judged(BETTER, HIGH, LOW, better="lower")[0] is True
+
+
+def test_better_by_a_share_needs_the_whole_interval() -> None:
+    """0.8 .. 1.2 against 1.7 .. 2.3: half of it, give or take 5 points."""
+    least = Expectation("ours", "plain", "better", by=0.4)
+    met, text = judged(least, HIGH, LOW, better="lower")
+    assert met and text.startswith("ours better than plain by at least 40%: better, by 50% [4")
+    assert judged(Expectation("ours", "plain", "better", by=0.5), HIGH, LOW, better="lower")[0] is False
+    assert judged(Expectation("ours", "plain", "better", by=0.9), LOW, HIGH)[0] is True  # doubled
+    assert judged(Expectation("ours", "plain", "better", by=1.2), LOW, HIGH)[0] is False
+    met, text = judged(least, [0.0] * 6, HIGH)
+    assert met is None and "the mean of plain is not above 0" in text
+
+
+def test_better_with_intervals_apart() -> None:
+    apart = Expectation("ours", "plain", "better", apart=True)
+    assert judged(apart, LOW, HIGH) == (True, "ours better than plain, intervals apart: better, intervals apart")
+    close = [value + 0.1 for value in LOW]  # always 0.1 more, so better, and still within the other interval
+    assert judged(BETTER, LOW, close)[0] is True
+    assert judged(apart, LOW, close) == (False, "ours better than plain, intervals apart: better, intervals overlap")
+
+
+def test_not_worse() -> None:
+    margin = Expectation("ours", "plain", "not worse", within=0.15)
+    slightly = [value - 0.1 for value in LOW]
+    assert judged(margin, LOW, slightly)[0] is True and judged(margin, LOW, HIGH)[0] is True
+    assert "worse by 0.1 at most" in judged(margin, LOW, slightly)[1]
+    assert judged(margin, HIGH, LOW)[0] is False
+    assert judged(margin, LOW, slightly, better="lower")[0] is True
+    assert judged(margin, LOW, HIGH, better="lower")[0] is False
+    noisy = [0.5, 1.5, 0.6, 1.6, 0.7, 1.2]  # not distinguishable, and still not shown to be as good
+    assert judged(BETTER, LOW, noisy)[0] is judged(margin, LOW, noisy)[0] is False
+
+
+def test_identical_compares_whole_curves() -> None:
+    same = Expectation("ours", "plain", "identical")
+    curve = record(1.0, 2.0, 3.0)
+    assert judged(same, [curve] * 6, [curve] * 6) == (True, "ours identical to plain: the curves differ by 0 at most")
+    other = record(1.0, 2.5, 2.5)  # the same mean
+    assert judged(same, [curve] * 6, [curve] * 5 + [other])[0] is False
+    assert judged(Expectation("ours", "plain", "identical", within=0.5), [curve] * 6, [other] * 6)[0] is True
+    assert judged(same, [curve] * 6, [record(1.0, 2.0)] * 6)[0] is False  # not logged at the same steps
+
+
+def test_steps_that_are_never_reached_are_said_and_count_as_a_bound() -> None:
+    fast, slow, never = record(0.0, 1.0, 1.0), record(0.0, 0.0, 1.0), record(0.0, 0.0, 0.0)
+    measure = {"measure": Measure("steps_to", 1.0, 1), "better": "lower"}
+    met, text = judged(BETTER, [slow, never, slow, slow, never, slow], [fast] * 6, **measure)
+    assert met and text == "ours better than plain: better"
+    met, text = judged(BETTER, [slow] * 6, [fast] * 5 + [never], **measure)
+    assert met is False and "1 of 6 runs of ours never reached the level" in text
+    asked = Metric("reward", **measure)  # type: ignore[arg-type]
+    found = results.summarize(recipe(asked), runs([slow, never, slow, slow, never, slow], [fast] * 6))
+    assert found["metrics"][0]["censored"] == {"plain": [2, 5], "ours": []}
+    assert found["metrics"][0]["values"]["plain"]["2"] == 4.0
+    assert results.rows(found)[0][2].endswith("(2 never)")
+
+
+@pytest.mark.parametrize("status", ["crashed", "diverged"])
+def test_failed_runs_are_left_out_marked_and_no_expectation_is_judged(status: str) -> None:
+    plain: list[Any] = [*LOW[:5], record(9.0, 9.0, status=status)]
+    met, text = judged(BETTER, plain, HIGH)
+    assert met is None and "not judged, as runs are missing (plain, seed 6)" in text
+    found = results.summarize(recipe(Metric("reward", Measure("mean"), "higher")), runs(plain, HIGH))
+    assert not found["complete"]
+    assert found["arms"]["plain"]["failed"] == [{"seed": 6, "status": status, "error": "reason"}]
+    (metric,) = found["metrics"]
+    assert list(metric["values"]["plain"]) == ["1", "2", "3", "4", "5"]
+    assert metric["comparisons"][0]["seeds"] == 5 and metric["comparisons"][0]["verdict"] == "better"
+    assert results.rows(found)[0][2].endswith("(1 failed)")
+    assert f"{status}: plain, seed 6: reason" in results.sentences(found)
+
+
+def test_an_arm_without_any_finished_run() -> None:
+    lost = [record(status="crashed")] * 6
+    found = results.summarize(recipe(Metric("reward", Measure("mean"), "higher", (BETTER,))), runs(LOW, lost))
+    assert results.rows(found)[1] == ["", "ours", "none (6 failed)", "", "too few seeds"]
+    assert not found["met"]
+
+
+def test_one_seed_has_no_intervals_and_says_so() -> None:
+    found = results.summarize(
+        recipe(Metric("reward", Measure("mean"), "higher", (BETTER,)), seeds=(3,)), runs([1.0], [2.0], seeds=(3,))
+    )
+    (metric,) = found["metrics"]
+    assert metric["estimates"]["ours"] == {"mean": 2.0, "low": None, "high": None}
+    assert metric["comparisons"][0]["verdict"] == "too few seeds"
+    assert metric["expectations"][0]["met"] is None and not found["met"]
+    assert results.rows(found)[1] == ["", "ours", "2", "", "too few seeds"]
+    assert found["notes"] == ["one seed: there are no intervals and no verdicts. Give two seeds or more."]
+
+
+def test_few_seeds_are_noted() -> None:
+    few = (1, 2, 3)
+    found = results.summarize(
+        recipe(Metric("reward", Measure("mean"), "higher"), seeds=few), runs(LOW[:3], HIGH[:3], seeds=few)
+    )
+    assert found["notes"][0].startswith("3 seeds are few: arms that do not differ would get a verdict in 25%")
+
+
+def test_curves_hold_means_and_bands_and_are_thinned() -> None:
+    asked = recipe(Metric("reward", Measure("mean"), "higher"))
+    made = runs([record(*[float(s)] * 300) for s in SEEDS], [record(1.0, 2.0), *[record(3.0, 4.0)] * 4, record(9.0)])
+    found = curves.collect(asked, made)["reward"]
+    assert found["plain"]["steps"] == list(range(2, 301, 2)) and set(found["plain"]["mean"]) == {3.5}
+    assert found["plain"]["low"][0] < 3.5 < found["plain"]["high"][0]
+    assert found["plain"]["runs"]["4"] == [4.0] * 150
+    assert found["ours"]["steps"] == [1]  # the steps that all runs have
+    made["ours", 6] = record(9.0, 9.0, status="diverged")
+    found = curves.collect(asked, made)["reward"]
+    assert found["ours"]["steps"] == [1, 2] and found["ours"]["mean"][1] == pytest.approx(3.6)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(331.4, "331"), (12.0, "12"), (0.91234, "0.912"), (-0.00123, "-0.00123"), (None, "?")]
+)
+def test_numbers(value: float | None, text: str) -> None:
+    assert results.number(value) == text
