@@ -1,4 +1,4 @@
-"""The report: everything in one file, and curves that hold the numbers of the JSON, as Python and as a browser see it."""
+"""The report: everything in one file, with curves that hold the numbers of the JSON, for Python and for a browser."""
 
 from __future__ import annotations
 

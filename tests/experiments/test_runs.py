@@ -115,7 +115,7 @@ def test_ended_runs_are_not_repeated(done: Path, compare: Any, recipe: Any, tmp_
 
 
 def test_a_kill_loses_only_what_ran(recipe: Any, cache: str, tmp_path: Path, compare: Any) -> None:
-    path = recipe({"seeds": 3}, max_steps=40)
+    path = recipe(max_steps=20)
     environment = os.environ | {"TRL_EXT_CACHE": cache, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-m", "trl_ext", "compare", path, "--output", "out", "--jobs", "2"]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -128,14 +128,14 @@ def test_a_kill_loses_only_what_ran(recipe: Any, cache: str, tmp_path: Path, com
         process.kill()
         process.wait()
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "out/runs").glob("*.json")}
-    assert 1 <= len(kept) < 6
+    assert 1 <= len(kept) < 4
     deadline = time.monotonic() + 30  # its runs notice and end, without records
     while _processes_with(str(tmp_path / "out")):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     code, _, errors = compare(path, "--output", "out")
     assert code == 0, errors
-    assert " of 6 runs are there already" in errors and len(records(tmp_path / "out")) == 6
+    assert " of 4 runs are there already" in errors and len(records(tmp_path / "out")) == 4
     assert all(file.stat().st_mtime_ns == moment for file, moment in kept.items())
 
 
@@ -153,7 +153,7 @@ def _processes_with(text: str) -> list[int]:
 
 
 def test_an_interrupt_ends_everything_and_keeps_what_is_done(recipe: Any, cache: str, tmp_path: Path) -> None:
-    path = recipe({"seeds": 3}, max_steps=40)
+    path = recipe(max_steps=20)
     environment = os.environ | {"TRL_EXT_CACHE": cache, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-m", "trl_ext", "compare", path, "--output", str(tmp_path / "out")]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -183,74 +183,75 @@ class Faulty(Plugin):
 """
 
 
-@pytest.mark.parametrize(
-    ("action", "words"),
-    [
-        ("raise RuntimeError('the dog ate it')", "the dog ate it"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", "ended by SIGKILL, which the system sends when memory runs out"),
-    ],
-)
-def test_a_crashed_arm_is_kept_marked_and_tried_again(
-    action: str, words: str, recipe: Any, compare: Any, tmp_path: Path
-) -> None:
-    (tmp_path / "faulty.py").write_text(FAULTY.format(action=f"if round.step >= 1: {action}"))
+def test_crashed_arms_are_kept_marked_and_tried_again(recipe: Any, compare: Any, tmp_path: Path) -> None:
+    kill = "os.kill(os.getpid(), signal.SIGKILL)"
+    for name, action in (("faulty", "raise RuntimeError('the dog ate it')"), ("killed", kill)):
+        text = FAULTY.format(action=f"if round.step >= 1: {action}").replace('"faulty"', f'"{name}"')
+        (tmp_path / f"{name}.py").write_text(text)
+    arms = {"plain": None, "faulty": {"plugins": ["faulty.py"]}, "killed": {"plugins": ["killed.py"]}}
     expect = {"arm": "faulty", "is": "better", "against": "plain"}
-    path = recipe({"metrics": [METRIC | {"expect": expect}]}, plugins={"faulty.py": {}})
+    path = recipe({"arms": arms, "metrics": [METRIC | {"expect": expect}], "seeds": 1}, plugins={})
     code, output, errors = compare(path, "--output", "out")
-    assert code == 1
-    assert "crashed: faulty, seed 1" in output and "crashed: faulty, seed 2" in output and words in output
-    assert "UNKNOWN (not judged, as runs are missing" in output and "(2 failed)" in output
+    assert code == 1, errors
+    assert "crashed: faulty, seed 1: " in output and "RuntimeError: the dog ate it" in output
+    assert "crashed: killed, seed 1: a training process was ended by SIGKILL, which the system sends when" in output
+    assert "UNKNOWN (not judged, as runs are missing (faulty, seed 1))" in output and "(1 failed)" in output
     found = result(tmp_path / "out")
-    assert not found["complete"] and found["arms"]["plain"]["finished"] == 2
-    assert [failed["status"] for failed in found["arms"]["faulty"]["failed"]] == ["crashed"] * 2
-    (log, _) = sorted((tmp_path / "out/runs").glob("*.log"))
-    assert str(log) in output and ("RuntimeError: the dog ate it" in log.read_text()) == ("dog" in action)
-    assert "crashed" in (tmp_path / "out/compare.html").read_text()
+    assert not found["complete"] and found["arms"]["plain"]["finished"] == 1
+    assert [found["arms"][arm]["failed"][0]["status"] for arm in ("faulty", "killed")] == ["crashed"] * 2
+    logs = {file.name.partition("-")[0]: file for file in (tmp_path / "out/runs").glob("*.log")}
+    assert set(logs) == {"faulty", "killed"} and all(file.name in output for file in logs.values())
+    assert "Traceback" in logs["faulty"].read_text() and "the dog ate it" in logs["faulty"].read_text()
+    assert "crashed: killed" in (tmp_path / "out/compare.html").read_text()
     (tmp_path / "faulty.py").write_text(FAULTY.format(action="pass"))
     code, output, errors = compare(path, "--output", "out")
-    assert "2 of 4 runs are there already" in errors and result(tmp_path / "out")["complete"]
+    assert code == 1 and "1 of 3 runs are there already" in errors and "faulty, seed 1: finished" in errors
+    assert "crashed: killed, seed 1" in output and "crashed: faulty" not in output
 
 
 def test_a_diverged_arm_is_kept_and_marked(recipe: Any, compare: Any, tmp_path: Path) -> None:
     arms = {"calm": None, "wild": {"settings": {"learning_rate": 1e30}}}
-    path = recipe({"arms": arms}, max_steps=6)
+    path = recipe({"arms": arms, "seeds": 1}, max_steps=6)
     code, output, errors = compare(path, "--output", "out")
     assert code == 1, errors
     assert "wild, seed 1: diverged in" in errors and "diverged: wild, seed 1: " in output
     assert any(word in output for word in ("loss was nan at step", "grad_norm was nan at step"))
-    kept = [record for record in records(tmp_path / "out").values() if record["arm"] == "wild"]
-    assert [record["status"] for record in kept] == ["diverged"] * 2 and kept[0]["steps"] < 6
+    (kept,) = [record for record in records(tmp_path / "out").values() if record["arm"] == "wild"]
+    assert kept["status"] == "diverged" and kept["steps"] < 6
     code, _, errors = compare(path, "--output", "out")
-    assert code == 1 and "4 of 4 runs are there already" in errors
+    assert code == 1 and "2 of 2 runs are there already" in errors
 
 
 def test_settings_of_arms_rloo_evaluation_and_identical_curves(recipe: Any, compare: Any, tmp_path: Path) -> None:
     """Two arms that are the same run by another name, and one that is not."""
     same = {"arm": "twice", "is": "identical", "against": "once"}
     other = {"arm": "other", "is": "identical", "against": "once"}
-    metric = METRIC | {"name": "eval_rewards/short/mean", "reduce": "final", "expect": [same, other]}
+    metric = METRIC | {"name": "eval_rewards/digits/mean", "reduce": "final", "expect": [same, other]}
     arms = {
         "once": None,
         "twice": {"settings": {"num_iterations": 1, "logging_nan_inf_filter": False}},
         "other": {"settings": {"learning_rate": 5.0}},
     }
     evaluation = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
-    experiment = {"trainer": "rloo", "arms": arms, "metrics": [metric], "seeds": [4, 7], "test_size": 2}
+    experiment = {"trainer": "rloo", "arms": arms, "metrics": [metric], "seeds": [7], "test_size": 2}
     path = recipe(experiment, plugins={}, **evaluation)
     code, output, errors = compare(path, "--output", "out", "--json", "--record", "kept.json")
     assert code == 1, errors
     found = json.loads(output)
     assert found == json.loads((tmp_path / "kept.json").read_text()) and "curves" not in found
-    assert found["trainer"] == "rloo" and found["seeds"] == [4, 7]
+    assert found["trainer"] == "rloo" and found["seeds"] == [7]
     assert [entry["met"] for entry in found["metrics"][0]["expectations"]] == [True, False]
-    steps = result(tmp_path / "out")["curves"]["eval_rewards/short/mean"]["once"]["steps"]
+    steps = result(tmp_path / "out")["curves"]["eval_rewards/digits/mean"]["once"]["steps"]
     assert steps == [2, 3]  # and once more after the last step
 
 
 def test_dpo(recipe: Any, compare: Any, tmp_path: Path) -> None:
     arms = {"low": None, "high": {"settings": {"beta": 0.5}}}
     path = recipe(
-        {"trainer": "dpo", "arms": arms, "metrics": None}, plugins={}, num_generations=None, max_completion_length=None
+        {"trainer": "dpo", "arms": arms, "metrics": None, "seeds": 1},
+        plugins={},
+        num_generations=None,
+        max_completion_length=None,
     )
     code, output, errors = compare(path, "--output", "out")
     assert code == 0, errors
@@ -266,7 +267,7 @@ def test_a_file_of_trl_without_a_task(compare: Any, model: str, tmp_path: Path) 
     tiny_data().to_json(tmp_path / "data/train.jsonl")
     rewards = ["trl_ext.testing.digits", "trl_ext.testing.brevity"]
     settings = {"model_name_or_path": model, "dataset_name": str(tmp_path / "data"), "reward_funcs": rewards}
-    path = write_recipe(tmp_path / "own.yaml", None, {"metrics": None}, output_dir="never", seed=5, **settings)
+    path = write_recipe(tmp_path / "own.yaml", None, {"metrics": None, "seeds": 1}, output_dir="never", seed=5, **settings)
     code, output, errors = compare(path)
     assert code == 0, errors
     assert "reward: final" in output and result(tmp_path / "runs/compare/own")["model"] == model

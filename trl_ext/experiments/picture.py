@@ -20,7 +20,7 @@ _INK = "#333333"
 def draw(found: Mapping[str, Any], file: Path) -> None:
     """Draws what a comparison found; without any finished run the picture says so."""
     names = list(found["curves"])
-    columns = min(max(len(names), 1), 3)
+    columns = 2 if len(names) == 4 else min(max(len(names), 1), 3)
     rows = math.ceil(max(len(names), 1) / columns)
     figure = Figure(figsize=(4.2 * columns, 3.0 * rows + 0.9), dpi=130, layout="constrained")
     seeds = len(found["seeds"])

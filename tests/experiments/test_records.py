@@ -1,0 +1,81 @@
+"""What is on disk is whole or not there, and its name changes with what determines a run and with nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trl_ext.errors import TrlExtError
+from trl_ext.experiments import records
+from trl_ext.experiments.records import Job, UnwritableError
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    identity = {"settings": {"beta": 0.0}, "plugins": [], "versions": {"trl": "1.16.0"}}
+    return Job("plain", 3, "grpo", {}, {"beta": 0.0}, "tiny", {}, identity, str(tmp_path))
+
+
+def test_a_record_comes_back(job: Job) -> None:
+    assert records.load(job) is None
+    records.save(job, {"status": "finished", "history": [{"loss": math.nan, "reward": 0.5}]})
+    assert records.load(job) == {
+        "arm": "plain",
+        "seed": 3,
+        "key": job.key,
+        "status": "finished",
+        "history": [{"loss": None, "reward": 0.5}],
+    }
+    assert [file.name for file in Path(job.folder).iterdir()] == [f"plain-3-{job.key[:10]}.json"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 4},
+        {"identity": {"settings": {"beta": 0.1}, "plugins": [], "versions": {"trl": "1.16.0"}}},
+        {"identity": {"settings": {"beta": 0.0}, "plugins": ["gdpo"], "versions": {"trl": "1.16.0"}}},
+        {"identity": {"settings": {"beta": 0.0}, "plugins": [], "versions": {"trl": "1.15.0"}}},
+    ],
+    ids=str,
+)
+def test_the_key_changes_with_what_determines_the_numbers(change: dict[str, Any], job: Job) -> None:
+    assert dataclasses.replace(job, **change).key != job.key
+
+
+def test_the_key_does_not_change_with_names_and_places(job: Job, tmp_path: Path) -> None:
+    assert dataclasses.replace(job, arm="baseline", folder="elsewhere").key == job.key
+    reordered = {"versions": {"trl": "1.16.0"}, "plugins": [], "settings": {"beta": 0.0}}
+    assert dataclasses.replace(job, identity=reordered).key == job.key
+
+
+def test_a_file_of_another_run_is_not_taken(job: Job) -> None:
+    records.write(job.file(".json"), {"key": "of another run"})
+    assert records.load(job) is None
+
+
+def test_half_a_record_is_named(job: Job) -> None:
+    job.file(".json").write_text('{"key": ')
+    with pytest.raises(TrlExtError, match=r"is not a record of a run .* Remove it"):
+        records.load(job)
+
+
+def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    records.write(file, {"old": 1})
+    (tmp_path / "found.json.part").symlink_to("/dev/full")
+    with pytest.raises(UnwritableError, match=r"cannot write .*found.json: No space left on device"):
+        records.write(file, {"new": 2})
+    assert json.loads(file.read_text()) == {"old": 1} and list(tmp_path.iterdir()) == [file]
+    with pytest.raises(UnwritableError, match="No such file or directory"):
+        records.write(tmp_path / "nowhere" / "found.json", {})
+
+
+def test_plain_values() -> None:
+    value = {1: (math.inf, -math.inf, 2.5), "path": Path("a"), "yes": True, "none": None}
+    assert records.plain(value) == {"1": [None, None, 2.5], "path": "a", "yes": True, "none": None}
