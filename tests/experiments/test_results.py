@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -153,6 +154,14 @@ def test_failed_runs_are_left_out_marked_and_no_expectation_is_judged(status: st
     assert metric["comparisons"][0]["seeds"] == 5 and metric["comparisons"][0]["verdict"] == "better"
     assert results.rows(found)[0][2].endswith("(1 failed)")
     assert f"{status}: plain, seed 6: reason" in results.sentences(found)
+
+
+@pytest.mark.parametrize("expectation", [BETTER, Expectation("ours", "plain", "identical")])
+def test_a_run_that_logged_no_number_is_told_and_nothing_is_judged(expectation: Expectation) -> None:
+    silent = record(math.nan, math.nan)
+    met, text = judged(expectation, [*LOW[:5], silent], HIGH)
+    assert met is None and "not judged, as runs have logged no number (plain, seed 6)" in text
+    assert judged(expectation, [silent] * 6, [silent] * 6)[0] is None
 
 
 def test_an_arm_without_any_finished_run() -> None:

@@ -266,8 +266,9 @@ def test_a_file_of_trl_without_a_task(compare: Any, model: str, tmp_path: Path) 
     (tmp_path / "data").mkdir()
     tiny_data().to_json(tmp_path / "data/train.jsonl")
     rewards = ["trl_ext.testing.digits", "trl_ext.testing.brevity"]
-    settings = {"model_name_or_path": model, "dataset_name": str(tmp_path / "data"), "reward_funcs": rewards}
-    path = write_recipe(tmp_path / "own.yaml", None, {"metrics": None, "seeds": 1}, output_dir="never", seed=5, **settings)
+    named = {"model_name_or_path": model, "dataset_name": str(tmp_path / "data"), "reward_funcs": rewards}
+    unused = {"output_dir": "never", "seed": 5}
+    path = write_recipe(tmp_path / "own.yaml", None, {"metrics": None, "seeds": 1}, **named, **unused)
     code, output, errors = compare(path)
     assert code == 0, errors
     assert "reward: final" in output and result(tmp_path / "runs/compare/own")["model"] == model

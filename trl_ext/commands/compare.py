@@ -66,6 +66,9 @@ def run(args: argparse.Namespace) -> int:
     for name in ("seeds", "jobs"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise OptionError(f"--{name} {value}: expected a number of at least 1.")
+    record = Path(args.record) if args.record else None
+    if record is not None and not record.parent.is_dir():
+        raise OptionError(f"--record {record}: there is no folder {record.parent}.")
     asked = recipe.read(args.recipe).with_seeds(args.seeds)
     folder = Path(args.output or Path("runs") / "compare" / asked.name)
     console = Console(stderr=True, highlight=False)
@@ -74,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
     records.write_text(folder / "compare.html", page.render(found))
     drawn = _draw(found, folder / "compare.png")
     brief = {name: value for name, value in found.items() if name not in ("curves", "completions")}
-    if args.record:
-        records.write(Path(args.record), brief)
+    if record is not None:
+        records.write(record, brief)
     if args.json:
         print(json.dumps(records.plain(brief), indent=1))
     else:

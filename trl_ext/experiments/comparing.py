@@ -40,8 +40,8 @@ def compare(recipe: Recipe, folder: Path, at_once: int | None, console: Console,
     began = time.monotonic()
     with locked(folder):
         with tempfile.TemporaryDirectory(prefix="trl_ext-") as scratch, console.status("loading TRL") as shown:
-            log = os.path.join(scratch, "log")
-            prepared = processes.call(_prepare, recipe, log=log, say=lambda text: shown.update(text))
+            say = shown.update if console.is_terminal else console.print
+            prepared = processes.call(_prepare, recipe, log=os.path.join(scratch, "log"), say=say)
         recipe = dataclasses.replace(recipe, metrics=recipe.metrics or default_metrics(prepared.kind))
         jobs = make_jobs(recipe, prepared, folder / "runs")
         if at_once is None:
@@ -80,24 +80,26 @@ def locked(folder: Path) -> Iterator[None]:
     """Makes the folder and keeps other comparisons out of it.
 
     Raises:
-        ConfigError: It cannot be written, or another comparison works in it.
+        TrlExtError: It cannot be written, or another comparison works in it.
     """
     from filelock import FileLock, Timeout
 
+    lock = FileLock(folder / ".lock")
     try:
         (folder / "runs").mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=0):
-            yield
+        lock.acquire(timeout=0)
     except Timeout as error:
         raise ConfigError(
             f"another comparison works in {folder}. Wait for it, or choose another folder with --output."
         ) from error
     except OSError as error:
-        if error.filename is None or not str(error.filename).startswith(str(folder)):
-            raise
         raise UnwritableError(
             f"cannot write into {folder}: {error.strerror}. Choose another folder with --output."
         ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def make_jobs(recipe: Recipe, prepared: Prepared, folder: Path) -> list[Job]:

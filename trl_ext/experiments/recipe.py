@@ -10,16 +10,16 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 from trl_ext_hooks import TrainerKind
 
 from .. import registry, request
-from ..errors import ConfigError, OptionError, near
+from ..errors import ConfigError, OptionError
+from .blocks import choice, count, mapping, number, typed
 from .measures import KINDS, Measure
 from .stats import Direction
 
-T = TypeVar("T")
 Claim = Literal["better", "not worse", "identical"]
 
 EXPERIMENT = (
@@ -97,13 +97,13 @@ class Recipe:
     claim: str = ""
     paper: str = ""
 
-    def with_seeds(self, count: int | None) -> Recipe:
-        """The same with the first `count` seeds; numbered seeds go on beyond those of the recipe."""
-        seeds = self.seeds[:count]
-        if count is not None and count > len(seeds):
+    def with_seeds(self, wanted: int | None) -> Recipe:
+        """The same with the first `wanted` seeds; numbered seeds go on beyond those of the recipe."""
+        seeds = self.seeds[:wanted]
+        if wanted is not None and wanted > len(seeds):
             if seeds != tuple(range(1, len(seeds) + 1)):
-                raise ConfigError(f"--seeds {count}: the recipe lists {len(seeds)} seeds.")
-            seeds = tuple(range(1, count + 1))
+                raise ConfigError(f"--seeds {wanted}: the recipe lists {len(seeds)} seeds.")
+            seeds = tuple(range(1, wanted + 1))
         return dataclasses.replace(self, seeds=seeds)
 
 
@@ -141,7 +141,7 @@ def read(path: str) -> Recipe:
         if settings.get(name):
             raise ConfigError(f"{path}: leave out `{name}`: {why}.")
     try:
-        found = _mapping({} if block is None else block, "experiment", EXPERIMENT)
+        found = mapping({} if block is None else block, "experiment", EXPERIMENT)
         arms = _arms(found.get("arms"), registry.merge([], plugins, {}))
         return Recipe(
             name=Path(path).stem,
@@ -150,11 +150,11 @@ def read(path: str) -> Recipe:
             arms=arms,
             seeds=_seeds(found.get("seeds", 5)),
             metrics=_metrics(found.get("metrics"), [arm.name for arm in arms]),
-            task=_typed(found.get("task"), str, "experiment.task"),
-            trainer=_choice(found.get("trainer"), registry.KINDS, "experiment.trainer"),
-            sizes={key: _count(found[key], f"experiment.{key}") for key in ("train_size", "test_size") if key in found},
-            claim=_typed(found.get("claim"), str, "experiment.claim") or "",
-            paper=_typed(found.get("paper"), str, "experiment.paper") or "",
+            task=typed(found.get("task"), str, "experiment.task"),
+            trainer=choice(found.get("trainer"), registry.KINDS, "experiment.trainer"),
+            sizes={key: count(found[key], f"experiment.{key}") for key in ("train_size", "test_size") if key in found},
+            claim=typed(found.get("claim"), str, "experiment.claim") or "",
+            paper=typed(found.get("paper"), str, "experiment.paper") or "",
         )
     except (ConfigError, OptionError) as error:
         raise type(error)(f"{path}: {error}") from error
@@ -169,12 +169,12 @@ def _arms(block: Any, plugins: dict[str, dict[str, Any]]) -> tuple[Arm, ...]:
             )
         block = {"plain": None, "+".join(map(_short, plugins)): {"plugins": list(plugins)}}
     arms = []
-    for name, content in _mapping(block, "experiment.arms").items():
+    for name, content in mapping(block, "experiment.arms").items():
         where = f"experiment.arms.{name}"
         if not _NAME.fullmatch(name):
             raise ConfigError(f"{where}: a name of letters, digits and _ . + - is needed, as files are called by it.")
-        found = _mapping({} if content is None else content, where, ("plugins", "settings"))
-        settings = _mapping(found.get("settings") or {}, f"{where}.settings")
+        found = mapping({} if content is None else content, where, ("plugins", "settings"))
+        settings = mapping(found.get("settings") or {}, f"{where}.settings")
         arms.append(Arm(name, _plugins_of_arm(found.get("plugins"), plugins, where), settings))
     if len(arms) < 2:
         raise ConfigError(f"experiment.arms: a comparison needs two arms, got {', '.join(a.name for a in arms) or 0}.")
@@ -187,7 +187,7 @@ def _plugins_of_arm(value: Any, shared: Mapping[str, Any], where: str) -> dict[s
         raise ConfigError(f"{where}.plugins: expected a list or a mapping of plugins, got {value!r}; write [{value}].")
     if isinstance(value, Sequence):
         value = dict.fromkeys(map(str, value))
-    own = registry.merge([], _mapping(value or {}, f"{where}.plugins"), {})
+    own = registry.merge([], mapping(value or {}, f"{where}.plugins"), {})
     return {reference: {**shared.get(reference, {}), **options} for reference, options in own.items()}
 
 
@@ -224,15 +224,15 @@ def _metrics(block: Any, arms: list[str]) -> tuple[Metric, ...]:
 
 
 def _metric(block: Any, where: str, arms: list[str]) -> Metric:
-    found = _mapping(block, where, ("name", "reduce", "better", "expect"))
+    found = mapping(block, where, ("name", "reduce", "better", "expect"))
     if "name" not in found:
         raise ConfigError(f"{where}: `name` is missing, the logged metric such as rewards/format/mean.")
     measure = _measure(found.get("reduce", "final"), f"{where}.reduce")
-    better = _choice(found.get("better"), get_args(Direction), f"{where}.better")
+    better = choice(found.get("better"), get_args(Direction), f"{where}.better")
     expect = found.get("expect") or []
-    expect = [expect] if isinstance(expect, Mapping) else _typed(expect, list, f"{where}.expect")
+    expect = [expect] if isinstance(expect, Mapping) else typed(expect, list, f"{where}.expect")
     return Metric(
-        name=_typed(found["name"], str, f"{where}.name"),
+        name=typed(found["name"], str, f"{where}.name"),
         measure=measure,
         better=better or ("lower" if measure.counts_steps else "higher"),
         expect=tuple(_expectation(entry, f"{where}.expect", arms) for entry in expect),
@@ -241,79 +241,42 @@ def _metric(block: Any, where: str, arms: list[str]) -> Metric:
 
 def _measure(block: Any, where: str) -> Measure:
     if isinstance(block, str):
-        kind = _choice(block, KINDS, where)
+        kind = choice(block, KINDS, where)
         if kind in ("steps_to", "steps_down_to"):
             raise ConfigError(f"{where}: {kind} needs a level, as in {{{kind}: 0.9}}.")
         return Measure(kind)
-    found = _mapping(block, where, (*KINDS, "window"))
+    found = mapping(block, where, (*KINDS, "window"))
     kinds = [key for key in found if key != "window"]
     if len(kinds) != 1:
         raise ConfigError(f"{where}: expected one of {', '.join(KINDS)}, got {block!r}.")
-    kind, value = _choice(kinds[0], KINDS, where), found[kinds[0]]
-    window = _count(found["window"], f"{where}.window") if "window" in found else None
+    kind, value = choice(kinds[0], KINDS, where), found[kinds[0]]
+    window = count(found["window"], f"{where}.window") if "window" in found else None
     if kind in ("steps_to", "steps_down_to"):
-        return Measure(kind, _number(value, f"{where}.{kind}"), window)
+        return Measure(kind, number(value, f"{where}.{kind}"), window)
     if kind == "final" and value is not None and window is None:
-        return Measure(kind, None, _count(value, f"{where}.final"))
+        return Measure(kind, None, count(value, f"{where}.final"))
     raise ConfigError(f"{where}: {kind} takes no value and no window; write `reduce: {kind}`.")
 
 
 def _expectation(block: Any, where: str, arms: list[str]) -> Expectation:
-    found = _mapping(block, where, ("arm", "is", "against", "by", "apart", "within"))
+    found = mapping(block, where, ("arm", "is", "against", "by", "apart", "within"))
     for key in ("arm", "is", "against"):
         if key not in found:
             raise ConfigError(f"{where}: `{key}` is missing, as in {{arm: gdpo, is: better, against: plain}}.")
-    claim = _choice(found["is"], get_args(Claim), f"{where}.is")
+    claim = choice(found["is"], get_args(Claim), f"{where}.is")
     fits = {"better": ("by", "apart"), "not worse": ("within",), "identical": ("within",)}[claim]
     for key in ("by", "apart", "within"):
         if key in found and key not in fits:
             raise ConfigError(f"{where}.{key} does not go with `is: {claim}`, which takes {' and '.join(fits)}.")
     if claim == "not worse" and "within" not in found:
         raise ConfigError(f"{where}: `is: not worse` needs a margin, as in `within: 0.02`.")
-    by = _number(found["by"], f"{where}.by") if "by" in found else None
+    by = number(found["by"], f"{where}.by") if "by" in found else None
     if by is not None and by <= 0:
         raise ConfigError(f"{where}.by: expected a share of change such as 0.5 for half, got {by:g}.")
-    arm, against = (_choice(found[key], arms, f"{where}.{key}") for key in ("arm", "against"))
+    arm, against = (choice(found[key], arms, f"{where}.{key}") for key in ("arm", "against"))
     if arm == against:
         raise ConfigError(f"{where}: {arm!r} is compared with itself.")
-    within = _number(found["within"], f"{where}.within") if "within" in found else None
+    within = number(found["within"], f"{where}.within") if "within" in found else None
     if within is not None and within < 0:
         raise ConfigError(f"{where}.within: expected a number of at least 0, got {within:g}.")
-    return Expectation(arm, against, claim, by, bool(_typed(found.get("apart", False), bool, f"{where}.apart")), within)
-
-
-def _mapping(value: Any, where: str, known: Sequence[str] | None = None) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{where}: expected a mapping, got {value!r}.")
-    found = {str(key): entry for key, entry in value.items()}
-    for key in found:
-        if known is not None and key not in known:
-            raise ConfigError(f"{where} has no key {key!r}.{near(key, known)}")
-    return found
-
-
-def _choice(value: Any, choices: Sequence[Any], where: str) -> Any:
-    if value is not None and value not in choices:
-        raise ConfigError(f"{where}: {value!r} is none of the choices.{near(str(value), choices)}")
-    return value
-
-
-def _typed(value: Any, kind: type[T], where: str) -> Any:
-    if value is not None and not isinstance(value, kind):
-        raise ConfigError(f"{where}: expected {kind.__name__}, got {value!r}.")
-    return value
-
-
-def _number(value: Any, where: str) -> float:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return float(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{where}: expected a number, got {value!r}.") from None
-
-
-def _count(value: Any, where: str) -> int:
-    if type(value) is not int or value < 1:
-        raise ConfigError(f"{where}: expected a whole number of at least 1, got {value!r}.")
-    return value
+    return Expectation(arm, against, claim, by, bool(typed(found.get("apart", False), bool, f"{where}.apart")), within)

@@ -120,6 +120,9 @@ def _judge(metric: Metric, wanted: Expectation, values: Values, runs: Runs) -> d
     failed = [who for who in failed if who.rpartition(",")[0] in (arm, against)]
     if failed:
         return answer(None, f"not judged, as runs are missing ({'; '.join(failed)})")
+    silent = [f"{name}, seed {seed}" for name, seed in runs if name in (arm, against) and seed not in values[name]]
+    if silent:
+        return answer(None, f"not judged, as runs have logged no number ({'; '.join(silent)})")
     if wanted.claim == "identical":
         largest = max(_distance(metric.name, runs[arm, seed], runs[against, seed]) for seed in values[arm])
         return answer(largest <= (wanted.within or 0.0), f"the curves differ by {largest:g} at most")

@@ -7,6 +7,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -96,7 +97,7 @@ def train(job: Job, tell: Tell) -> None:
                 "error": watch.diverged,
                 "steps": trainer.state.global_step,
                 "seconds": round(time.time() - began, 1),
-                "model": str(trainer.model.config.name_or_path),
+                "model": parsed[2].model_name_or_path or Path(trainer.model.config.name_or_path).name,
                 "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
                 "hooks_fired": calls,
                 "versions": outcome.versions(),
