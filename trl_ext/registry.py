@@ -21,6 +21,7 @@ from .errors import ConfigError, OptionError, PluginError, UnknownPluginError, n
 
 GROUP = "trl_ext"
 BUILTINS: dict[str, str] = {
+    "decs": "trl_ext_plugins.decs:DECS",
     "gdpo": "trl_ext_plugins.gdpo:GDPO",
     "otc": "trl_ext_plugins.otc:OTC",
     "p3o": "trl_ext_plugins.p3o:P3O",

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .plugin import option
+from .types import TrainerView
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,40 @@ def ask(judge: Judge, questions: Sequence[Question]) -> tuple[list[bool | None],
         )
     known = dict(zip(different, verdicts, strict=True))
     return [known[question] for question in questions], len(different)
+
+
+def ask_together(
+    trainer: TrainerView, judge: Judge, questions: Sequence[Question], *, unless: str | None = None
+) -> tuple[list[bool | None], int]:
+    """`ask` on every process at the same point, each with its own questions. Collective.
+
+    An error on one process stops all of them, where otherwise the others would wait for it for ever.
+
+    Args:
+        unless: To stop where a verdict is missing: the setting with which the user can go on. None to return None.
+
+    Raises:
+        JudgeError: A verdict is missing, or another process failed. Other errors of the judge keep their type.
+    """
+    failure: Exception | None = None
+    verdicts: list[bool | None] = []
+    calls = 0
+    try:
+        verdicts, calls = ask(judge, questions)
+    except Exception as error:  # raised below, once the other processes know
+        failure = error
+    missing = sum(verdict is None for verdict in verdicts)
+    if missing and unless is not None:
+        reason = getattr(judge, "failure", "") or "it returned None"
+        failure = JudgeError(
+            f"the judge gave no verdict on {missing} of {len(verdicts)} texts: {reason}. Set {unless} to go on without."
+        )
+    told = trainer.gather_objects([None if failure is None else f"{type(failure).__name__}: {failure}"])
+    if failure is not None:
+        raise failure
+    if any(told):
+        raise JudgeError(f"stopped with another process: {next(text for text in told if text)}")
+    return verdicts, calls
 
 
 def load(reference: str) -> Any:
