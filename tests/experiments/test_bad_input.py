@@ -37,6 +37,8 @@ def two(**second: Any) -> dict[str, Any]:
         ({"trainer": "rloo"}, {}, ["plugin 'gdpo' cannot serve the RLOO trainer"]),
         ({}, {"learning_rat": 1}, ["TRL's GRPO has no setting 'learning_rat'", "Did you mean 'learning_rate'?"]),
         ({}, {"num_processes": 2}, ["TRL's GRPO has no setting 'num_processes'"]),
+        ({}, {"model_name_or_path": "x"}, ["brings its own model, data and rewards", "model_name_or_path='x'"]),
+        ({}, {"reward_funcs": ["accuracy_reward"]}, ["brings its own model", "reward_funcs=['accuracy_reward']"]),
         ({}, {"learning_rate": "fast"}, ["learning_rate", "invalid float value: 'fast'"]),
         ({}, {"num_generations": 3}, ["TRL refuses these settings", "divisible"]),
         (two(plugins=["gdop"]), {}, ["no plugin is called 'gdop'", "Did you mean 'gdpo'?"]),
@@ -62,7 +64,7 @@ def test_refused_before_the_first_run(
 
 def test_an_unknown_metric_stops_early_and_costs_nothing_twice(recipe: Any, compare: Any, tmp_path: Path) -> None:
     wrong = METRIC | {"name": "rewards/digit/mean"}
-    code, _, errors = compare(recipe({"metrics": [wrong]}, max_steps=500), "--output", "long")
+    code, _, errors = compare(recipe({"metrics": [wrong]}, max_steps=100), "--output", "long")
     assert code == 2, errors
     assert "no metric called 'rewards/digit/mean' is logged by arm" in errors
     assert "Did you mean 'rewards/digits/mean'" in errors and not records(tmp_path / "long")

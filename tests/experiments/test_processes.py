@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +87,10 @@ def test_a_log_that_cannot_be_written(outside: Any, tmp_path: Path) -> None:
     assert "No such file or directory" in failure.message
 
 
-def test_stopping_cleans_up_and_ends_what_does_not_listen(outside: Any, tmp_path: Path) -> None:
+def test_stopping_cleans_up_and_ends_what_does_not_listen(
+    outside: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "PATIENCE", 1.0)
     work = outside(
         "import signal\nfrom trl_ext.experiments.processes import Said\n"
         "def work(deaf, file, tell):\n"
@@ -100,11 +102,9 @@ def test_stopping_cleans_up_and_ends_what_does_not_listen(outside: Any, tmp_path
     workers = [processes.start(work, deaf, str(tmp_path / str(deaf)), log=str(tmp_path / "log")) for deaf in (0, 1)]
     for worker in workers:
         assert worker.hear() == Said("ready")
-    began = time.monotonic()
     for worker in workers:
         worker.stop()
         assert not worker.process.is_alive()
-    assert time.monotonic() - began < 20
     assert (tmp_path / "0").read_text() == "cleaned up" and not (tmp_path / "1").exists()
 
 

@@ -115,7 +115,7 @@ def test_ended_runs_are_not_repeated(done: Path, compare: Any, recipe: Any, tmp_
 
 
 def test_a_kill_loses_only_what_ran(recipe: Any, cache: str, tmp_path: Path, compare: Any) -> None:
-    path = recipe(max_steps=20)
+    path = recipe(max_steps=12)
     environment = os.environ | {"TRL_EXT_CACHE": cache, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-m", "trl_ext", "compare", path, "--output", "out", "--jobs", "2"]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -153,7 +153,7 @@ def _processes_with(text: str) -> list[int]:
 
 
 def test_an_interrupt_ends_everything_and_keeps_what_is_done(recipe: Any, cache: str, tmp_path: Path) -> None:
-    path = recipe(max_steps=20)
+    path = recipe(max_steps=12)
     environment = os.environ | {"TRL_EXT_CACHE": cache, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-m", "trl_ext", "compare", path, "--output", str(tmp_path / "out")]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)

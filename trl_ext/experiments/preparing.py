@@ -56,7 +56,7 @@ def prepare(recipe: Recipe, tell: Tell) -> Prepared:
                 f"arms {one.name!r} and {other.name!r} differ in nothing: they have the same plugins, options and "
                 f"settings. Change one of them, or leave it out."
             )
-    code = _digest(_sources(recipe, kind, settings.values()))
+    code = _digest(_sources(recipe, settings.values()))
     identities = {
         arm.name: {
             "trainer": kind,
@@ -144,7 +144,7 @@ def _options(specs: Sequence[registry.PluginSpec]) -> list[dict[str, Any]]:
     ]
 
 
-def _sources(recipe: Recipe, kind: TrainerKind, settings: Iterable[Mapping[str, Any]]) -> set[Path]:
+def _sources(recipe: Recipe, settings: Iterable[Mapping[str, Any]]) -> set[Path]:
     """Files whose code can change the numbers of every arm: the host's stages, the task, the rewards."""
     files = {file for name in _NUMBERS for file in _python(_HOST / name)}
     files |= set(_python(Path(trl_ext_hooks.__file__).parent))

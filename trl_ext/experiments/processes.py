@@ -21,6 +21,8 @@ from .. import failures
 from ..errors import TrlExtError
 
 PRELOAD = "trl_ext.experiments.preload"
+PATIENCE = 5.0
+"""Seconds that a process may take to end when it is told to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,14 +82,14 @@ class Worker:
             self.process.join()
             message = Failure(failures.how_it_ended(self.process.exitcode))
         if isinstance(message, Result | Failure):
-            self.process.join(timeout=10)  # threads of libraries may keep it from ending
+            self.process.join(timeout=PATIENCE)  # threads of libraries may keep it from ending
             self.stop()
         return message
 
     def stop(self) -> None:
         """Ends the process, which cleans up after itself if it still can."""
         self.process.terminate()
-        self.process.join(timeout=5)
+        self.process.join(timeout=PATIENCE)
         if self.process.is_alive():
             self.process.kill()
             self.process.join()

@@ -17,10 +17,12 @@ from trl_ext_hooks import TrainerKind
 
 from .. import api, lab, outcome
 from ..compat import access, scripts, seams
+from ..errors import ConfigError
 from . import records
 from .processes import Said, Step, Tell
 from .records import Job
 
+_BROUGHT = ("model_name_or_path", "dataset_name", "datasets", "reward_funcs", "reward_model_name_or_path")
 ROWS = 8
 """Rows of a round that a record keeps."""
 
@@ -111,7 +113,18 @@ def train(job: Job, tell: Tell) -> None:
 def build(
     task: str, kind: TrainerKind, parsed: scripts.Parsed, sizes: Mapping[str, int], say: Callable[[str], None]
 ) -> Any:
-    """A TRL trainer with TRL's arguments on a task of the lab."""
+    """A TRL trainer with TRL's arguments on a task of the lab.
+
+    Raises:
+        ConfigError: The arguments name a model, data or rewards, which the task brings.
+    """
+    for part in parsed:
+        for name in _BROUGHT:
+            if getattr(part, name, None):
+                raise ConfigError(
+                    f"task {task!r} brings its own model, data and rewards, and the settings have "
+                    f"{name}={getattr(part, name)!r}. Leave out one of them."
+                )
     arguments = lab.trainer_arguments(lab.task(task), kind, seed=parsed[1].seed, say=say, **sizes)
     adapter = get_peft_config(parsed[2])
     if adapter is not None:
