@@ -106,10 +106,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _rounds(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of rounds, at least 1, got {text}")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of rounds, at least 1, got {text!r}")
+    return int(text)
 
 
 def understand(args: argparse.Namespace, rest: list[str]) -> Request:

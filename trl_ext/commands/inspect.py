@@ -35,7 +35,8 @@ browser opens from disk, with details of every token.
 
 With a folder or a file it shows what a run recorded with `trl_ext train --inspect N` (`trl_ext.record` in Python).
 Without one it runs the first round itself, takes every option of `trl_ext train`, and saves no model; where neither a
-model nor data is named, on the embedded default."""
+model nor data is named, on the embedded default. It writes into a temporary folder, whatever the YAML file says, unless
+--output_dir is given here."""
 _EXAMPLES = """\
 examples:
   trl_ext inspect --plugin gdpo
