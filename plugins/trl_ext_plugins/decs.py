@@ -30,7 +30,9 @@ from trl_ext_hooks import (
     Require,
     Requirement,
     Round,
+    Span,
     TrainerView,
+    Views,
     Warn,
     hookimpl,
     option,
@@ -404,6 +406,18 @@ class DECS(Plugin):
             "redundant_tokens": (redundant, tokens),
             "kappa": (self.kappa, 1),
         }
+
+    @hookimpl
+    def inspect(self, round: Round) -> Views:
+        """The chunks of every row, in order."""
+        names = {"b": "chunk", "a": "first answer", "c": "redundant", "d": "redundant"}
+        spans = []
+        for row, chunks in enumerate(self.chunks):
+            bounds = pairwise([0, *chunks.ends])
+            for number, ((start, end), label) in enumerate(zip(bounds, chunks.labels, strict=True), 1):
+                if end > start:
+                    spans.append(Span(row, start, end, f"{names[label]} {number}"))
+        return Views(spans)
 
     @hookimpl
     def state_dict(self) -> dict[str, Any]:

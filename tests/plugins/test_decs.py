@@ -369,6 +369,21 @@ def test_a_round_from_end_to_end(run: Any) -> None:
     )
 
 
+def test_chunks_are_there_to_look_at(run: Any) -> None:
+    trainer = run(curriculum=False)
+    (round,) = trainer.rounds
+    views = trainer.decs.inspect(round=round)
+    shown = [(span.row, span.label, span.start, span.end) for span in views.spans if span.row in (0, 2)]
+    (a, b, c), (d, e) = trainer.decs.chunks[0].ends, trainer.decs.chunks[2].ends
+    assert shown == [
+        (0, "first answer 1", 0, a),
+        (0, "redundant 2", a, b),
+        (0, "redundant 3", b, c),
+        (2, "chunk 1", 0, d),
+        (2, "first answer 2", d, e),
+    ]
+
+
 def test_the_printed_equation_too(run: Any) -> None:
     official, printed = (run(curriculum=False, redundant_reward=form).rounds[0] for form in ("official", "eq9"))
     start, end = expected_span(LONG.format(a=2))
@@ -660,7 +675,7 @@ def test_refused_before_the_model_is_loaded(build: Any) -> None:
         "needs importance_sampling_level='token', it is 'sequence'",
         "needs loss_type='dapo' or 'bnpo' or",
         "needs off_policy_mask_threshold=None, it is 0.5",
-        "no reward function is called 'righd'; the run has digits, brevity",
+        "no reward function is called 'righd'. Known: brevity, digits.",
         "has no column 'truth'",
         "'no_such_module:judge' cannot be loaded",
     ):
