@@ -28,6 +28,7 @@ BUILTINS: dict[str, str] = {
     "shared-prefix": "trl_ext_plugins.shared_prefix:SharedPrefix",
     "tgdpo": "trl_ext_plugins.tgdpo:TGDPO",
     "tools": "trl_ext_plugins.tools:Tools",
+    "trpa": "trl_ext_plugins.trpa:TRPA",
 }
 HOOKS: tuple[str, ...] = tuple(name for name, value in vars(specs).items() if hasattr(value, "trl_ext_spec"))
 KINDS: tuple[TrainerKind, ...] = get_args(TrainerKind)

@@ -255,24 +255,22 @@ class P3O(Plugin):
 
         gap = reward_gap(pairs(rewards), pairs(scores), options.kl_coef)
         clip = (options.cliprange, options.cliprange_ratio)
-        sides = torch.ones_like(gap)
         if options.variant == "v1":
             values, clipped = separate_clipping(pairs(log_ratios), gap, *clip)
         elif options.variant == "v2":
             values, clipped = joint_clipping(pairs(log_ratios), pairs(old_scores), gap, *clip)
         else:
             values, clipped = token_clipping(pairs(logps), pairs(old), pairs(mask), gap, *clip)
-            sides = mask[first].sum(1) + mask[second].sum(1)
+        total = max(loss.batch["p3o_total"].item(), 1e-9)  # 0 where the round has no pair, and then all sums are 0
         self._seen = {
             "pairs": (len(gap), 1),
             "reward_gap": (gap.abs().sum().item(), len(gap)),
-            "clipped": (clipped.sum().item(), sides.sum().item()),
+            "clipped": (clipped.sum().item() / total, 1),
             "log_ratio_max": (log_ratios.detach().abs().max().item(), 1),
         }
         if options.kl_coef:
             self._seen["kl"] = ((old_scores + log_ratios.detach()).sum().item(), len(scores))
-        total = values.sum() / loss.batch["p3o_total"].clamp(min=torch.finfo(torch.float32).tiny)
-        return PolicyLoss(total.to(loss.per_token_logps.dtype))
+        return PolicyLoss((values.sum() / total).to(loss.per_token_logps.dtype))
 
     @hookimpl
     def loss_metrics(self, loss: Loss) -> dict[str, tuple[float, float]]:

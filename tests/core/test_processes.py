@@ -15,7 +15,7 @@ import torch
 
 SCRIPT = Path(__file__).parent / "scripts" / "processes.py"
 STRADDLING = ("gdpo", "gdpo-tokens", "shared-prefix", "token-wise", "rloo", "resumed")
-LOSSES = ("p3o", "p3o-rloo")
+LOSSES = ("p3o", "p3o-rloo", "trpa")
 WHOLE = ("whole-grpo", "whole-rloo", *LOSSES)
 Report = dict[str, Any]
 

@@ -155,6 +155,11 @@ WHOLE_RUNS: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     # with a reference model that TRL does not load
     "p3o": ("grpo", [WHOLE, {"p3o": {"reward_scale": "running_diff"}}], {"num_iterations": 2, "max_steps": 4}),
     "p3o-rloo": ("rloo", [WHOLE, "p3o"], {"beta": 0.0}),
+    "trpa": (
+        "grpo",
+        [WHOLE, {"trpa": {"levels": [{"spread": 1.0}, {"spread": 0.4}], "tr_kl_coef": 1.0}}],
+        {"num_iterations": 2, "max_steps": 4},
+    ),
 }
 
 
