@@ -16,6 +16,7 @@ os.environ["TQDM_DISABLE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["RICH_NO_COLOR"] = "1"
+os.environ.pop("COLUMNS", None)  # test runners set it, and tables obey it
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -41,7 +41,7 @@ def two(**second: Any) -> dict[str, Any]:
         ({}, {"reward_funcs": ["accuracy_reward"]}, ["brings its own model", "reward_funcs=['accuracy_reward']"]),
         ({}, {"learning_rate": "fast"}, ["learning_rate", "invalid float value: 'fast'"]),
         ({}, {"num_generations": 3}, ["TRL refuses these settings", "divisible"]),
-        (two(plugins=["gdop"]), {}, ["no plugin is called 'gdop'", "Did you mean 'gdpo'?"]),
+        (two(plugins=["gdop"]), {}, ["no plugin is called 'gdop'", "Did you mean 'gdpo'"]),
         (two(plugins={"gdpo": {"grup_eps": 1}}), {}, ["no option 'grup_eps'", "Did you mean 'group_eps'?"]),
         (two(), {}, ["arms 'plain' and 'other' differ in nothing"]),
         (two(settings={"learning_rate": 1e-2}), {}, ["arms 'plain' and 'other' differ in nothing"]),

@@ -122,7 +122,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         (["RUN", "--rows", "1", "--group", "0"], ["--group and --rows choose the same thing"]),
         (["RUN", "--plugin", "gdpo"], ["--plugin gdpo: with a folder or a file", "leave", "out, or record with"]),
         (["RUN", "--html", "none/page.html"], ["the page cannot be written to none/page.html", "--html PATH"]),
-        (["--plugin", "gdop"], ["no plugin is called 'gdop'", "Did you mean 'gdpo'?"]),
+        (["--plugin", "gdop"], ["no plugin is called 'gdop'", "Did you mean 'gdpo'"]),
         (["--plugin", "gdpo", "--learning_rat", "1"], ["has an option --learning_rat"]),
         (["--trainer", "dpo"], ["--inspect records rounds of completions, and the DPO trainer generates none"]),
     ],
