@@ -23,6 +23,7 @@ GROUP = "trl_ext"
 BUILTINS: dict[str, str] = {
     "decs": "trl_ext_plugins.decs:DECS",
     "gdpo": "trl_ext_plugins.gdpo:GDPO",
+    "hdpo": "trl_ext_plugins.hdpo:HDPO",
     "otc": "trl_ext_plugins.otc:OTC",
     "p3o": "trl_ext_plugins.p3o:P3O",
     "shared-prefix": "trl_ext_plugins.shared_prefix:SharedPrefix",

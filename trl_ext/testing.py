@@ -5,7 +5,8 @@ trainer = tiny_trainer("grpo", tiny_model(tmp_path / "model"), tmp_path / "run")
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +139,37 @@ def calls(folder: str, name: str, likelihood: float = 3.0, end: float = 3.0, **a
     stop = tokenizer.eos_token_id
     certain = [[[*written, stop][:length], 100.0] for length in range(2, len(written) + 2)]
     return {"sequence_bias": [[[written[0]], likelihood], [[stop], end], *certain]}
+
+
+class Scripted:
+    """A `rollout_func` whose rollouts are written down: one list of rows per round, again from the first at the end.
+
+    A row is a mapping of fields, which reward functions get as keyword arguments (see `reported`). `completion_ids` and
+    `env_mask` (0 on tokens that the model did not write) are optional; without ids, completions differ in length and
+    content from row to row.
+    """
+
+    def __init__(self, *rounds: Sequence[Mapping[str, Any]]) -> None:
+        self.rounds = itertools.cycle(rounds)
+
+    def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        rows = next(self.rounds)
+        if len(rows) != len(prompts):
+            raise ValueError(f"the script has {len(rows)} rows for {len(prompts)} prompts")
+        made = [[10 + (7 * i + j) % 80 for j in range(2 + i % 3)] for i in range(len(rows))]
+        found = {name: [row[name] for row in rows] for name in rows[0]}
+        found["completion_ids"] = [row.get("completion_ids", ids) for row, ids in zip(rows, made, strict=True)]
+        return {**found, "prompt_ids": [[20 + len(prompt)] for prompt in prompts], "logprobs": None}
+
+
+def reported(name: str) -> Callable[..., list[float | None]]:
+    """A reward function called `name` that returns the field `name` of every rollout."""
+
+    def reward(**kwargs: Any) -> list[float | None]:
+        return list(kwargs[name])
+
+    reward.__name__ = name
+    return reward
 
 
 def digits(completions: list[Any], **kwargs: Any) -> list[float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trl_ext
-from trl_ext.testing import calls, digits, metrics_of, tiny_data, tiny_trainer
+from trl_ext.testing import Scripted, calls, digits, metrics_of, reported, tiny_data, tiny_trainer
 from trl_ext.tools import calculator
 from trl_ext_hooks import Plugin, hookimpl
 from trl_ext_hooks.memory import PromptMemory, prompt_key
@@ -142,36 +141,6 @@ def test_rewards_are_scaled_linearly() -> None:
 # --- runs whose rollouts are written down here ------------------------------------------------------------------------
 
 
-class Script:
-    """A `rollout_func`: calls and right answers of round after round; a row is (calls, right, format reward)."""
-
-    def __init__(self, *rounds: list[tuple[int, float | None, float]]) -> None:
-        self.rounds = itertools.cycle(rounds)
-
-    def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
-        rows = next(self.rounds)
-        assert len(rows) == len(prompts)
-        # completions differ in length and content, so that rows differ in their gradient
-        ids = [[10 + (7 * i + j) % 80 for j in range(2 + i % 3)] for i in range(len(rows))]
-        count, answers, formats = zip(*rows, strict=True)
-        return {
-            "prompt_ids": [[20 + len(prompt)] for prompt in prompts],
-            "completion_ids": ids,
-            "logprobs": None,
-            "turns": list(count),
-            "answer_score": list(answers),
-            "format_score": list(formats),
-        }
-
-
-def right(answer_score: list[float | None], **kwargs: Any) -> list[float | None]:
-    return answer_score
-
-
-def form(format_score: list[float], **kwargs: Any) -> list[float]:
-    return format_score
-
-
 class Look(Plugin):
     """Keeps every finished round."""
 
@@ -187,17 +156,18 @@ class Look(Plugin):
         self.rounds.append(round)
 
 
-Rows = list[tuple[int, float | None, float]]
-Scripted = Callable[..., tuple[Any, list[Any]]]
+Rows = list[dict[str, Any]]
+Run = Callable[..., tuple[Any, list[Any]]]
+REWARDS = [reported("right"), reported("form")]
 
 
 @pytest.fixture
-def scripted(build: Any, plugin: Any) -> Scripted:
+def scripted(build: Any, plugin: Any) -> Run:
     """Trains on scripted rounds of 8 rows, two prompts of 4; gives the trainer and its rounds."""
 
     def run(*rounds: Rows, options: dict[str, Any] | None = None, **settings: Any) -> tuple[Any, list[Any]]:
-        given = {"rollout_func": Script(*rounds), **settings.pop("trainer", {})}
-        settings = {"data": tiny_data(rows=2), "shuffle_dataset": False, "rewards": [right, form]} | settings
+        given = {"rollout_func": Scripted(*rounds), **settings.pop("trainer", {})}
+        settings = {"data": tiny_data(rows=2), "shuffle_dataset": False, "rewards": REWARDS} | settings
         with trl_ext.enable(plugin(Look), otc={"c": 4, "calls_field": "turns", **(options or {})}):
             trainer = build(max_steps=len(rounds), trainer=given, **settings)
             trainer.train()
@@ -210,20 +180,24 @@ def logged(trainer: Any, key: str) -> list[float]:
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
+def rollout(turns: int, right: float | None, form: float = 0.0) -> dict[str, Any]:
+    return {"turns": turns, "right": right, "form": form}
+
+
 def solved(*calls: int) -> Rows:
     """Right answers with these calls."""
-    return [(m, 1.0, 0.0) for m in calls]
+    return [rollout(m, 1.0) for m in calls]
 
 
 def failed(*calls: int, form: float = 0.0) -> Rows:
-    return [(m, 0.0, form) for m in calls]
+    return [rollout(m, 0.0, form) for m in calls]
 
 
 FIRST = solved(2, 3, 4) + failed(1, form=0.5) + failed(0, 1, 2, 3, form=0.5)
 SECOND = solved(5, 4) + failed(2, 0, form=0.5) + solved(3) + failed(3, 0, 6, form=0.5)
 
 
-def test_a_round_after_the_other(scripted: Scripted) -> None:
+def test_a_round_after_the_other(scripted: Run) -> None:
     _, rounds = scripted(FIRST, SECOND)
     sine = [[math.sin(math.pi * m / (m + n)) for m in range(8)] for n in (1, 2, 3)]
     # the second prompt is unsolved in the first round, so its format rewards stay
@@ -238,7 +212,7 @@ def test_a_round_after_the_other(scripted: Scripted) -> None:
         torch.testing.assert_close(round.advantages, group_normalize(round.rewards.sum(1), round.group_ids, eps=1e-4))
 
 
-def test_metrics_speak_of_what_was_there_before(scripted: Scripted) -> None:
+def test_metrics_speak_of_what_was_there_before(scripted: Run) -> None:
     trainer, rounds = scripted(FIRST, SECOND)
     assert logged(trainer, "otc/base/right") == pytest.approx([3 / 8, 3 / 8])
     assert logged(trainer, "otc/base/form") == pytest.approx([2.5 / 8, 2.5 / 8])
@@ -251,7 +225,7 @@ def test_metrics_speak_of_what_was_there_before(scripted: Scripted) -> None:
     assert logged(trainer, "otc/r_tool_mean")[0] == pytest.approx((sum(sines) + 4) / 8)
 
 
-def test_the_local_form_forgets(scripted: Scripted) -> None:
+def test_the_local_form_forgets(scripted: Run) -> None:
     _, rounds = scripted(FIRST, SECOND, options={"n_scope": "local"})
     _, remembered = scripted(FIRST, SECOND)
     torch.testing.assert_close(rounds[0].rewards, remembered[0].rewards)
@@ -260,7 +234,7 @@ def test_the_local_form_forgets(scripted: Scripted) -> None:
     torch.testing.assert_close(rounds[1].rewards[4:], remembered[1].rewards[4:])
 
 
-def test_the_memory_helps_where_nobody_is_right(scripted: Scripted) -> None:
+def test_the_memory_helps_where_nobody_is_right(scripted: Run) -> None:
     nobody = failed(0, 1, 2, 4, form=1.0)
     _, rounds = scripted(solved(1, 2, 3, 4) + nobody, nobody + nobody)
     assert rounds[1].rewards[:4, 1].tolist() == pytest.approx(
@@ -271,20 +245,20 @@ def test_the_memory_helps_where_nobody_is_right(scripted: Scripted) -> None:
     torch.testing.assert_close(rounds[0].rewards[:4, 1].double(), falling_coefficient(torch.tensor([0, 1, 2, 4]), 4))
 
 
-def test_groups_with_one_right_answer_and_with_equal_ones(scripted: Scripted) -> None:
+def test_groups_with_one_right_answer_and_with_equal_ones(scripted: Run) -> None:
     _, (round,) = scripted(failed(3, 0, 1) + solved(5) + solved(2, 2, 2, 2))
     assert round.rewards[:, 0].tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
     assert (round.advantages[4:] == 0).all() and (round.advantages[:4] != 0).all()
 
 
-def test_a_group_that_needs_no_call(scripted: Scripted) -> None:
+def test_a_group_that_needs_no_call(scripted: Run) -> None:
     _, (round,) = scripted(solved(0, 1, 2) + failed(4) + solved(0, 0, 0, 0))
     expected = [*falling_coefficient(torch.arange(3), 4).tolist(), 0, 1, 1, 1, 1]
     assert round.rewards[:, 0].tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("policy", "expected"), [("literal", -0.5 * math.sin(math.pi * 0.8)), ("spare", -0.5)])
-def test_negative_rewards(policy: str, expected: float, scripted: Scripted) -> None:
+def test_negative_rewards(policy: str, expected: float, scripted: Run) -> None:
     rows = solved(1) + failed(4, form=-0.5) + failed(0, form=-0.5) + failed(1, form=0.5)
     _, (round,) = scripted(rows + rows, options={"negative_rewards": policy})
     assert round.rewards[1, 1].item() == pytest.approx(expected)
@@ -292,38 +266,38 @@ def test_negative_rewards(policy: str, expected: float, scripted: Scripted) -> N
     assert round.rewards[3, 1].item() == 0.5
 
 
-def test_a_reward_that_does_not_apply(scripted: Scripted) -> None:
+def test_a_reward_that_does_not_apply(scripted: Run) -> None:
     """NaN is not right, stays NaN, and does not lower n."""
-    rows: Rows = [(0, None, 0.4), (2, 1.0, 0.4), (3, 1.0, 0.4), (1, 0.0, 0.4)]
+    rows = [rollout(0, None, 0.4), rollout(2, 1.0, 0.4), rollout(3, 1.0, 0.4), rollout(1, 0.0, 0.4)]
     _, (round,) = scripted(rows + rows)
     assert torch.isnan(round.rewards[0, 0]) and round.rewards[0, 1] == 0  # m = 0 < n = 2
     assert round.rewards[1, 0] == 1 and torch.isfinite(round.advantages).all()
 
 
-def test_only_some_rewards_are_multiplied_and_rightness_is_read_before(scripted: Scripted) -> None:
+def test_only_some_rewards_are_multiplied_and_rightness_is_read_before(scripted: Run) -> None:
     names = {"apply_to": ["form"], "correct_reward": "right", "correct_threshold": 0.9}
-    rows = [(3, 1.0, 0.5), (1, 0.8, 0.5), (4, 1.0, 0.5), (0, 0.0, 0.5)]
+    rows = [rollout(3, 1.0, 0.5), rollout(1, 0.8, 0.5), rollout(4, 1.0, 0.5), rollout(0, 0.0, 0.5)]
     _, (round,) = scripted(rows + rows, options=names)
     assert round.rewards[:4, 0].tolist() == pytest.approx([1, 0.8, 1, 0])
     expected = [0.5 * math.sin(math.pi * m / (m + 3)) for m in (3, 1, 4, 0)]  # 0.8 is not right, so n = 3
     assert round.rewards[:4, 1].tolist() == pytest.approx(expected)
 
 
-def test_the_form_for_single_trajectories(scripted: Scripted) -> None:
+def test_the_form_for_single_trajectories(scripted: Run) -> None:
     _, (round,) = scripted(FIRST, options={"mode": "ppo", "c": 2, "alpha": 2.0})
-    coefficients = falling_coefficient(torch.tensor([row[0] for row in FIRST]), 2)
-    base = torch.tensor([row[1:] for row in FIRST], dtype=torch.float64)
+    coefficients = falling_coefficient(torch.tensor([row["turns"] for row in FIRST]), 2)
+    base = torch.tensor([[row["right"], row["form"]] for row in FIRST], dtype=torch.float64)
     torch.testing.assert_close(round.rewards.double(), 2 * base * coefficients.unsqueeze(1), atol=1e-6, rtol=0)
 
 
-def test_alpha_cancels_in_the_group(scripted: Scripted) -> None:
+def test_alpha_cancels_in_the_group(scripted: Run) -> None:
     _, (first,) = scripted(FIRST, options={"alpha": 1.0})
     _, (other,) = scripted(FIRST, options={"alpha": 3.0})
     torch.testing.assert_close(other.rewards, 3 * first.rewards)
     torch.testing.assert_close(other.advantages, first.advantages, atol=2e-3, rtol=0)
 
 
-def test_two_groups_of_one_prompt_share_their_memory(scripted: Scripted) -> None:
+def test_two_groups_of_one_prompt_share_their_memory(scripted: Run) -> None:
     same = tiny_data(rows=1)
     data = type(same).from_dict({**same.to_dict(), "prompt": same["prompt"]})
     from datasets import concatenate_datasets
@@ -338,11 +312,11 @@ def test_two_groups_of_one_prompt_share_their_memory(scripted: Scripted) -> None
 
 def test_evaluation_uses_the_memory_and_leaves_it_alone(build: Any, plugin: Any) -> None:
     data = tiny_data(rows=2)
-    script = Script(solved(3, 3, 4, 5) + solved(2, 2, 2, 2), [(1, 1.0, 0.0), (5, 0.0, 1.0)])
+    script = Scripted(solved(3, 3, 4, 5) + solved(2, 2, 2, 2), [rollout(1, 1.0), rollout(5, 0.0, 1.0)])
     with trl_ext.enable(plugin(Look), otc={"c": 4, "calls_field": "turns"}):
         trainer = build(
             data=data,
-            rewards=[right, form],
+            rewards=REWARDS,
             trainer={"rollout_func": script, "eval_dataset": data},
             num_generations_eval=1,
             max_steps=1,
@@ -365,11 +339,11 @@ def test_the_memory_survives_a_checkpoint(build: Any, plugin: Any, tmp_path: Pat
     """The first round solved the prompts with fewer calls than the second one needs."""
     low, high = solved(1, 2, 3, 4) + solved(2, 3, 4, 5), solved(4, 5, 6, 7) + solved(4, 5, 6, 7)
 
-    def run(script: Script, resume: str | None = None) -> tuple[Any, list[Any]]:
+    def run(script: Scripted, resume: str | None = None) -> tuple[Any, list[Any]]:
         with trl_ext.enable(plugin(Look), otc={"c": 4, "calls_field": "turns"}):
             trainer = build(
                 data=tiny_data(rows=2),
-                rewards=[right, form],
+                rewards=REWARDS,
                 trainer={"rollout_func": script},
                 output=tmp_path / "run",
                 shuffle_dataset=False,
@@ -379,8 +353,8 @@ def test_the_memory_survives_a_checkpoint(build: Any, plugin: Any, tmp_path: Pat
             trainer.train(resume_from_checkpoint=resume)
             return trainer, trainer._trl_ext.plugins["look"].rounds
 
-    whole, rounds = run(Script(low, high))
-    resumed, after = run(Script(high), str(tmp_path / "run" / "checkpoint-1"))
+    whole, rounds = run(Scripted(low, high))
+    resumed, after = run(Scripted(high), str(tmp_path / "run" / "checkpoint-1"))
     assert rounds[1].rewards[0, 0].item() == pytest.approx(math.sin(math.pi * 4 / 5))
     assert torch.equal(after[0].rewards, rounds[1].rewards)
     for name, value in whole.model.named_parameters():
@@ -395,7 +369,7 @@ def test_otc_first_then_gdpo(build: Any, plugin: Any) -> None:
     for order in (("otc", "gdpo"), ("gdpo", "otc")):
         with trl_ext.enable(*order, plugin(Look), otc={"c": 4, "calls_field": "turns"}):
             trainer = build(
-                data=tiny_data(rows=2), rewards=[right, form], trainer={"rollout_func": Script(FIRST)}, max_steps=1
+                data=tiny_data(rows=2), rewards=REWARDS, trainer={"rollout_func": Scripted(FIRST)}, max_steps=1
             )
             trainer.train()
             (round,) = trainer._trl_ext.plugins["look"].rounds
@@ -560,7 +534,7 @@ def test_wrong_options(options: Any, text: str) -> None:
     assert text in str(caught.value)
 
 
-def test_a_rollout_function_that_does_not_report_its_calls(scripted: Scripted) -> None:
+def test_a_rollout_function_that_does_not_report_its_calls(scripted: Run) -> None:
     with pytest.raises(
         KeyError, match="row 0 has no field 'calls' with its number of tool calls; it has answer"
     ) as caught:

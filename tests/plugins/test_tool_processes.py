@@ -24,12 +24,17 @@ def test_one_and_two_processes_agree(tool_model: str, tmp_path: Path) -> None:
     one = core.here(tool_model, tmp_path, SCRIPT)
     two = core.two_processes(tool_model, tmp_path, SCRIPT)
     assert [report["world"] for report in (one, *two)] == [1, 2, 2]
-    for name in ("otc",):
-        for run in (name, f"{name}-resumed"):
-            same(run, one[run], [report[run] for report in two])
-            core.same_parameters(run, tmp_path)
+    for name in ("otc", "otc-resumed", "hdpo", "hdpo-resumed", "hdpo-rows", "hdpo-otc"):
+        same(name, one[name], [report[name] for report in two])
+        core.same_parameters(name, tmp_path)
+    for name in ("otc", "hdpo"):
         resumed_exactly(name, one, two, tmp_path)
     remembered(one["otc"], [report["otc"] for report in two])
+    for name in ("hdpo", "hdpo-rows", "hdpo-otc"):
+        assert all(0 < share < 1 for share in one[name]["shares"][:1]), name
+    # the group that lies on both processes has a tool signal on both, and tokens and rows give different shares
+    assert one["hdpo"]["tools"][0][5] > 0 > one["hdpo"]["tools"][0][6]
+    assert one["hdpo"]["shares"] != pytest.approx(one["hdpo-rows"]["shares"])
 
 
 def same(name: str, one: Report, two: list[Report]) -> None:

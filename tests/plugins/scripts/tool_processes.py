@@ -120,6 +120,9 @@ def publish(cls: type) -> str:
 
 RUNS: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "otc": (["otc"], {"loss_type": "grpo", "save_strategy": "steps", "save_steps": 1}),
+    "hdpo": (["hdpo"], {"loss_type": "dapo", "save_strategy": "steps", "save_steps": 1}),
+    "hdpo-rows": (["hdpo"], {"loss_type": "grpo"}),
+    "hdpo-otc": (["otc", {"hdpo": {"format_reward": "form"}}], {"loss_type": "dr_grpo"}),
 }
 
 
