@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +15,7 @@ import torch
 import trl_ext
 from trl_ext import ConfigError, PluginError
 from trl_ext.conformance import conformance
-from trl_ext.inspection import recording
+from trl_ext.inspection import recording, terminal
 from trl_ext.inspection.recorder import kept_groups, number, plain, runs_of_zeros, tool_calls
 from trl_ext.inspection.recording import Recording
 from trl_ext.testing import metrics_of, tiny_data
@@ -245,6 +246,29 @@ def test_tool_calls_and_results(truncated: bool, build: Any, plugin: Any) -> Non
     # no completion ends with a token that ends it, so with the setting the loss counts none
     assert row.mask == ([0] * 13 if truncated else [1] * 6 + [0] * 2 + [1] * 5)
     assert row.advantage(0) == 0.0
+
+
+def test_rows_that_the_round_does_not_learn_from(build: Any, plugin: Any) -> None:
+    class Second(Plugin):
+        name = "second"
+        trainers = ("grpo",)
+
+        @hookimpl
+        def keep_rows(self, round: Any) -> torch.Tensor:
+            return round.group_ids == 1
+
+    with trl_ext.enable(plugin(Second)) as handle:
+        handle.record()
+        trainer = build(max_steps=1)
+        trainer.train()
+    found = read(trainer)
+    assert of_rows(found, lambda row: row.kept) == [False] * 4 + [True] * 4
+    assert of_rows(found, lambda row: set(row.mask)) == [{0}] * 4 + [{1}] * 4
+    assert not any(row.spans for row in found.rows)  # they are no tool results
+    assert any(row.advantages[0] for row in found.rows[:4])  # what TRL gave them is still to be seen
+    out = io.StringIO()
+    terminal.show(found, set(range(8)), file=out)
+    assert out.getvalue().count("left out: the round does not learn from it") == 4
 
 
 def test_plain_values() -> None:

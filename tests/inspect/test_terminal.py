@@ -91,8 +91,11 @@ def test_long_lists_of_spans_are_cut(recorded: Recording) -> None:
 
 
 def test_what_is_left_out_and_what_did_nothing(recorded: Recording) -> None:
-    plugins = [*recorded.plugins, {"name": "lazy", "version": "1", "options": {}, "hooks": ["advantages"]}]
+    lazy = {"name": "lazy", "version": "1", "options": {}, "hooks": ["advantages"], "claims": []}
+    free = lazy | {"name": "free", "hooks": [], "claims": ["no_advantages"]}
+    plugins = [*recorded.plugins, lazy, free]
     out = shown(dataclasses.replace(recorded, left_out=52, plugins=plugins), [0])
+    assert "free trains without advantages: those of this round are not used." in out
     assert "52 further rows of the round were not recorded." in out
     assert "lazy left the advantages of this round as they were." in out and "steps left" not in out
 

@@ -128,13 +128,11 @@ function choice(label, names, current, choose) {
 function head(recording) {
   const groups = distinct(recording.rows.map((row) => row.group)).length;
   const many = recording.processes > 1 ? ` on ${recording.processes} processes` : "";
-  const idle = recording.plugins.filter((p) => p.hooks.includes("advantages") && !recording.advantage_stages.includes(p.name));
   return make("header", {},
     make("h1", {}, ...arrows([recording.trainer.toUpperCase(), ...recording.plugins.map((p) => visible(p.name))])),
     make("p", { class: "soft" }, `Round ${recording.round}, before step ${recording.step + 1}${many} · ` +
       `${recording.rows.length} rows in ${groups} groups · ${visible(recording.model)} · trl_ext ${visible(recording.trl_ext)}`),
-    recording.left_out ? make("p", {}, `${recording.left_out} further rows of the round were not recorded.`) : null,
-    idle.length ? make("p", {}, `${idle.map((p) => visible(p.name)).join(", ")} left the advantages of this round as they were.`) : null,
+    ...recording.notes.map((note) => make("p", {}, visible(note))),
     recordings.length > 1 ? make("p", {}, choice("round", recordings.map((r) => String(r.round)), recordings.indexOf(recording),
       (i) => { state.round = recordings[i]; draw(); })) : null);
 }
@@ -273,7 +271,8 @@ function rowOf(recording, row) {
   const tracks = tracksOf(recording, row, lanes, values);
   const card = make("section", { class: "row", id: `row-${row.row}` },
     make("header", {}, make("b", {}, `row ${row.row}`), make("span", { class: "soft" }, `${row.ids.length} tokens`),
-      make("span", { class: "changes" }, ...arrows(pills))),
+      make("span", { class: "changes" }, ...arrows(pills)),
+      row.kept ? null : make("span", { class: "uncounted pill" }, "left out: the round does not learn from it")),
     tokens, tracks, callsOf(row));
   follow(recording, row, card, tokens, tracks, nodes);
   return card;

@@ -41,7 +41,8 @@ def page(recordings: Sequence[Recording]) -> str:
     the style and the script by their hashes.
     """
     style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    data = json.dumps([dataclasses.asdict(recording) for recording in recordings], separators=(",", ":"))
+    rounds = [dataclasses.asdict(recording) | {"notes": recording.notes()} for recording in recordings]
+    data = json.dumps(rounds, separators=(",", ":"))
     for character in "<>&":
         data = data.replace(character, f"\\u{ord(character):04x}")
     policy = f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'"

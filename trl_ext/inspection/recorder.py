@@ -16,6 +16,7 @@ from .._version import __version__
 from ..compat import access
 from ..errors import ConfigError, PluginError
 from ..session import Session, untouched_random_state
+from ..stages.selection import KEPT
 from . import recording as files
 from .recording import Prompt, Recording, RewardStage, Row
 from .tokens import decoder, texts
@@ -120,6 +121,7 @@ class RoundRecord:
         for _, values in self.advantages:
             wide = values.dim() == 2
             advantages.append(numbers(values[index, : len(ids)]) if wide else number(values[place].item()))
+        kept = round.batch.get(KEPT)
         owned = {field for plugin in self.session.plugins.values() for field in plugin.fields}
         fields: dict[str, Any] = {name: plain(values[index]) for name, values in round.fields.items()}
         per_token: dict[str, Any] = {}
@@ -143,6 +145,7 @@ class RoundRecord:
             "columns": {name: plain(value) for name, value in round.rows[index].items() if name not in _NOT_SHOWN},
             "fields": fields,
             "calls": tool_calls(round.completions[index]),
+            "kept": kept is None or bool(kept[index]),
             "values": per_token,
             **views,
         }
@@ -174,8 +177,14 @@ class RoundRecord:
             num_generations=round.num_generations,
             left_out=len(round.group_ids) - len(rows),
             plugins=[
-                {"name": s.name, "version": s.version, "options": plain(s.option_values), "hooks": list(s.hooks)}
-                for s in self.session.plan.specs
+                {
+                    "name": spec.name,
+                    "version": spec.version,
+                    "options": plain(spec.option_values),
+                    "hooks": list(spec.hooks),
+                    "claims": sorted(spec.claims),
+                }
+                for spec in self.session.plan.specs
             ],
             prompts=prompts,
             reward_stages=[stage for stage, _ in self.rewards],

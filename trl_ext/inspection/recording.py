@@ -57,6 +57,7 @@ class Row:
         advantages: Per advantage stage, one number, or one per token.
         columns: What the data set says about the row.
         fields: What plugins say about it (`annotate` and `batch_fields`).
+        kept: Whether the round learns from the row; False where the hook `keep_rows` left it out.
         calls: Tool calls: `name`, `arguments`, `result`.
         values: By name, one number per token, such as `old_per_token_logps`.
         spans: `by`, `start`, `end`, `label`, `value`.
@@ -73,6 +74,7 @@ class Row:
     advantages: list[float | list[float]]
     columns: dict[str, Any]
     fields: dict[str, Any]
+    kept: bool
     calls: list[dict[str, Any]]
     values: dict[str, list[float | None]]
     spans: list[dict[str, Any]]
@@ -110,7 +112,7 @@ class Recording:
         step: Optimizer steps taken before it.
         processes, num_generations: Of the run.
         left_out: Rows of the round that were not recorded.
-        plugins: `name`, `version`, `options` and `hooks`, in the order in which they act.
+        plugins: `name`, `version`, `options`, `hooks` and `claims`, in the order in which they act.
         prompts: The different prompts.
         reward_stages: Rewards of the reward functions, then of every plugin that changed them.
         advantage_stages: Who made the advantages: `TRL`, then every plugin that changed them.
@@ -131,6 +133,18 @@ class Recording:
     advantage_stages: list[str]
     rows: list[Row]
     format: int = FORMAT
+
+    def notes(self) -> list[str]:
+        """What a reader has to know besides the numbers."""
+        found = []
+        if self.left_out:
+            found.append(f"{self.left_out} further rows of the round were not recorded.")
+        for plugin in self.plugins:
+            if "no_advantages" in plugin["claims"]:
+                found.append(f"{plugin['name']} trains without advantages: those of this round are not used.")
+            elif "advantages" in plugin["hooks"] and plugin["name"] not in self.advantage_stages:
+                found.append(f"{plugin['name']} left the advantages of this round as they were.")
+        return found
 
     def groups(self) -> dict[int, list[Row]]:
         """The rows of every group, in order."""

@@ -72,15 +72,8 @@ def _head(recording: Recording, console: Console) -> None:
         ),
     )
     _say(console, f"model {recording.model}")
-    if recording.left_out:
-        _say(console, f"{recording.left_out} further rows of the round were not recorded.")
-    idle = [
-        plugin["name"]
-        for plugin in recording.plugins
-        if "advantages" in plugin["hooks"] and plugin["name"] not in recording.advantage_stages
-    ]
-    if idle:
-        _say(console, f"{', '.join(idle)} left the advantages of this round as they were.")
+    for note in recording.notes():
+        _say(console, note)
 
 
 def _summary(recording: Recording) -> tuple[list[str], list[list[str]]]:
@@ -151,7 +144,8 @@ def _value(value: Any) -> str:
 def _completion(recording: Recording, row: Row, console: Console) -> None:
     values, scale = row.token_advantages(-1), recording.scale(-1)
     changes = chain([signed(row.advantage(stage)) for stage in range(len(recording.advantage_stages))])
-    _say(console, Text.assemble((f"row {row.row}", "bold"), f"  {changes}"))
+    left_out = "" if row.kept else "  left out: the round does not learn from it"
+    _say(console, Text.assemble((f"row {row.row}", "bold"), f"  {changes}{left_out}"))
     text = Text()
     for token, value in zip(row.tokens, values, strict=True):
         text.append(visible(token).replace("\n", "⏎\n"), style(value, scale))
