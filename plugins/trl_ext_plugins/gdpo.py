@@ -154,7 +154,8 @@ def gdpo_advantages(
     if not batch_norm:
         out = torch.nan_to_num(total)
     elif lengths is None:
-        out = whiten(total, eps=batch_eps)
+        # a group's S adds up to 0, so the batch mean is rounding, which must not give silent rows an advantage
+        out = torch.where(total == 0, 0.0, whiten(total, eps=batch_eps))
     else:
         out = whiten_tokens(total, lengths)
     return out.to(rewards.dtype)
