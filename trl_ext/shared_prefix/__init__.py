@@ -4,9 +4,9 @@
     logps, entropies, report = shared_prefix_logps(model, input_ids, attention_mask, logits_to_keep)
 
 Works with any causal language model of transformers that calls its attention through transformers' attention
-interface; no model file is edited, no trainer is needed. From the outside in: `forward` (log-probabilities),
-`refusals` and `selfcheck` (when not to), `enter` (into the model), `attention` and `backends` (the kernels),
-`packing`, `layout` and `tree` (tokens to one row and back).
+interface; no model file is edited, no trainer is needed. From the outside in: `probes` and `draws` (answers forced or
+drawn at many places of the same rows), `forward` (log-probabilities), `refusals` and `selfcheck` (when not to), `enter`
+(into the model), `attention` and `backends` (the kernels), `packing`, `layout` and `tree` (tokens to one row and back).
 """
 
 from __future__ import annotations
@@ -14,12 +14,22 @@ from __future__ import annotations
 from .attention import cascade_attention
 from .backends import Backend, choose_backend
 from .costs import ModelCost, flop_ratio
+from .draws import sample_answers
 from .enter import packed_attention
 from .errors import MismatchError, RefusedError, SharedPrefixError
-from .forward import MIN_GAIN, Report, dense_scores, packed_scores, shared_prefix_logps, shared_prefix_scores
+from .forward import (
+    MIN_GAIN,
+    Report,
+    dense_scores,
+    packed_logits,
+    packed_scores,
+    shared_prefix_logps,
+    shared_prefix_scores,
+)
 from .layout import CascadeLayout
 from .models import has_fused_head
 from .packing import Packing, pack
+from .probes import Answers, ProbeCost, force_answers
 from .refusals import why_not
 from .selfcheck import SelfCheck, self_check
 from .tree import MIN_RUN, PrefixTree, build_tree
@@ -27,12 +37,14 @@ from .tree import MIN_RUN, PrefixTree, build_tree
 __all__ = [
     "MIN_GAIN",
     "MIN_RUN",
+    "Answers",
     "Backend",
     "CascadeLayout",
     "MismatchError",
     "ModelCost",
     "Packing",
     "PrefixTree",
+    "ProbeCost",
     "RefusedError",
     "Report",
     "SelfCheck",
@@ -42,10 +54,13 @@ __all__ = [
     "choose_backend",
     "dense_scores",
     "flop_ratio",
+    "force_answers",
     "has_fused_head",
     "pack",
     "packed_attention",
+    "packed_logits",
     "packed_scores",
+    "sample_answers",
     "self_check",
     "shared_prefix_logps",
     "shared_prefix_scores",

@@ -190,19 +190,33 @@ def packed_scores(
 ) -> tuple[dict[str, torch.Tensor], Entry]:
     """The packed path for a packing made before, without checks. Returns the fields (B, L) and what ran."""
     fused = _fused(model, temperature)
+    head = {"shift_labels": packing.shift_labels, "fused_lm_head": True} if fused else {}
+    output, entry = _packed_forward(model, packing, backend, head)
+    fields = _fields(output, packing.shift_labels, fused, compute_entropy, temperature)
+    return {name: packing.unpack(values) for name, values in fields.items()}, entry
+
+
+def packed_logits(model: nn.Module, packing: Packing, backend: str | None = None) -> torch.Tensor:
+    """The model's own logits (M, vocabulary) for the predictions of a packing, without checks.
+
+    A fused head stays aside, and with it the temperature that it was added with.
+    """
+    output, _ = _packed_forward(model, packing, backend, {})
+    logits: torch.Tensor = output.logits[0]
+    return logits
+
+
+def _packed_forward(model: nn.Module, packing: Packing, backend: str | None, head: dict[str, Any]) -> tuple[Any, Entry]:
     inputs: dict[str, Any] = {"input_ids": packing.input_ids, "position_ids": packing.position_ids, "use_cache": False}
-    if fused:
-        inputs.update(shift_labels=packing.shift_labels, fused_lm_head=True)
     rows = packing.predictors.unique()
     with packed_attention(model, packing.layout, backend, rows) as entry, _gathered(find_backbone(model), packing):
-        output = model(**inputs)
+        output = model(**inputs, **head)
     if entry.backend is None:
         raise SharedPrefixError(
             f"{type(model).__name__} ran without calling the attention it was given. Does its attention go through "
             "transformers' attention interface? Turn shared prefixes off for it."
         )
-    fields = _fields(output, packing.shift_labels, fused, compute_entropy, temperature)
-    return {name: packing.unpack(values) for name, values in fields.items()}, entry
+    return output, entry
 
 
 def dense_scores(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,3 +69,15 @@ def embedding(model: nn.Module) -> torch.Tensor:
     weight = find_causal_lm(model).get_input_embeddings().weight
     assert isinstance(weight, torch.Tensor)
     return weight
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """While open, every module is in evaluation mode; each gets its own mode back."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training

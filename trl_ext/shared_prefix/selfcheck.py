@@ -6,15 +6,13 @@ nobody thought of, and kernels that this machine has and ours had not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from .errors import MismatchError
-from .models import compute_dtype, embedding, find_causal_lm, model_device
+from .models import compute_dtype, embedding, evaluating, find_causal_lm, model_device
 from .packing import pack
 
 # Differences of log-probabilities and gradients, see `SelfCheck`. Half types round differently on the two paths, and a
@@ -99,7 +97,7 @@ def self_check(model: nn.Module, backend: str | None = None) -> SelfCheck:
     sharded = any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in lm.parameters())
     target = model if sharded else lm  # a data-parallel wrapper would wait for a backward
     parameters = [] if sharded else _some(lm)
-    with torch.inference_mode(False), torch.enable_grad(), _evaluating(model), torch.random.fork_rng():
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(model), torch.random.fork_rng():
         input_ids, attention_mask, width = _batch(embedding(model).shape[0], model_device(model))
         packing = pack(input_ids, attention_mask, width, min_run=2)
         scored = packing.slots < packing.predictors.numel()
@@ -170,14 +168,3 @@ def _grad_difference(
         for xs in ([a - b for a, b in pairs], [b for _, b in pairs])
     )
     return difference / max(size, 1e-30)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
