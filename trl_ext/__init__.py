@@ -15,8 +15,9 @@ from .errors import CompatError, ConfigError, OptionError, PluginError, TrlExtEr
 
 if TYPE_CHECKING:
     from .api import Handle, attach, detach, enable, extend, record
+    from .job import run
 
-_LAZY = ("Handle", "attach", "detach", "enable", "extend", "record")
+_LAZY = ("Handle", "attach", "detach", "enable", "extend", "record", "run")
 
 __all__ = [
     "CompatError",
@@ -32,12 +33,13 @@ __all__ = [
     "enable",
     "extend",
     "record",
+    "run",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        from . import api
+        from . import api, job
 
-        return getattr(api, name)
+        return getattr(job if name == "run" else api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from trl_ext_hooks import Config, TrainerKind
 
-from . import registry, report
+from . import job, registry, report
 from .compat import access, seams
 from .errors import CompatError, ConfigError
 from .plan import ROUNDS, TOOL_SOURCES, Plan, check_kind, common_trainers, compose, make_plan, provided_arguments
@@ -270,6 +270,7 @@ def _check_class(cls: type[Any], specs: tuple[PluginSpec, ...]) -> TrainerKind:
     if hasattr(cls, "_trl_ext_original"):
         raise ConfigError(f"this {cls.__name__} already has plugins. Name all of them in one call.")
     check_kind(specs, kind)
+    job.check_running(specs)
     seams.check_seams(kind, _users(specs))
     return kind
 

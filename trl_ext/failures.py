@@ -12,6 +12,8 @@ import sys
 import traceback
 from pathlib import Path
 
+from trl_ext_hooks import UsageError
+
 from .errors import TrlExtError
 
 FOLDER = "TRL_EXT_FAILURES"
@@ -20,7 +22,7 @@ TRACEBACK = "TRL_EXT_TRACEBACK"
 
 def record(error: BaseException) -> int:
     """Keeps an error for the parent, or prints it where there is none; returns the exit code of the worker."""
-    ours = isinstance(error, TrlExtError)
+    ours = isinstance(error, TrlExtError | UsageError)
     message = str(error) if ours else f"{type(error).__name__}: {error}"
     verbose = not ours or os.environ.get(TRACEBACK) == "1"
     entry = {"message": message, "ours": ours, "trace": "".join(traceback.format_exception(error)) if verbose else ""}

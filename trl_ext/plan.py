@@ -20,11 +20,11 @@ NO_STAGE = (*LIFECYCLE, "inspect")
 """Hooks that are no stage of training: a printed plan leaves them out, and they prove nothing."""
 _COMMON = tuple(hook for hook in LIFECYCLE if hook != "trainer_arguments")
 _PAIRS = ("pair_batch", "pair_logps", "pair_metrics")
-_ROUNDS = tuple(hook for hook in HOOKS if hook not in _PAIRS)
+_ROUNDS = tuple(hook for hook in HOOKS if hook not in (*_PAIRS, "run"))
 SERVED: dict[TrainerKind, tuple[str, ...]] = {
     "grpo": _ROUNDS,
     "rloo": tuple(hook for hook in _ROUNDS if hook != "trainer_arguments"),
-    "dpo": (*_COMMON, "loss_inputs", "logps", *_PAIRS),
+    "dpo": (*_COMMON, "run", "loss_inputs", "logps", *_PAIRS),
 }
 """The hooks that each trainer calls."""
 TOOL_SOURCES = ("tools", "environment_factory", "rollout_func")

@@ -22,7 +22,13 @@ _COLUMNS: dict[TrainerKind, tuple[str, ...]] = {
 """Columns that TRL's trainers cannot do without."""
 
 
-def check(kind: TrainerKind, parsed: scripts.Parsed, warn: Callable[[str], None], rewards: bool = True) -> None:
+def check(
+    kind: TrainerKind,
+    parsed: scripts.Parsed,
+    warn: Callable[[str], None],
+    rewards: bool = True,
+    columns: Sequence[str] | None = None,
+) -> None:
     """Loads the training data and calls the reward functions on its first rows.
 
     Args:
@@ -30,6 +36,7 @@ def check(kind: TrainerKind, parsed: scripts.Parsed, warn: Callable[[str], None]
         parsed: TRL's arguments.
         warn: Called with a sentence for what may fail later.
         rewards: Whether to call the reward functions.
+        columns: Columns that the data must have; by default what the trainer needs.
 
     Raises:
         ConfigError: The data cannot be loaded or lacks a column, or a reward function cannot be used.
@@ -44,12 +51,13 @@ def check(kind: TrainerKind, parsed: scripts.Parsed, warn: Callable[[str], None]
     rows = list(data.take(2))
     if not rows:
         raise ConfigError("the training data has no rows.")
-    columns = list(rows[0])
-    missing = [name for name in _COLUMNS[kind] if name not in columns and f"{name}_ids" not in columns]
+    found = list(rows[0])
+    needed = _COLUMNS[kind] if columns is None else columns
+    missing = [name for name in needed if name not in found and f"{name}_ids" not in found]
     if missing:
         raise ConfigError(
             f"the training data has no column {missing[0]!r}, which the {kind.upper()} trainer needs; it has "
-            f"{', '.join(columns)}. Rename a column, or choose other data."
+            f"{', '.join(found)}. Rename a column, or choose other data."
         )
     if rewards:
         check_rewards(functions, rows, warn)
@@ -113,10 +121,15 @@ def check_rewards(
                 f"completions; training would stop with the same error if the model answers with nothing."
             )
             continue
-        _check_result(path, result, len(rows))
+        check_result(path, result, len(rows))
 
 
-def _check_result(path: str, result: Any, expected: int) -> None:
+def check_result(path: str, result: Any, expected: int) -> list[float | None]:
+    """The rewards that a function returned, None where it does not apply.
+
+    Raises:
+        ConfigError: They are not one number (or None) per completion.
+    """
     try:
         values = list(result)
     except TypeError:
@@ -129,10 +142,12 @@ def _check_result(path: str, result: Any, expected: int) -> None:
             f"reward function {path!r} returned {len(values)} rewards for {expected} completions, expected {expected}: "
             f"one per completion."
         )
+    found: list[float | None] = []
     for value in values:
         try:
-            float(0 if value is None else value)
+            found.append(None if value is None else float(value))
         except (TypeError, ValueError):
             raise ConfigError(
                 f"reward function {path!r} returned {value!r}, expected a number, or None where it does not apply."
             ) from None
+    return found

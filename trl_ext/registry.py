@@ -21,6 +21,7 @@ from .errors import ConfigError, OptionError, PluginError, UnknownPluginError, n
 
 GROUP = "trl_ext"
 BUILTINS: dict[str, str] = {
+    "apo": "trl_ext_plugins.apo:APO",
     "decs": "trl_ext_plugins.decs:DECS",
     "gdpo": "trl_ext_plugins.gdpo:GDPO",
     "hdpo": "trl_ext_plugins.hdpo:HDPO",
@@ -32,6 +33,8 @@ BUILTINS: dict[str, str] = {
     "trpa": "trl_ext_plugins.trpa:TRPA",
 }
 HOOKS: tuple[str, ...] = tuple(name for name, value in vars(specs).items() if hasattr(value, "trl_ext_spec"))
+IMPLIED = {"policy_loss", "logps", "run"}
+"""Claims that a hook of the same name implies."""
 KINDS: tuple[TrainerKind, ...] = get_args(TrainerKind)
 
 
@@ -55,7 +58,7 @@ class PluginSpec:
 
     @property
     def claims(self) -> set[str]:
-        return {*self.cls.claims, *({"policy_loss", "logps"} & set(self.hooks))}
+        return {*self.cls.claims, *(IMPLIED & set(self.hooks))}
 
     @property
     def option_values(self) -> dict[str, Any]:

@@ -291,7 +291,7 @@ class Session:
         silent = [
             f"{name}.{hook}"
             for hook, callers in self._callers.items()
-            if hook not in NO_STAGE
+            if hook not in (*NO_STAGE, "run")  # that one ran before there was a trainer
             for name, _ in callers
             if not self.calls[name, hook]
         ]

@@ -30,7 +30,7 @@ def _train(argv: list[str]) -> None:
     args, rest = request.Parser().parse_known_args(argv)
     asked = request.understand(args, rest)
 
-    from . import api, preflight
+    from . import api, job, preflight
     from .compat import scripts
     from .progress import Progress
 
@@ -38,8 +38,10 @@ def _train(argv: list[str]) -> None:
     with contextlib.ExitStack() as stack:
         handle = stack.enter_context(api.enable(asked.plugins)) if asked.plugins else None
         parsed = scripts.parse(asked.kind, asked.arguments, asked.settings)
+        owner = job.owner(asked.specs)
         if first:
-            preflight.check(asked.kind, parsed, _warn, rewards=not args.no_reward_check)
+            columns = ("prompt",) if owner else None
+            preflight.check(asked.kind, parsed, _warn, rewards=not args.no_reward_check, columns=columns)
         progress = Progress(asked, parsed, lines=not _wants_bars(asked))
 
         def built(trainer: Any) -> None:
@@ -51,7 +53,9 @@ def _train(argv: list[str]) -> None:
             handle.on_trainer(built)
         else:
             stack.enter_context(scripts.on_built(asked.kind, built))
-        if asked.task is None:
+        if owner is not None:
+            job.start(asked.specs, job.from_script(parsed))
+        elif asked.task is None:
             scripts.run_script(asked.kind, parsed, save=not args.no_save)
         else:
             _train_on_task(asked.task, asked, parsed, save=not args.no_save)

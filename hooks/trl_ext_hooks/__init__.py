@@ -7,11 +7,12 @@
 and `trl_ext_hooks.judges` asks whether a piece of text states the right answer.
 """
 
-from .plugin import CLAIMS, NEEDS, NoOptions, Plugin, hookimpl, hookspec, option
+from .plugin import CLAIMS, NEEDS, NoOptions, Plugin, UsageError, hookimpl, hookspec, option
 from .types import (
     Config,
     Curve,
     Generation,
+    Job,
     Logps,
     LogpsCall,
     Loss,
@@ -41,6 +42,7 @@ __all__ = [
     "Config",
     "Curve",
     "Generation",
+    "Job",
     "Logps",
     "LogpsCall",
     "Loss",
@@ -62,6 +64,7 @@ __all__ = [
     "Span",
     "TrainerKind",
     "TrainerView",
+    "UsageError",
     "Views",
     "Warn",
     "hookimpl",

@@ -18,6 +18,7 @@ CLAIMS: dict[str, str] = {
     "logps": "owns the log-probability forward (implied by the hook `logps`)",
     "no_advantages": "replaces the policy loss by one that uses no advantages, so no plugin of the run may compute or "
     "adjust them",
+    "run": "takes the whole run over (implied by the hook `run`)",
 }
 """Exclusive resources: at most one plugin of a run may claim each."""
 
@@ -32,6 +33,10 @@ NEEDS: dict[str, str] = {
     "reward:NAME": "a reward function of that name",
 }
 """What the core can provide or check for a plugin."""
+
+
+class UsageError(ValueError):
+    """Raise it in a hook where the user has to change something; the text says what. It is told without a traceback."""
 
 
 def option(default: Any = dataclasses.MISSING, *, help: str, source: str = "") -> Any:

@@ -17,6 +17,7 @@ from .types import (
     Fields,
     Generate,
     Generation,
+    Job,
     Logps,
     LogpsCall,
     Loss,
@@ -388,6 +389,29 @@ def loss_metrics(loss: Loss) -> Mapping[str, Metric] | None:
         @hookimpl
         def loss_metrics(self, loss):
             return {"logp": ((loss.per_token_logps * loss.mask).sum().item(), loss.mask.sum().item())}
+    ```
+    """
+
+
+@hookspec
+def run(job: Job) -> None:
+    """Takes the whole run over: several trainings in place of one. One owner. Collective. DPO.
+
+    `trl_ext train` calls it in place of TRL's script, `trl_ext.run` in a Python script. The trainers that `job.train`
+    builds have all plugins of the run, this one included. Keep what is finished in folders (`job.produce`), so that a
+    killed run can go on.
+
+    ```python
+    class TwoHalves(Plugin):
+        name = "two-halves"
+        trainers = ("dpo",)
+
+        @hookimpl
+        def run(self, job):
+            half = len(job.data) // 2
+            first = job.train(job.model, job.data.select(range(half)), "first-half")
+            second = job.train(str(first), job.data.select(range(half, 2 * half)), "second-half")
+            job.finish(second)
     ```
     """
 

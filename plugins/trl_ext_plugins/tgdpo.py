@@ -30,6 +30,7 @@ from trl_ext_hooks import (
     Requirement,
     ScoredPairs,
     TrainerView,
+    UsageError,
     Warn,
     hookimpl,
     option,
@@ -199,7 +200,7 @@ class TGDPO(Plugin):
         if self._reward is not None:
             name, values = REWARDS, self._reward(pairs)
             if values.shape != pairs.mask.shape:
-                raise ValueError(
+                raise UsageError(
                     f"tgdpo.reward_func returned {tuple(values.shape)} token rewards, expected "
                     f"{tuple(pairs.mask.shape)}: one row per chosen answer, then one per rejected answer"
                 )
@@ -258,7 +259,7 @@ def _from_columns(pairs: Pairs, name: str) -> torch.Tensor:
         for row in pairs.rows:
             own, ids = row[f"{side}_{name}"], row[f"{side}_ids"]
             if len(own) != len(ids):
-                raise ValueError(
+                raise UsageError(
                     f"{side}_{name} has {len(own)} numbers for the {len(ids)} tokens of {_excerpt(pairs, ids)!r}; it "
                     f"needs one per token, the end of the answer included"
                 )
@@ -271,7 +272,7 @@ def _check_finite(pairs: Pairs, name: str, values: torch.Tensor) -> None:
     if len(bad):
         row, token = bad[0].tolist()
         side, n = ("chosen", row) if row < len(pairs.rows) else ("rejected", row - len(pairs.rows))
-        raise ValueError(
+        raise UsageError(
             f"{name} of pair {n} in this batch ({side}, position {token + 1}) is {values[row, token].item()}; its "
             f"text: {_excerpt(pairs, pairs.batch['input_ids'][row][pairs.batch['attention_mask'][row] != 0])!r}"
         )

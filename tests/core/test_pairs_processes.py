@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from trl_ext.testing import tiny_data, tiny_trainer
 
@@ -54,8 +55,23 @@ def test_one_and_two_processes_agree(model: str, tmp_path: Path) -> None:
             for key in ("loss", "tgdpo/factor/chosen", "tgdpo/rewards/margins", "rewards/margins"):
                 if key in a:
                     assert b[key] == pytest.approx(a[key], abs=1e-4), (name, key)
+    rounds(tmp_path / "rounds-1", tmp_path / "rounds-2")
     for part in ("1-0", "2-0", "2-1"):
         for key, value in weights("live", part).items():
             assert torch.equal(weights("ahead", part)[key], value)
             assert torch.equal(weights("memory", part)[key], value)
             assert torch.equal(weights("resumed", part)[key], value)
+
+
+def rounds(one: Path, two: Path) -> None:
+    """Two rounds of APO: the same samples, whoever drew them, and the same start and result."""
+    for number in (1, 2):
+        files = [sorted(folder.glob(f"round-{number}/samples/*.json")) for folder in (one, two)]
+        assert len(files[0]) == len(files[1]) == 4
+    for a, b in zip(*(sorted(folder.glob("round-1/samples/*.json")) for folder in (one, two)), strict=True):
+        assert a.read_text() == b.read_text()
+    assert json.loads((one / "round-1/pairs/summary.json").read_text())["pairs"] >= 4
+    for name in ("round-1/output", "round-2/start", "."):
+        first, second = (load_file(folder / name / "model.safetensors") for folder in (one, two))
+        for key, value in first.items():
+            torch.testing.assert_close(second[key], value, atol=1e-5, rtol=0)

@@ -13,7 +13,7 @@ import trl_ext_hooks
 from trl_ext import registry
 from trl_ext.conformance import conformance, quiet
 from trl_ext.plan import BUILDING
-from trl_ext.testing import tiny_data, tiny_model, tiny_trainer
+from trl_ext.testing import tiny_args, tiny_data, tiny_model, tiny_trainer
 from trl_ext_hooks import ops, specs
 
 HOOKS = Path(__file__).parents[2] / "hooks"
@@ -38,6 +38,7 @@ SIGNATURES = {
     "loss_terms": ["loss"],
     "round_metrics": ["round"],
     "loss_metrics": ["loss"],
+    "run": ["job"],
     "pair_batch": ["pairs"],
     "pair_logps": ["pairs"],
     "pair_metrics": ["pairs"],
@@ -72,6 +73,10 @@ def test_example_trains(hook, model, plugin, tmp_path):
     settings = {"scale_rewards": "none"} if hook == "configure" else {}
     if hook == "trainer_arguments":
         model = tiny_model(tmp_path / "model", tools=True)
+    if hook == "run":
+        trl_ext.run(plugin(cls), model=model, args=tiny_args("dpo", tmp_path), train_dataset=data)
+        assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "second-half").is_dir()
+        return
     with quiet(), trl_ext.enable(plugin(cls)) as handle:
         if hook == "inspect":  # only called while rounds are recorded
             handle.record()

@@ -7,6 +7,7 @@ import pytest
 
 import trl_ext
 from trl_ext import plan
+from trl_ext.testing import tiny_args, tiny_data
 
 FILE = Path(__file__).parents[2] / "plugins" / "pairs.py"
 _spec = importlib.util.spec_from_file_location("pairs", FILE)
@@ -23,10 +24,16 @@ def test_table_is_current():
     pairs.pairs(),
     ids=lambda value: getattr(value, "name", "") or str(value),
 )
-def test_allowed_pairs_train_and_others_are_refused(left, right, reason, build, smoke):
+def test_allowed_pairs_train_and_others_are_refused(left, right, reason, build, smoke, model, tmp_path):
     if reason is not None:
         with pytest.raises(trl_ext.ConfigError, match=r"cannot be combined|no trainer"):
             trl_ext.enable(left.name, right.name)
+        return
+    if "run" in (*left.hooks, *right.hooks):
+        options, _ = smoke("dpo", left.name, right.name)
+        args = tiny_args("dpo", tmp_path / "run")
+        trl_ext.run(options, model=model, args=args, train_dataset=tiny_data("grpo", 12))
+        assert (tmp_path / "run" / "model.safetensors").is_file()
         return
     for kind in plan.common_trainers([left, right]):
         requests, settings = smoke(kind, left.name, right.name)

@@ -68,7 +68,7 @@ def declaration(reference: str) -> dict[str, Any]:
 
     cls, origin, version = registry.find(reference)
     hooks = registry.implemented(cls)
-    claims = {*cls.claims, *({"policy_loss", "logps"} & set(hooks))}
+    claims = {*cls.claims, *(registry.IMPLIED & set(hooks))}
     return {
         "name": cls.name,
         "version": version,

@@ -66,7 +66,8 @@ def main(argv: Sequence[str], demo_settings: Mapping[str, Any] | None = None) ->
         print(scripts.trl_parser(asked.kind).format_help())
         return 0
     divided = scripts.split(asked.kind, asked.arguments, asked.settings)
-    check_resume(divided.given)
+    if not any("run" in spec.hooks for spec in asked.specs):  # such a plugin knows what its run leaves behind
+        check_resume(divided.given)
     demo = asked.task is None and wants_demo(divided.given)  # may refuse, so it comes before anything that takes time
     launch = scripts.launch_arguments(asked.kind, divided.launch, [], _OWN)
     accelerator = scripts.accelerator_found() and not launch.cpu

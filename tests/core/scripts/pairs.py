@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import trl_ext
-from trl_ext.testing import metrics_of, tiny_trainer
+from trl_ext.testing import metrics_of, tiny_args, tiny_data, tiny_trainer
 
 torch.set_num_threads(1)
 ROWS = 8  # of a step, on all processes
@@ -53,6 +53,16 @@ def main(model: str, guide: str, data: str, folder: Path) -> dict[str, Any]:
     train("memory", {"tgdpo": {"guide": guide, "precompute": True}}, in_memory)
     train("shared", {"tgdpo": {"guide": guide}, "shared-prefix": {"min_gain": 0}})
     train("resumed", {"tgdpo": {"guide": guide}}, resume=str(folder / f"live-{world}" / "checkpoint-1"))
+    rounds = tiny_args(
+        "dpo",
+        folder / f"rounds-{world}",
+        per_device_train_batch_size=4 // world,
+        max_steps=1,
+        optim="sgd",
+        learning_rate=0.05,
+    )
+    options = {"reward_funcs": ["trl_ext.testing.digits"], "betas": [0.1], "rounds": 2, "max_completion_length": 8}
+    trl_ext.run("apo", model=model, args=rounds, train_dataset=tiny_data("grpo", 24), apo=options | {"sample_batch": 3})
     (folder / f"report-{world}-{rank}.json").write_text(json.dumps(report))
     return report
 

@@ -1,0 +1,301 @@
+"""APO: Accelerated Preference Optimization (arXiv 2410.06293).
+
+Iterative DPO samples from the current model, labels, and trains with that model as start and reference, round after
+round. APO moves each start a little further along the way from the output of the round before the last to the last
+output (Nesterov's extrapolation), at no cost in data or training, and needs fewer rounds. The released model is the
+output of the last round, which is not extrapolated.
+
+Not to be confused with Anchored Preference Optimization (arXiv 2408.06266), which TRL has as the losses `apo_zero` and
+`apo_down`.
+
+Stages: run (the rounds), pair_metrics (a check of the reference). There is no code by the authors. The paper's theory
+extrapolates policies in log space; its experiments, and this plugin, extrapolate weights (see `maths`). With an adapter
+the change of the weights is extrapolated, not its factors: every round trains a new adapter on a merged start.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trl_ext_hooks import (
+    Config,
+    Job,
+    Plugin,
+    Refuse,
+    Require,
+    Requirement,
+    ScoredPairs,
+    UsageError,
+    Warn,
+    hookimpl,
+    option,
+)
+
+from .maths import coefficients, extrapolate
+from .pairs import Score, collect, load_judge, sample, wins
+
+RECORD = "apo.json"
+ANCHORED = ("apo_zero", "apo_down")
+TOLERANCE = 1e-3
+"""Mean log-ratio per token up to which the reference counts as the start; rounding of bfloat16 stays below."""
+
+
+@dataclass(frozen=True)
+class APOOptions:
+    """Options of APO. Learning rate, epochs, batch size and the rest are TRL's, and hold for each round."""
+
+    alpha: float = option(0.3, help="how far each start is moved on, 0 (iterative DPO) to 0.6; below 1", source="paper")
+    rounds: int = option(3, help="rounds of sampling and training, 2 to 4", source="paper")
+    betas: tuple[float, ...] = option(
+        (0.01, 0.1, 1.0), help="DPO's beta of each round, or one for all; wins over the trainer's", source="paper"
+    )
+    reward_funcs: tuple[str, ...] = option(
+        (), help="reward functions that score samples: module.function, or TRL's by name", source="ours"
+    )
+    reward_weights: tuple[float, ...] | None = option(None, help="a weight per reward function", source="ours")
+    judge: str | None = option(
+        None,
+        help="in place of rewards: module.name that is called with prompts and two completions of each, and answers 0 "
+        "or 1 for the better one, or -1",
+        source="paper: PairRM",
+    )
+    prompts_per_round: int | None = option(
+        None, help="prompts of a round; null divides the data into as many parts as rounds", source="paper: thirds"
+    )
+    num_samples: int = option(5, help="completions per prompt; best and worst become a pair", source="paper")
+    temperature: float = option(0.7, help="of sampling", source="paper")
+    top_p: float = option(0.9, help="of sampling", source="paper")
+    max_completion_length: int = option(512, help="tokens of a completion", source="ours")
+    sample_batch: int = option(8, help="prompts that are sampled at once", source="ours")
+
+    def __post_init__(self) -> None:
+        if self.alpha >= 1:
+            raise ValueError("alpha must be below 1: from there on the extrapolation does not converge")
+        if self.rounds < 1:
+            raise ValueError("rounds must be at least 1")
+        if len(self.betas) not in (1, self.rounds):
+            raise ValueError(f"betas needs one value, or one for each of the {self.rounds} rounds; got {self.betas}")
+        if min(self.betas) <= 0:
+            raise ValueError("betas must be greater than 0")
+        if self.num_samples < 2 or self.sample_batch < 1 or (self.prompts_per_round or 1) < 1:
+            raise ValueError("num_samples must be at least 2, sample_batch and prompts_per_round at least 1")
+        if self.reward_funcs and self.judge is not None:
+            raise ValueError("reward_funcs and judge exclude each other; give one")
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
+            raise ValueError("reward_weights needs one value per reward function")
+
+    def beta(self, index: int) -> float:
+        return self.betas[index] if len(self.betas) > 1 else self.betas[0]
+
+
+class APO(Plugin):
+    """Rounds of DPO with extrapolated starts."""
+
+    name = "apo"
+    paper = "arXiv 2410.06293"
+    summary = (
+        "iterative DPO, each round started beyond the last (Accelerated, not TRL's Anchored apo_zero and apo_down)"
+    )
+    trainers = ("dpo",)
+    Options = APOOptions
+
+    options: APOOptions
+
+    @hookimpl
+    def configure(self, config: Config) -> Sequence[Requirement]:
+        found: list[Requirement] = [
+            Require("sync_ref_model", (False,), why="the reference of a round is its start and must not drift"),
+            Require("eval_strategy", ("no",), why="a round trains on pairs that it makes itself and has no others"),
+            Require("disable_dropout", (True,), why="with dropout no one can see whether reference and start are one"),
+        ]
+        if not self.options.reward_funcs and self.options.judge is None:
+            found.append(
+                Refuse(
+                    "nothing says which completions are better.",
+                    "Give reward functions, apo.reward_funcs=[my_rewards.correct], or a judge, "
+                    "apo.judge=my_judges.Better.",
+                )
+            )
+        losses = set(config.args.loss_type)
+        if losses & set(ANCHORED):
+            found.append(
+                Refuse(
+                    f"loss_type={sorted(losses & set(ANCHORED))} is Anchored Preference Optimization (arXiv "
+                    f"2408.06266), another method with the same short name.",
+                    "For Accelerated Preference Optimization leave loss_type at sigmoid; for the anchored one leave "
+                    "this plugin out.",
+                )
+            )
+        elif not losses <= {"sigmoid", "ipo", "sppo_hard"}:
+            found.append(Warn("the paper has its rounds with the losses sigmoid, ipo or sppo_hard only"))
+        if self.options.alpha < 0:
+            found.append(Warn("an alpha below 0 averages outputs; the method moves starts further"))
+        if list(self.options.betas) != sorted(self.options.betas):
+            found.append(Warn("the paper's betas do not fall from round to round"))
+        return found
+
+    @hookimpl
+    def run(self, job: Job) -> None:
+        options, rows, score = self.options, self._check(job), self._scorer(job)
+        begin(job, options)
+        outputs: list[str | Path] = [job.model]  # hat_0, then that of every round that had pairs
+        for index in range(options.rounds):
+            place, title = f"round-{index + 1}", f"round {index + 1} of {options.rounds}"
+            start = job.model if len(outputs) == 1 else str(self._start(job, f"{place}/start", outputs))
+            pairs = self._pairs(job, place, start, rows[index], index, score)
+            summary = json.loads((pairs / "summary.json").read_text())
+            job.tell(
+                f"{title}: mean score {summary['mean_score']:.4g} of {summary['samples']} samples, "
+                f"{summary['pairs']} pairs, beta {options.beta(index)}"
+            )
+            if not summary["pairs"]:
+                job.tell(f"warning: {title} has no pair with a better side and does not count; the model stays")
+                continue
+            lines = (pairs / "pairs.jsonl").read_text().splitlines()
+            data = job.data.from_list([json.loads(line) for line in lines])
+            outputs.append(job.train(start, data, f"{place}/output", beta=options.beta(index)))
+        if len(outputs) == 1:
+            raise UsageError(
+                "no round had a pair with a better side, so nothing was trained. Do the reward functions tell "
+                "completions apart? More samples or a higher temperature give more different ones."
+            )
+        job.finish(outputs[-1])
+        weights = ", ".join(f"{value:.3g}" for value in coefficients(options.alpha, len(outputs) - 1))
+        job.tell(f"the last output is in {job.folder}; the updates of the rounds are in it with weights {weights}")
+
+    @hookimpl
+    def pair_metrics(self, pairs: ScoredPairs) -> dict[str, tuple[float, float]]:
+        """The loss before the first step, which is ln 2 for the sigmoid where the reference is the start."""
+        if pairs.mode != "train" or pairs.step > 0:
+            return {}
+        policy = pairs.per_token_logps.sum(dim=1)
+        if pairs.ref_per_token_logps is not None:
+            reference = pairs.ref_per_token_logps.sum(dim=1)
+        else:
+            reference = torch.cat([pairs.batch[f"ref_{side}_logps"] for side in ("chosen", "rejected")])
+        ratios = policy - reference
+        drift = (ratios.abs() / pairs.mask.sum(dim=1).clamp(min=1)).max().item()
+        chosen, rejected = ratios.chunk(2)
+        losses = -torch.nn.functional.logsigmoid(pairs.trainer.args.beta * (chosen - rejected))
+        if not drift <= TOLERANCE:
+            raise RuntimeError(
+                f"a round of APO must start at its reference, where the first loss is ln 2 = {math.log(2):.4f}. It is "
+                f"{losses.mean().item():.4f}, and log-probabilities differ by {drift:.2g} per token. Does another "
+                f"plugin or a callback change the model or the reference before training?"
+            )
+        return {"first_loss": (losses.sum().item(), len(losses))}
+
+    def _check(self, job: Job) -> list[list[int]]:
+        """What must hold before anything is loaded; returns the numbers of the data's rows of each round."""
+        options = self.options
+        if not hasattr(job.data, "select") or "prompt" not in (job.data.column_names or ()):
+            raise UsageError("apo needs data with a column 'prompt' that can be read in any order, not a stream")
+        if job.quantized:
+            raise UsageError("a quantized model cannot be extrapolated; train in 16 or 32 bits")
+        adapter = job.peft_config
+        if adapter is not None and (
+            getattr(adapter.peft_type, "value", adapter.peft_type) != "LORA" or adapter.use_dora
+        ):
+            raise UsageError(
+                "apo knows how to extrapolate LoRA adapters; DoRA and learned prompts have no weight change to add up"
+            )
+        count = len(job.data)
+        each = options.prompts_per_round or count // options.rounds
+        if each < 1:
+            raise UsageError(f"{count} prompts are too few for {options.rounds} rounds")
+        return [[i % count for i in range(r * each, (r + 1) * each)] for r in range(options.rounds)]
+
+    def _start(self, job: Job, name: str, outputs: Sequence[str | Path]) -> Path:
+        """Where a later round starts: the last output moved on from the one before it."""
+
+        def make(folder: Path) -> None:
+            model, before = job.open(outputs[-1]), job.open(outputs[-2])
+            own = {key: value.data for key, value in model.named_parameters()}  # tied weights come once
+            moved = extrapolate(own, {k: v.data for k, v in before.named_parameters()}, self.options.alpha)
+            for key, value in own.items():
+                value.copy_(moved[key])
+            job.save(model, folder, like=outputs[-1])
+
+        return job.produce(name, make)
+
+    def _pairs(self, job: Job, place: str, start: str, rows: Sequence[int], index: int, score: Score) -> Path:
+        """Samples from the start, scores, and pairs the best with the worst."""
+        options, samples = self.options, job.folder / place / "samples"
+        done = job.folder / place / "pairs"
+        if not done.exists():
+            chosen = [job.data[number] for number in rows]
+            sample(
+                job,
+                samples,
+                chosen,
+                options.sample_batch,
+                job.args.seed * 1009 + index,
+                lambda: job.sampler(
+                    start,
+                    num=options.num_samples,
+                    temperature=options.temperature,
+                    top_p=options.top_p,
+                    max_tokens=options.max_completion_length,
+                ),
+                score,
+            )
+        job.wait()
+        return job.produce(f"{place}/pairs", lambda folder: collect(samples, folder))
+
+    def _scorer(self, job: Job) -> Score:
+        if self.options.judge is not None:
+            try:
+                judge = load_judge(self.options.judge)
+            except (ImportError, AttributeError, ValueError) as error:
+                raise UsageError(f"apo.judge={self.options.judge!r}: {error}; write module.name") from error
+            return lambda rows, completions: wins(judge, [row["prompt"] for row in rows], completions)
+        rewards = job.rewards(self.options.reward_funcs, self.options.reward_weights)
+
+        def score(rows: list[dict[str, Any]], completions: list[list[Any]]) -> list[list[float]]:
+            flat = [(row, text) for row, own in zip(rows, completions, strict=True) for text in own]
+            values = iter(rewards([row for row, _ in flat], [text for _, text in flat]))
+            return [[next(values) for _ in own] for own in completions]
+
+        return score
+
+
+def begin(job: Job, options: APOOptions) -> None:
+    """Marks the output folder as that of this run, or goes on with it.
+
+    Raises:
+        UsageError: The folder holds a run and the user does not go on with it, or goes on with other settings, or wants
+            to go on where there is nothing.
+    """
+    job.wait()
+    file = job.folder / RECORD
+    now = {"options": json.loads(json.dumps(asdict(options))), "model": job.model, "seed": job.args.seed}
+    now["prompts"] = len(job.data)
+    found = json.loads(file.read_text()) if file.exists() else None
+    job.wait()
+    if found is not None and not job.resume:
+        raise UsageError(
+            f"{job.folder} holds rounds of a run of apo. Go on with it by --resume_from_checkpoint true, or choose "
+            f"another output_dir"
+        )
+    if found is None and job.resume:
+        raise UsageError(f"there is no run of apo to go on with in {job.folder}; leave resume_from_checkpoint out")
+    if found is not None and found != now:
+        old, new = found | found["options"], now | now["options"]
+        other = next(key for key in new if key != "options" and old.get(key) != new[key])
+        raise UsageError(
+            f"{job.folder} holds a run with {other}={old.get(other)!r}, and now it is {new[other]!r}. Finished rounds "
+            f"cannot be mixed with others: set it back, or choose another output_dir"
+        )
+    if found is None and job.is_main:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(".part")
+        unfinished.write_text(json.dumps(now, indent=1))
+        unfinished.rename(file)
+    job.wait()
