@@ -1,4 +1,4 @@
-"""Methods for tool calls from the command line: tools by name in the YAML file, and what is said where there are none."""
+"""Methods for tool calls from the command line: tools by name in the YAML file, and what is said without them."""
 
 import json
 
