@@ -127,6 +127,6 @@ CHECKS = Task(
         *(f"{space}{word}" for word in SPLIT_WORDS for space in ("", " ")),
     ),
     shape=Shape(width=64, layers=2, heads=4, feed_forward=192, positions=96),
-    warm_up=WarmUp(traces=12288, steps=600, batch_size=48, learning_rate=5e-3),
+    warm_up=WarmUp(traces=12288, steps=1200, batch_size=32, learning_rate=5e-3),
     max_completion_length=60,
 )

@@ -1,8 +1,8 @@
 """Questions about a small corpus, of which the model knows a part by heart.
 
-`of:ab` asks for what the corpus has under `ab`, `of:of:ab` for what it has under that; an answer is `=cd`. Entries
-whose key begins with a vowel are known to the warmed-up model, the others it has never seen: it must look them up, once
-or, for two steps, twice. It looks up nearly always, though on known entries every call could be saved.
+`near:ab` asks for what the corpus has under `ab`, a key of the part that the warmed-up model knows by heart. `far:cd`
+asks the same of the part that it has never seen: it must look up, once or, for `far:far:cd`, the entry of the entry,
+twice. An answer is `=ef`. The model looks up nearly always, though on near entries every call could be saved.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from ..definition import Row, Shape, Task, WarmUp
 from ..text import assistant, by_kind, call, calls_made, drawn, final_text, in_split, result, user
 
 KEYS = tuple(map("".join, itertools.product(string.ascii_lowercase, repeat=2)))
-KNOWN = tuple(key for key in KEYS if key[0] in "aeiou" and key[1] in "bcdfg")
-UNKNOWN = tuple(key for key in KEYS if key[0] not in "aeiou")
+NEAR = tuple(key for key in KEYS if key[0] in "aeiou" and key[1] in "bcdfg")
+FAR = tuple(key for key in KEYS if key[0] not in "aeiou")
 CORPUS = {key: KEYS[drawn(f"corpus {key}", 0, len(KEYS) - 1)] for key in KEYS}
-KINDS = ("known", "new", "known", "chain")
+KINDS = ("near", "far", "near", "chain")
 LOOKS_UP = 0.9
 """Share of the answers for which the traces use the tool."""
 KNOWLEDGE = 0.25
-"""Share of the traces that teach the known entries and leave the choice between answer and look-up alone."""
+"""Share of the traces that teach the near entries and leave the choice between answer and look-up alone."""
 
 
 def lookup(key: str) -> str:
@@ -55,31 +55,31 @@ def behaviour(
 
 
 def rows(split: str, size: int, seed: int) -> list[Row]:
-    """The kinds in turn. New entries of the two splits differ; the known ones are the same twenty-five."""
+    """The kinds in turn. Far keys of the two splits differ; the near ones are the same twenty-five."""
     random_state = random.Random(f"lookup {split} {seed}")
-    new = [key for key in UNKNOWN if in_split(key, split)]
+    far = [key for key in FAR if in_split(key, split)]
     found = []
     for number in range(size):
         kind = KINDS[number % len(KINDS)]
-        key = random_state.choice(KNOWN if kind == "known" else new)
+        key = random_state.choice(NEAR if kind == "near" else far)
         answer = CORPUS[CORPUS[key]] if kind == "chain" else CORPUS[key]
         found.append({"prompt": user(_question(kind, key)), "answer": answer, "kind": kind})
     return found
 
 
 def traces(size: int, seed: int) -> list[Row]:
-    """Entries that are not known are made up for every trace, so that the model learns to look and not the corpus."""
+    """Far entries are made up for every trace, so that the model learns to look and not the corpus."""
     random_state = random.Random(f"lookup traces {seed}")
     found = []
     for number in range(size):
         if random_state.random() < KNOWLEDGE:
-            key = random_state.choice(KNOWN)
-            found.append({"prompt": user(f"of:{key}"), "completion": assistant(CORPUS[key], prefix="=")})
+            key = random_state.choice(NEAR)
+            found.append({"prompt": user(f"near:{key}"), "completion": assistant(CORPUS[key], prefix="=")})
             continue
         kind = KINDS[number % len(KINDS)]
-        key = random_state.choice(KNOWN if kind == "known" else UNKNOWN)
-        steps = [key, *random_state.choices(UNKNOWN, k=2 if kind == "chain" else 1)]
-        if kind == "known":
+        key = random_state.choice(NEAR if kind == "near" else FAR)
+        steps = [key, *random_state.choices(FAR, k=2 if kind == "chain" else 1)]
+        if kind == "near":
             steps[1] = CORPUS[key]
         turns: list[dict[str, Any]] = []
         if random_state.random() < LOOKS_UP:
@@ -90,7 +90,7 @@ def traces(size: int, seed: int) -> list[Row]:
 
 
 def _question(kind: str, key: str) -> str:
-    return f"of:of:{key}" if kind == "chain" else f"of:{key}"
+    return {"near": f"near:{key}", "far": f"far:{key}", "chain": f"far:far:{key}"}[kind]
 
 
 LOOKUP = Task(
@@ -102,7 +102,7 @@ LOOKUP = Task(
     traces=traces,
     tools=(lookup,),
     behaviour=behaviour,
-    words=("of:",),
+    words=("near:", "far:"),
     shape=Shape(width=64, layers=2, heads=4, feed_forward=192, positions=96),
     warm_up=WarmUp(traces=8192, steps=600, batch_size=48, learning_rate=5e-3),
     max_completion_length=48,
