@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from trl_ext_hooks import TrainerKind
@@ -28,6 +29,7 @@ def check(
     warn: Callable[[str], None],
     rewards: bool = True,
     columns: Sequence[str] | None = None,
+    fields: Collection[str] = (),
 ) -> None:
     """Loads the training data and calls the reward functions on its first rows.
 
@@ -37,6 +39,7 @@ def check(
         warn: Called with a sentence for what may fail later.
         rewards: Whether to call the reward functions.
         columns: Columns that the data must have; by default what the trainer needs.
+        fields: What plugins find in a rollout and pass to reward functions; those that ask for it are not called here.
 
     Raises:
         ConfigError: The data cannot be loaded or lacks a column, or a reward function cannot be used.
@@ -60,7 +63,15 @@ def check(
             f"{', '.join(found)}. Rename a column, or choose other data."
         )
     if rewards:
-        check_rewards(functions, rows, warn)
+        callable_now = {path: f for path, f in functions.items() if not _takes(f, fields)}
+        check_rewards(callable_now, rows, warn)
+
+
+def _takes(function: Callable[..., Any], fields: Collection[str]) -> bool:
+    try:
+        return bool(set(inspect.signature(function).parameters) & set(fields))
+    except ValueError:  # a callable written in C
+        return False
 
 
 def reward_functions(paths: Sequence[str]) -> dict[str, Callable[..., Any]]:

@@ -29,6 +29,7 @@ BUILTINS: dict[str, str] = {
     "p3o": "trl_ext_plugins.p3o:P3O",
     "shared-prefix": "trl_ext_plugins.shared_prefix:SharedPrefix",
     "tgdpo": "trl_ext_plugins.tgdpo:TGDPO",
+    "thinkless": "trl_ext_plugins.thinkless:Thinkless",
     "tools": "trl_ext_plugins.tools:Tools",
     "trpa": "trl_ext_plugins.trpa:TRPA",
 }

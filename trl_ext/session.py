@@ -57,6 +57,9 @@ class View:
     def processing_class(self) -> Any:
         return self._trainer.processing_class
 
+    def render(self, prompt: Any) -> str:
+        return access.prompt_text(self._trainer, prompt)
+
     @property
     def device(self) -> torch.device:
         return cast(torch.device, self._trainer.accelerator.device)

@@ -40,8 +40,9 @@ def _train(argv: list[str]) -> None:
         parsed = scripts.parse(asked.kind, asked.arguments, asked.settings)
         owner = job.owner(asked.specs)
         if first:
+            fields = {name for spec in asked.specs for name in spec.cls.fields}
             columns = ("prompt",) if owner else None
-            preflight.check(asked.kind, parsed, _warn, rewards=not args.no_reward_check, columns=columns)
+            preflight.check(asked.kind, parsed, _warn, rewards=not args.no_reward_check, columns=columns, fields=fields)
         progress = Progress(asked, parsed, lines=not _wants_bars(asked))
 
         def built(trainer: Any) -> None:

@@ -113,6 +113,9 @@ class TrainerView(Protocol):
     def processing_class(self) -> Any:
         """The tokenizer or processor."""
 
+    def render(self, prompt: Any) -> str:
+        """The text that the policy continues for a prompt: messages through the chat template, text as it is."""
+
     @property
     def device(self) -> torch.device: ...
     @property

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).parent / "scripts" / "processes.py"
-STRADDLING = ("gdpo", "gdpo-tokens", "shared-prefix", "token-wise", "rloo", "resumed")
+STRADDLING = ("gdpo", "gdpo-tokens", "shared-prefix", "token-wise", "rloo", "thinkless", "resumed")
 LOSSES = ("p3o", "p3o-rloo", "trpa")
 WHOLE = ("whole-grpo", "whole-rloo", *LOSSES)
 Report = dict[str, Any]

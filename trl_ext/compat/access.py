@@ -136,6 +136,20 @@ def replace_logged_advantages(trainer: Any, values: list[float]) -> None:
     logged.extend(values)
 
 
+def prompt_text(trainer: Any, prompt: Any) -> str:
+    """A prompt as the trainer gives it to the policy: messages through its chat template, with its arguments."""
+    if isinstance(prompt, str):
+        return prompt
+    return trainer.processing_class.apply_chat_template(
+        prompt,
+        tools=getattr(trainer, "tools", None) or None,
+        chat_template=getattr(trainer, "chat_template", None),
+        add_generation_prompt=True,
+        tokenize=False,
+        **(getattr(trainer, "chat_template_kwargs", None) or {}),
+    )
+
+
 def logged_completions(trainer: Any) -> list[Any]:
     """Completions of the last round, as text or messages."""
     return list(trainer._logs["completion"])

@@ -147,6 +147,11 @@ RUNS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "shared-prefix": ("grpo", ["gdpo", {"shared-prefix": {"min_gain": 0}}], {"loss_type": "grpo"}),
     "token-wise": ("grpo", [publish(Tokens)], {"loss_type": "grpo"}),
     "rloo": ("rloo", [], {"beta": 0.0}),
+    "thinkless": (
+        "grpo",
+        [{"thinkless": {"alpha": 0.5, "think": "T", "short": "S", "close": "E"}}],
+        {"loss_type": "dapo", "scale_rewards": "none"},
+    ),
 }
 WHOLE = publish(Whole)
 WHOLE_RUNS: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
