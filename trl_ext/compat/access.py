@@ -155,13 +155,16 @@ def logged_completions(trainer: Any) -> list[Any]:
     return list(trainer._logs["completion"])
 
 
-def logged_round(trainer: Any) -> dict[str, list[Any]]:
-    """Columns of the last round: `prompt`, `completion`, `advantage`, and the rewards by name; empty for DPO."""
+def logged_round(trainer: Any) -> list[dict[str, Any]]:
+    """Rows of the last round: `prompt`, `completion`, `advantage`, and `rewards` by name; none for DPO."""
     logs = getattr(trainer, "_logs", None)
     if not logs or "prompt" not in logs:
-        return {}
-    columns = {"prompt": logs["prompt"], "completion": logs["completion"], "advantage": logs["advantages"]}
-    return {name: list(values) for name, values in {**columns, **logs["rewards"]}.items()}
+        return []
+    size = len(logs["prompt"])
+    columns = {name: [None] * (size - len(values)) + list(values) for name, values in logs["rewards"].items()}
+    rewards = [{name: values[row] for name, values in columns.items()} for row in range(size)]
+    rows = zip(logs["prompt"], logs["completion"], logs["advantages"], rewards, strict=True)
+    return [dict(zip(("prompt", "completion", "advantage", "rewards"), row, strict=True)) for row in rows]
 
 
 class RewardColumns:

@@ -8,6 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def compare(recipe: Recipe, folder: Path, at_once: int | None, console: Console,
     began = time.monotonic()
     with locked(folder):
         with tempfile.TemporaryDirectory(prefix="trl_ext-") as scratch, console.status("loading TRL") as shown:
-            say = shown.update if console.is_terminal else console.print
+            say = shown.update if console.is_terminal else partial(console.print, markup=False, soft_wrap=True)
             prepared = processes.call(_prepare, recipe, log=os.path.join(scratch, "log"), say=say)
         recipe = dataclasses.replace(recipe, metrics=recipe.metrics or default_metrics(prepared.kind))
         jobs = make_jobs(recipe, prepared, folder / "runs")
@@ -154,7 +155,7 @@ def _listen(worker: Worker, job: Job, names: set[str], recipe: Recipe, status: S
     """Takes one message of a run; returns its record when that was the last one."""
     match worker.hear():
         case Said(text):
-            status.console.print(text, highlight=False, markup=False)
+            status.console.print(text, highlight=False, markup=False, soft_wrap=True)
         case Step(done, total, new):
             names.update(new)
             status.step(job, done, total)

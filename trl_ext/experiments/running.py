@@ -6,7 +6,7 @@ import contextlib
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,17 +132,15 @@ def build(
     return seams.trainer_class(kind)(args=parsed[1], **arguments)
 
 
-def sample(round: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+def sample(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A few rows of a round as text and numbers: two completions each of as many prompts as there is room for."""
-    rows = [dict(zip(round, values, strict=True)) for values in zip(*round.values(), strict=True)]
     seen: dict[str, int] = {}
     kept: list[dict[str, Any]] = []
     for row in rows:
-        prompt, completion, advantage = (row.pop(name) for name in ("prompt", "completion", "advantage"))
-        text = as_text(prompt)
-        seen[text] = seen.get(text, 0) + 1
-        if seen[text] <= 2 and len(kept) < ROWS:
-            kept.append({"prompt": text, "completion": as_text(completion), "rewards": row, "advantage": advantage})
+        prompt = as_text(row["prompt"])
+        seen[prompt] = seen.get(prompt, 0) + 1
+        if seen[prompt] <= 2 and len(kept) < ROWS:
+            kept.append({**row, "prompt": prompt, "completion": as_text(row["completion"])})
     return kept
 
 
