@@ -54,6 +54,13 @@ def test_rows_of_a_seed_and_sizes(untrained: Callable[[str], lab.Task]) -> None:
     assert [len(split) for split in prompts()] == [task.train_size, task.test_size]
     assert [len(split) for split in prompts(train_size=5, test_size=3)] == [5, 3]
     assert prompts(seed=1) == prompts(seed=1) != prompts(seed=2)
+    assert "eval_dataset" not in lab.trainer_arguments(task, "grpo", train_size=1, test_size=0, say=lambda line: None)
+
+
+def test_rows_without_what_a_trainer_needs(untrained: Callable[[str], lab.Task]) -> None:
+    task = dataclasses.replace(untrained("letters"), rows=lambda split, size, seed: [{"prompt": [], "answer": "a"}])
+    with pytest.raises(ConfigError, match=r"task 'letters': row 0 lacks chosen and rejected; it has \['answer', 'pr"):
+        lab.trainer_arguments(task, "dpo", say=lambda line: None)
 
 
 def test_a_trainer_that_the_task_does_not_feed() -> None:

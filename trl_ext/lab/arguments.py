@@ -9,7 +9,7 @@ from typing import Any
 from trl_ext_hooks import TrainerKind
 
 from ..errors import ConfigError
-from .definition import Task
+from .definition import Row, Task
 from .model import model_folder
 
 
@@ -29,7 +29,7 @@ def trainer_arguments(
         kind: The trainer, one of `task.trainers`.
         seed: Of the rows. The model does not depend on it.
         train_size: Number of rows for training; `task.train_size` by default.
-        test_size: Number of held-out rows; `task.test_size` by default.
+        test_size: Number of held-out rows; `task.test_size` by default, and none without any.
         say: Called with lines for a person while the model is made.
 
     Returns:
@@ -43,13 +43,16 @@ def trainer_arguments(
 
     if kind not in task.trainers:
         raise ConfigError(f"task {task.name!r} feeds {' and '.join(task.trainers)}, not {kind!r}.")
-    arguments: dict[str, Any] = {
-        "model": str(model_folder(task, say)),
-        "train_dataset": Dataset.from_list(
-            task.rows("train", task.train_size if train_size is None else train_size, seed)
-        ),
-        "eval_dataset": Dataset.from_list(task.rows("test", task.test_size if test_size is None else test_size, seed)),
+    splits = {
+        "train_dataset": task.rows("train", task.train_size if train_size is None else train_size, seed),
+        "eval_dataset": task.rows("test", task.test_size if test_size is None else test_size, seed),
     }
+    arguments: dict[str, Any] = {}
+    for name, rows in splits.items():
+        _check(task, kind, rows)
+        if rows:
+            arguments[name] = Dataset.from_list(rows)
+    arguments["model"] = str(model_folder(task, say))
     if kind != "dpo":
         arguments["reward_funcs"] = [_logging(task, task.rewards[0]), *task.rewards[1:]]
     if task.tools:
@@ -57,6 +60,13 @@ def trainer_arguments(
     if task.environment is not None:
         arguments["environment_factory"] = task.environment
     return arguments
+
+
+def _check(task: Task, kind: TrainerKind, rows: list[Row]) -> None:
+    needed = {"prompt", "chosen", "rejected"} if kind == "dpo" else {"prompt"}
+    for number, row in enumerate(rows):
+        if not needed <= set(row):
+            raise task.broken(f"row {number} lacks {' and '.join(sorted(needed - set(row)))}; it has {sorted(row)}.")
 
 
 def _logging(task: Task, reward: Callable[..., list[float]]) -> Callable[..., list[float]]:

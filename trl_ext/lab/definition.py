@@ -9,10 +9,16 @@ from typing import Any, Literal, get_args
 
 from trl_ext_hooks import TrainerKind
 
-from ..errors import ConfigError
+from ..errors import ConfigError, near
 
 Row = dict[str, Any]
-Split = Literal["train", "test"]
+Architecture = Literal["qwen3", "llama"]
+
+
+def _at_least_one(settings: Any, *names: str) -> None:
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise ConfigError(f"{type(settings).__name__}: `{name}` must be 1 or more; got {getattr(settings, name)}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,19 +27,28 @@ class Shape:
 
     Attributes:
         architecture: `"qwen3"` or `"llama"`.
-        width: Size of the hidden states.
+        width: Size of the hidden states, a multiple of twice the number of heads.
         layers: Number of layers.
-        heads: Number of attention heads; `width` must be a multiple of it.
+        heads: Number of attention heads.
         feed_forward: Size of the inner layer of the feed-forward blocks.
         positions: The longest sequence that it takes.
     """
 
-    architecture: Literal["qwen3", "llama"] = "qwen3"
+    architecture: Architecture = "qwen3"
     width: int = 64
     layers: int = 2
     heads: int = 4
     feed_forward: int = 192
     positions: int = 256
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "width", "layers", "heads", "feed_forward", "positions")
+        if self.architecture not in get_args(Architecture):
+            raise ConfigError(
+                f"Shape: `architecture` is {self.architecture!r}.{near(self.architecture, get_args(Architecture))}"
+            )
+        if self.width % (2 * self.heads):
+            raise ConfigError(f"Shape: `width` ({self.width}) must be a multiple of twice `heads` ({self.heads}).")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +68,13 @@ class WarmUp:
     batch_size: int = 64
     learning_rate: float = 3e-3
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "traces", "batch_size")
+        if self.steps < 0 or self.learning_rate <= 0:
+            raise ConfigError(
+                f"WarmUp: `steps` ({self.steps}) must not be negative, `learning_rate` ({self.learning_rate}) positive."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
