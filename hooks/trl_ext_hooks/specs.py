@@ -238,8 +238,9 @@ def keep_rows(round: Round) -> torch.Tensor | None:
     sampled: their advantage and loss mask are 0, and no denominator of the loss counts them. `num_items_in_batch`
     (loss types dapo, cispo, vespo) is counted again; where the loss averages over rows (grpo, sapo, dr_grpo, luspo,
     RLOO) it is scaled by N / kept; in bnpo, which averages inside micro-batches, each micro-batch weighs as many rows
-    as it keeps. What plugins add in `loss_terms` is averaged as they do it; `loss.mask` is 0 on the rows left out. A
-    `policy_loss` that is a scalar has to leave them out itself and to say so: `honours = ("keep_rows",)`.
+    as it keeps. So are terms per token of `loss_terms`; scalar terms are averaged as plugins do it, `loss.mask` is 0 on
+    the rows left out. A `policy_loss` that is a scalar has to leave them out itself and to say so:
+    `honours = ("keep_rows",)`. Later hooks of the round see what is left in `round.kept`.
 
     Advantages and group statistics are computed before, with all rows. Training rounds only. GRPO and RLOO.
 

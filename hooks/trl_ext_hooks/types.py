@@ -274,6 +274,14 @@ class Round(Scored):
         return _loss_mask(self.batch)
 
     @property
+    def kept(self) -> torch.Tensor:
+        """(b,) booleans: the rows of this process that `keep_rows` left in; all of them before it has run."""
+        import torch
+
+        kept = self.batch.get("trl_ext_kept")
+        return torch.ones_like(self.batch["completion_ids"][:, 0], dtype=torch.bool) if kept is None else kept
+
+    @property
     def token_advantages(self) -> torch.Tensor:
         """(b, T): the advantages of this process, one per token, 0 on tokens that the loss does not count."""
         rows = self.advantages if self.advantages.dim() == 2 else self.advantages[self.local].unsqueeze(1)

@@ -239,13 +239,14 @@ class HDPO(Plugin):
         signal. It is a share of the round's tokens on all processes for `dapo`, and of its rows for losses that average
         rows; `bnpo`, which averages the tokens of a micro-batch, takes the share there.
         """
-        signal = (self._tool != 0).double()
-        share = signal.mean()
+        kept = round.trainer.gather(round.kept)  # (N,)
+        tool = torch.where(kept, self._tool, 0.0)
+        signal = (tool != 0).double()
+        share = signal.sum() / kept.sum().clamp(min=1)
         if round.trainer.args.loss_type == "dapo":
             local = (round.loss_mask * signal[round.local].unsqueeze(1)).sum()
             share = round.trainer.gather(local).sum() / round.batch["num_items_in_batch"].clamp(min=1)
-        tool = self._tool[round.local].to(round.rewards.dtype)
-        return {"hdpo_tool_advantages": tool, "hdpo_tool_share": share.float()}
+        return {"hdpo_tool_advantages": tool[round.local].to(round.rewards.dtype), "hdpo_tool_share": share.float()}
 
     @hookimpl
     def loss_terms(self, loss: Loss) -> dict[str, PolicyLoss]:

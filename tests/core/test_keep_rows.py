@@ -244,6 +244,35 @@ def test_a_replaced_loss_that_is_a_scalar(run: Any) -> None:
     assert_same_training(run([Aware, Drop]), run([Scalar], (0, 2)))
 
 
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def test_terms_beside_the_loss(loss_type: str, run: Any) -> None:
+    """Those per token are averaged over what is kept, like the loss; a scalar is the plugin's own business."""
+
+    class Tokens(Plugin):
+        name = "tokens"
+        trainers = ("grpo",)
+
+        @hookimpl
+        def loss_terms(self, loss: Any) -> dict[str, PolicyLoss]:
+            return {"pull": PolicyLoss(-0.3 * loss.per_token_logps)}
+
+    class One(Plugin):
+        name = "one"
+        trainers = ("grpo",)
+
+        @hookimpl
+        def loss_terms(self, loss: Any) -> dict[str, torch.Tensor]:
+            return {"constant": torch.tensor(1.0)}
+
+    settings = {"loss_type": loss_type}
+    dropped, without = run([Tokens, Drop], **settings), run([Tokens], (0, 2), **settings)
+    assert_same_training(dropped, without)
+    assert moved(without, run([], (0, 2), **settings)) > 1e-4
+    shifted = run([Tokens, Drop, One], **settings)
+    assert logged(shifted, "one/constant") == pytest.approx([1.0] * 2)
+    assert logged(shifted, "loss") == pytest.approx([loss + 1 for loss in logged(dropped, "loss")], abs=1e-5)
+
+
 def test_evaluation_keeps_all_rows(build: Any, plugin: Any) -> None:
     with trl_ext.enable(plugin(Drop)):
         trainer = build(trainer={"eval_dataset": tiny_data().select([0, 1])}, max_steps=1)

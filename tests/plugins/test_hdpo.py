@@ -279,7 +279,7 @@ def expected_gradients(
         loss = torch.max(-ratio * advantage, -clipped * advantage)
         if args.delta is not None:
             loss = torch.where(advantage < 0, torch.min(loss, -args.delta * advantage), loss)
-        rows = (batch[key] != 0) if key != "advantages" else torch.ones(len(mask)).bool()
+        rows = (batch[key] != 0) if key != "advantages" else batch.get("trl_ext_kept", torch.ones(len(mask)).bool())
         return loss, mask * rows.unsqueeze(1), rows
 
     def channel(key: str) -> torch.Tensor:
@@ -335,6 +335,35 @@ def test_gradients_of_every_token(
         torch.testing.assert_close(leaf.grad, wanted, atol=1e-6, rtol=1e-4)
         # tokens that a tool wrote, and padding, have none
         assert (leaf.grad[(batch["completion_mask"] * batch["tool_mask"]) == 0] == 0).all()
+
+
+class Drop(Plugin):
+    """Leaves out a right rollout with a signal, a wrong one, and another one of the second prompt."""
+
+    name = "drop"
+    trainers = ("grpo",)
+
+    @hookimpl
+    def keep_rows(self, round: Any) -> torch.Tensor:
+        return torch.tensor([True, False, True, False, True, True, True, False])
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "luspo"])
+def test_rows_that_another_plugin_leaves_out(loss_type: str, scripted: Run, plugin: Any) -> None:
+    """They are in no denominator of either channel; the statistics were made with them."""
+    settings = {"loss_type": loss_type, "num_iterations": 2, "epsilon_high": 0.2}
+    settings |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    trainer, (round,) = scripted(MIXED, options={"w_tool": 0.3}, also=[plugin(Drop), plugin(Leaves)], **settings)
+    batches = LEFT.pop()
+    for (leaf, _), wanted in zip(batches, expected_gradients(batches, trainer.args, 0.3), strict=True):
+        assert leaf.grad is not None
+        torch.testing.assert_close(leaf.grad, wanted, atol=1e-6, rtol=1e-4)
+    assert round.kept.tolist() == Drop().keep_rows(round=None).tolist()
+    _, (whole,) = scripted(MIXED, **settings)
+    kept = whole.batch["hdpo_tool_advantages"] * round.kept
+    assert torch.equal(round.batch["hdpo_tool_advantages"], kept) and (kept != 0).sum() == 4
+    if loss_type != "dapo":
+        assert round.batch["hdpo_tool_share"].item() == pytest.approx(4 / 5)
 
 
 LEFT: list[Any] = []

@@ -53,6 +53,7 @@ def finish(session: Session, output: dict[str, Any]) -> dict[str, Any]:
     if session.has("keep_rows") and round.mode == "train":
         round = selection.select(session, round, metrics)
         output = dict(round.batch)
+        round = dataclasses.replace(round, batch=output)  # later hooks see the fields of `batch_fields` in it
     if round.advantages is not stock:  # otherwise everything that TRL recorded is true
         _log(session, round)
     for name, fields in session.each("batch_fields", round=round):

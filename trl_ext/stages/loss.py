@@ -101,14 +101,15 @@ def compute(session: Session, inputs: Mapping[str, Any], stock: Callable[[Mappin
             total = total + access.router_loss(session.trainer, session.kind, aux_loss)
     for name, terms in session.each("loss_terms", loss=loss):
         for term, value in session.mapping(name, "loss_terms", terms).items():
-            if isinstance(value, torch.Tensor) and value.dim() == 0:
-                value = PolicyLoss(value)
-            if not isinstance(value, PolicyLoss):
+            if isinstance(value, PolicyLoss):
+                scaled = _average(session, name, value, loss)
+            elif isinstance(value, torch.Tensor) and value.dim() == 0:
+                scaled = value / access.loss_divisor(session.trainer, session.kind)
+            else:
                 got = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
                 raise PluginError(
                     f"plugin {name!r} returned the loss term {term!r} as {got}, expected a 0-d tensor or PolicyLoss."
                 )
-            scaled = _average(session, name, value, loss)
             total = total + scaled
             metrics[f"{name}/{term}"] = (scaled.item() * access.loss_divisor(session.trainer, session.kind), 1)
     metrics |= session.collect("loss_metrics", loss=loss)
