@@ -39,7 +39,7 @@ def check(
         warn: Called with a sentence for what may fail later.
         rewards: Whether to call the reward functions.
         columns: Columns that the data must have; by default what the trainer needs.
-        fields: What plugins find in a rollout and pass to reward functions; those that ask for it are not called here.
+        fields: Names of what plugins find in a rollout and pass to reward functions.
 
     Raises:
         ConfigError: The data cannot be loaded or lacks a column, or a reward function cannot be used.
@@ -63,8 +63,7 @@ def check(
             f"{', '.join(found)}. Rename a column, or choose other data."
         )
     if rewards:
-        callable_now = {path: f for path, f in functions.items() if not _takes(f, fields)}
-        check_rewards(callable_now, rows, warn)
+        check_rewards(functions, rows, warn, fields)
 
 
 def _takes(function: Callable[..., Any], fields: Collection[str]) -> bool:
@@ -102,9 +101,14 @@ def reward_functions(paths: Sequence[str]) -> dict[str, Callable[..., Any]]:
 
 
 def check_rewards(
-    functions: Mapping[str, Callable[..., Any]], rows: Sequence[Mapping[str, Any]], warn: Callable[[str], None]
+    functions: Mapping[str, Callable[..., Any]],
+    rows: Sequence[Mapping[str, Any]],
+    warn: Callable[[str], None],
+    fields: Collection[str] = (),
 ) -> None:
     """Calls every function as the trainer will, with empty completions, and checks the shape of what comes back.
+
+    Functions that ask for one of the `fields`, which plugins find in a rollout, are left alone.
 
     Raises:
         ConfigError: A function returns something else than one number (or None) per completion.
@@ -116,7 +120,7 @@ def check_rewards(
     empty: Any = [{"role": "assistant", "content": ""}] if conversational else ""
     ignored = ("prompt", "completion", "completion_ids")
     for path, function in functions.items():
-        if isinstance(function, Module):
+        if isinstance(function, Module) or _takes(function, fields):
             continue
         arguments: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0] if name not in ignored}
         arguments |= {"prompts": [row["prompt"] for row in rows], "completions": [empty for _ in rows]}

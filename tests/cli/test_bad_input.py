@@ -252,6 +252,15 @@ def test_an_exception_is_a_warning():
     assert "ValueError" in warning and "empty completions" in warning
 
 
+def test_reward_functions_of_what_plugins_find_are_not_called():
+    def reward(completions, found, **columns):
+        raise AssertionError("there is no rollout yet")
+
+    preflight.check_rewards({"it": reward}, ROWS, pytest.fail, fields={"found"})
+    (warning,) = tried(reward)
+    assert "missing 1 required positional argument: 'found'" in warning
+
+
 def test_wants_demo():
     assert train.wants_demo({"learning_rate": 1.0})
     assert not train.wants_demo({"model_name_or_path": "a", "datasets": [{"path": "b"}]})

@@ -6,15 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 from trl_ext import registry
+from trl_ext.compat.seams import trl_version
 from trl_ext.conformance import conformance
 
-EVERY = [(name, kind) for name in registry.BUILTINS for kind in registry.find(name)[0].trainers]
+CLASSES = {name: registry.find(name)[0] for name in registry.BUILTINS}
+EVERY = [
+    (name, kind)
+    for name, cls in CLASSES.items()
+    if "run" not in registry.implemented(cls)  # owns a whole run, which only its own tests can check
+    for kind in cls.trainers
+]
 
 
 @pytest.mark.parametrize(("name", "kind"), EVERY)
 def test_a_built_in_conforms(name: str, kind: str, smoke: Any, tmp_path: Path) -> None:
+    if kind == "dpo" and "logps" in registry.implemented(CLASSES[name]) and trl_version() < Version("1.15"):
+        pytest.skip("DPO's forward can be owned from TRL 1.15 on")
     requests, settings = smoke(kind, name)
     checks = conformance(name, tmp_path / "runs", requests[name], kinds=(kind,), **settings)
     assert len(checks) >= 5 and not [check for check in checks if not check.passed]

@@ -449,7 +449,7 @@ def test_a_round_without_any_pair(train: Any) -> None:
 def test_adapters_and_shared_prefixes(kind: str, train: Any, build: Any) -> None:
     from peft import LoraConfig
 
-    common = SGD | {"beta": 0.0, "max_steps": 4, "num_iterations": 2, "learning_rate": 0.5}
+    common = SGD | {"beta": 0.0, "max_steps": 3, "num_iterations": 3, "learning_rate": 0.5}
     common["trainer"] = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"])}
     with trl_ext.enable("p3o"):
         dense = train(kind, **common)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trl_ext
-from trl_ext.testing import brevity, digits, tiny_data
+from trl_ext.testing import digits, tiny_data
 from trl_ext_hooks import Plugin, PolicyLoss, hookimpl
 from trl_ext_hooks.ops import group_normalize, masked_mean
 from trl_ext_plugins.thinkless import add_control_tokens, boxed_match, boxed_reward, mode_reward, warmup_rows
@@ -501,7 +501,8 @@ def test_rewards_that_cannot_be_told_and_constant_groups(train: Any, plugin: Any
 def test_with_adapters_shared_prefixes_kl_and_entropy(train: Any) -> None:
     from peft import LoraConfig
 
-    common = COMMON | {"beta": 0.05, "num_iterations": 2, "learning_rate": 2.0, "rewards": [digits, brevity]}
+    common = COMMON | {"beta": 0.05, "num_iterations": 3, "max_steps": 3, "learning_rate": 2.0}
+    common["rewards"] = [digits, noisy]
     common["trainer"] = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"])}
     with trl_ext.enable("thinkless", thinkless=LETTERS | {"alpha": 0.3}):
         dense = train(**common)

@@ -389,7 +389,7 @@ def test_masked_truncated_completions_and_a_round_of_nothing_else(train: Any) ->
 def test_adapters_and_shared_prefixes(train: Any) -> None:
     from peft import LoraConfig
 
-    common = SGD | {"max_steps": 4, "num_iterations": 2, "learning_rate": 10.0}
+    common = SGD | {"max_steps": 3, "num_iterations": 3, "learning_rate": 10.0}
     for trainer in ({}, {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"])}):
         with trl_ext.enable("trpa"):
             dense = train(trainer=trainer, **common)
