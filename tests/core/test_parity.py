@@ -28,7 +28,7 @@ class Silent(Plugin):
 
 
 class Observer(Plugin):
-    """Every hook with an idle form: `policy_loss` has to replace the loss, and `trainer_arguments` is for GRPO only."""
+    """Every hook with an idle form: `policy_loss` and `run` replace something, `trainer_arguments` is for GRPO only."""
 
     name = "observer"
     trainers = KINDS
@@ -229,7 +229,7 @@ def test_an_idle_plugin_changes_no_bit(
 
 def test_the_observer_has_every_hook() -> None:
     missing = [hook for hook in HOOKS if not hasattr(getattr(Observer, hook, None), "trl_ext_impl")]
-    assert missing == ["trainer_arguments", "policy_loss"]
+    assert missing == ["trainer_arguments", "policy_loss", "run"]
 
 
 def test_the_comparison_notices_a_small_change(build: Callable[..., Any], plugin: Callable[[type], str]) -> None:
@@ -273,5 +273,5 @@ def test_hooks_were_called(name: str, build: Callable[..., Any], plugin: Callabl
         trainer.train()
         assert handle.trainers == [trainer]
         calls = trainer._trl_ext.calls
-    stages = set(SERVED[RUNS[name][0]]) - set(NO_STAGE) - {"policy_loss"}
+    stages = set(SERVED[RUNS[name][0]]) - set(NO_STAGE) - {"policy_loss", "run"}
     assert {hook for _, hook in calls} >= stages | {"setup"}

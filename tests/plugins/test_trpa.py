@@ -418,7 +418,7 @@ def test_evaluation(build: Any) -> None:
 @pytest.mark.parametrize(
     ("settings_", "expected"),
     [
-        ({}, "trpa: no reward function is called 'preference_level'; the run has digits, brevity"),
+        ({}, "trpa: no reward function is called 'preference_level'. Known: brevity, digits."),
         ({"beta": 0.04}, "trpa replaces the policy loss and does not apply beta=0.04; set beta=0.0"),
         ({"epsilon_high": 0.28}, "does not apply epsilon_high=0.28; set epsilon_high=None"),
         ({"scale_rewards": "batch"}, "does not apply scale_rewards='batch'; set scale_rewards='group'"),
