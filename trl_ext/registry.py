@@ -28,6 +28,7 @@ BUILTINS: dict[str, str] = {
     "otc": "trl_ext_plugins.otc:OTC",
     "p3o": "trl_ext_plugins.p3o:P3O",
     "shared-prefix": "trl_ext_plugins.shared_prefix:SharedPrefix",
+    "spae": "trl_ext_plugins.spae:SPAE",
     "tgdpo": "trl_ext_plugins.tgdpo:TGDPO",
     "thinkless": "trl_ext_plugins.thinkless:Thinkless",
     "tools": "trl_ext_plugins.tools:Tools",

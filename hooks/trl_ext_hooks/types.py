@@ -276,10 +276,8 @@ class Round(Scored):
     @property
     def kept(self) -> torch.Tensor:
         """(b,) booleans: the rows of this process that `keep_rows` left in; all of them before it has run."""
-        import torch
-
-        kept = self.batch.get("trl_ext_kept")
-        return torch.ones_like(self.batch["completion_ids"][:, 0], dtype=torch.bool) if kept is None else kept
+        kept: torch.Tensor | None = self.batch.get("trl_ext_kept")
+        return self.group_ids[self.local] >= 0 if kept is None else kept
 
     @property
     def token_advantages(self) -> torch.Tensor:

@@ -22,10 +22,9 @@ from trl_ext.testing import brevity, digits, tiny_data
 from trl_ext_hooks import Plugin, hookimpl
 from trl_ext_hooks.judges import JudgeError
 from trl_ext_hooks.ops import group_normalize
-from trl_ext_plugins.decs import (
-    DECS,
+from trl_ext_plugins.decs import DECS, DECSOptions
+from trl_ext_plugins.decs.maths import (
     Chunks,
-    DECSOptions,
     easy_allowed,
     next_kappa,
     position_advantages,
@@ -473,7 +472,7 @@ def test_the_curriculum_can_be_left_out(run: Any) -> None:
 
 def test_a_round_without_a_usable_completion_leaves_kappa_alone(run: Any) -> None:
     trainer = run(
-        judge="trl_ext_plugins.decs:easy_allowed",
+        judge="trl_ext_plugins.decs.maths:easy_allowed",
         kappa_init=0.3,
         data=tiny_data().select([2]),
         per_device_train_batch_size=4,

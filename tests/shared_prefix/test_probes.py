@@ -43,7 +43,7 @@ def by_hand(
     return logps, (-(p * p.log()).sum(-1)).tolist()
 
 
-@pytest.mark.parametrize("shared", ["on", "off", "auto"])
+@pytest.mark.parametrize("shared", ["always", "never", "auto"])
 @pytest.mark.parametrize("batch_tokens", [1, 150, 10**6])
 def test_forced_answers_are_those_of_single_rows(shared: Any, batch_tokens: int, tiny: Tiny) -> None:
     model = tiny()
@@ -59,7 +59,7 @@ def test_forced_answers_are_those_of_single_rows(shared: Any, batch_tokens: int,
 def test_the_tree_computes_what_is_shared_once(tiny: Tiny) -> None:
     model = tiny()
     rows, answers = contexts(steps=12)
-    shared, dense = (force_answers(model, rows, answers, shared=way).cost for way in ("on", "off"))
+    shared, dense = (force_answers(model, rows, answers, shared=way).cost for way in ("always", "never"))
     assert shared.row_tokens == dense.row_tokens == sum(len(r) + len(a) for r, a in zip(rows, answers, strict=True))
     assert shared.forwards == dense.forwards == 1 and (shared.dense_forwards, dense.dense_forwards) == (0, 1)
     assert dense.computed_tokens >= dense.row_tokens > 3 * shared.computed_tokens
@@ -78,7 +78,7 @@ def test_batches_keep_to_their_size(tiny: Tiny) -> None:
 def test_other_models(family: str, tiny: Tiny) -> None:
     model = tiny(family)
     rows, answers = contexts(rollouts=2)
-    for shared in ("on", "off"):
+    for shared in ("always", "never"):
         found = force_answers(model, rows, answers, shared=shared)
         for row, answer, logps in zip(rows, answers, found.logps, strict=True):
             assert logps.tolist() == pytest.approx(by_hand(model, row, answer)[0], abs=5e-5)
@@ -91,7 +91,7 @@ def test_a_fused_head_and_its_temperature_stay_aside(tiny: Tiny) -> None:
     rows, answers = contexts(rollouts=1)
     expected = force_answers(model, rows, answers)
     add_fused_lm_head(model, temperature=0.5, outputs=("log_probs", "entropy"))
-    for shared in ("on", "off"):
+    for shared in ("always", "never"):
         found = force_answers(model, rows, answers, shared=shared)
         for a, b in zip(found.logps, expected.logps, strict=True):
             torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
@@ -104,9 +104,9 @@ def test_models_without_a_tree_run_dense_and_say_why(tiny: Tiny) -> None:
     assert found.cost.dense_forwards == found.cost.forwards and "window" in str(found.cost.refusal)
     assert found.logps[0].tolist() == pytest.approx(by_hand(window, rows[0], answers[0])[0], abs=2e-5)
     with pytest.raises(RefusedError, match="window"):
-        force_answers(window, rows, answers, shared="on")
+        force_answers(window, rows, answers, shared="always")
     with pytest.raises(RefusedError, match="window"):
-        sample_answers(window, rows, torch.rand(len(rows), 2), shared="on")
+        sample_answers(window, rows, torch.rand(len(rows), 2), shared="always")
     drawn = sample_answers(window, rows, torch.rand(len(rows), 2))
     assert drawn.cost.dense_forwards == drawn.cost.forwards and "window" in str(drawn.cost.refusal)
 
@@ -139,7 +139,7 @@ def drawn_by_hand(
     return answer
 
 
-@pytest.mark.parametrize("shared", ["on", "off"])
+@pytest.mark.parametrize("shared", ["always", "never"])
 @pytest.mark.parametrize("batch_tokens", [1, 10**6])
 def test_drawn_answers_are_those_of_single_rows(shared: Any, batch_tokens: int, tiny: Tiny) -> None:
     """The tree and transformers' generate draw the same tokens."""
@@ -160,7 +160,7 @@ def test_drawn_answers_are_those_of_single_rows(shared: Any, batch_tokens: int, 
             assert entropies.tolist() == pytest.approx(hand[1], abs=2e-5)
 
 
-@pytest.mark.parametrize("shared", ["on", "off"])
+@pytest.mark.parametrize("shared", ["always", "never"])
 def test_without_a_stop_answers_are_full(shared: Any, tiny: Tiny) -> None:
     rows = contexts(rollouts=1)[0]
     found = sample_answers(tiny(), rows, uniforms(len(rows), 8), shared=shared)
@@ -179,7 +179,7 @@ def test_draws_follow_the_probabilities() -> None:
 # --- no trace ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shared", ["on", "off"])
+@pytest.mark.parametrize("shared", ["always", "never"])
 def test_the_model_and_the_random_stream_are_left_alone(shared: Any, tiny: Tiny) -> None:
     model = tiny("Llama", attention_dropout=0.2)
     model.model.layers[0].eval()
@@ -208,7 +208,7 @@ def test_an_error_inside_leaves_the_mode_too(tiny: Tiny, monkeypatch: pytest.Mon
     model = tiny()
     monkeypatch.setattr(model.model, "forward", lambda **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        force_answers(model, *contexts(), shared="off")
+        force_answers(model, *contexts(), shared="never")
     assert model.training and model.model.training
 
 

@@ -44,9 +44,9 @@ def sample_answers(
     check(model, contexts, draws)
     cost = ProbeCost()
     found = _Sample([[] for _ in contexts], [[] for _ in contexts], [[] for _ in contexts])
-    for batch in batches(contexts, batch_tokens, shared != "off", spare=draws.shape[1]):
+    for batch in batches(contexts, batch_tokens, shared != "never", spare=draws.shape[1]):
         rows = list(range(len(contexts)))[batch]
-        on_tree = shared != "off"
+        on_tree = shared != "never"
         if on_tree:
             packing, _ = packed_rows(contexts[batch], [[0]] * len(rows), model_device(model))
             on_tree = usable(model, packing, shared, backend, cost)
@@ -113,7 +113,7 @@ def _grown_on_the_tree(
         if not rows:
             return
         grown = [[*contexts[row], *found.tokens[row]] for row in rows]
-        logits = answer_logits(model, grown, [[0]] * len(rows), "on", backend, cost)
+        logits = answer_logits(model, grown, [[0]] * len(rows), "always", backend, cost)
         rows = found.add(rows, draw(logits, draws[rows, step], temperature), logits, stop)
 
 

@@ -30,7 +30,7 @@ from .refusals import why_not
 from .tree import MIN_RUN
 
 Tokens = Sequence[int]
-Sharing = Literal["auto", "on", "off"]
+Sharing = Literal["auto", "always", "never"]
 
 
 @dataclass
@@ -50,6 +50,15 @@ class ProbeCost:
     forwards: int = 0
     dense_forwards: int = 0
     refusal: str | None = None
+
+    def __add__(self, other: ProbeCost) -> ProbeCost:
+        return ProbeCost(
+            self.row_tokens + other.row_tokens,
+            self.computed_tokens + other.computed_tokens,
+            self.forwards + other.forwards,
+            self.dense_forwards + other.dense_forwards,
+            self.refusal or other.refusal,
+        )
 
     def count(self, tokens: int, computed: int, dense: bool, forwards: int = 1) -> None:
         self.row_tokens += tokens
@@ -98,7 +107,7 @@ def force_answers(
     cost = ProbeCost()
     logps: list[torch.Tensor] = []
     entropies: list[torch.Tensor] = []
-    for batch in batches([[*c, *a] for c, a in zip(contexts, answers, strict=True)], batch_tokens, shared != "off"):
+    for batch in batches([[*c, *a] for c, a in zip(contexts, answers, strict=True)], batch_tokens, shared != "never"):
         wanted = answers[batch]
         logits = answer_logits(model, contexts[batch], wanted, shared, backend, cost)
         labels = torch.tensor([token for answer in wanted for token in answer], device=logits.device)
@@ -181,7 +190,7 @@ def answer_logits(
 ) -> torch.Tensor:
     """(tokens of all answers, vocabulary): what predicts each of them."""
     tokens = sum(len(context) + len(answer) for context, answer in zip(contexts, answers, strict=True))
-    if shared != "off":
+    if shared != "never":
         packing, slots = packed_rows(contexts, answers, model_device(model))
         if usable(model, packing, shared, backend, cost):
             with torch.no_grad(), evaluating(model):
@@ -204,7 +213,7 @@ def usable(model: nn.Module, packing: Packing, shared: Sharing, backend: str | N
             raise RefusedError(f"Shared prefixes refused: {reason}")
         selfcheck.ensure(model, backend)
     except SharedPrefixError as error:
-        if shared == "on":
+        if shared == "always":
             raise
         cost.refusal = str(error)
         return False
