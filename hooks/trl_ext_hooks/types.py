@@ -367,8 +367,10 @@ class Loss:
 
     @property
     def group_ids(self) -> torch.Tensor:
-        """(m,) which rows share a prompt; there with the need `whole_groups` or `grouped_order`."""
-        ids: torch.Tensor = self.batch["trl_ext_group_ids"]
+        """(m,) which rows share a prompt: for plugins with the need `whole_groups` or `grouped_order`."""
+        ids: torch.Tensor | None = self.batch.get("trl_ext_group_ids")
+        if ids is None:
+            raise AttributeError("no plugin of this run needs `whole_groups` or `grouped_order`; declare the need")
         return ids
 
     @property

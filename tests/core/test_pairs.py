@@ -13,10 +13,13 @@ from transformers import AutoModelForCausalLM
 from trl import DPOTrainer
 
 import trl_ext
+from trl_ext.compat import seams
 from trl_ext.testing import metrics_of, tiny_data
 from trl_ext_hooks import PairLogps, Plugin, hookimpl
 from trl_ext_hooks.ops import align_tokens
 
+FUSED = seams.trl_version() >= seams.Version("1.15")
+needs_fused = pytest.mark.skipif(not FUSED, reason="needs the fused head of TRL 1.15")
 LOSSES = [
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
@@ -92,6 +95,7 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
+@needs_fused
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s)))
 def test_weights_of_one_are_bit_identical(train: Any, plugin: Any, settings: dict[str, Any]) -> None:
     data = ragged()
@@ -117,6 +121,7 @@ def checked(cls: type, settings: dict[str, Any]) -> type:
     return Unchecked
 
 
+@needs_fused
 def test_weights_of_two_are_twice_beta(train: Any, plugin: Any) -> None:
     stronger = train("dpo", data=ragged(), beta=0.2)
     with trl_ext.enable(plugin(Twice)):
@@ -126,6 +131,7 @@ def test_weights_of_two_are_twice_beta(train: Any, plugin: Any) -> None:
     assert twice.state.log_history[1]["logps/chosen"] == 2 * stronger.state.log_history[1]["logps/chosen"]
 
 
+@needs_fused
 def test_chained_in_order(train: Any, plugin: Any) -> None:
     class First(Plugin):
         name = "first"
@@ -150,9 +156,17 @@ def test_chained_in_order(train: Any, plugin: Any) -> None:
     assert torch.equal(plugins["second"].got, 3 * plugins["first"].got)
 
 
+@pytest.mark.skipif(FUSED, reason="about TRL before 1.15")
+def test_an_older_trl_is_refused(plugin: Any) -> None:
+    """There the rewrite would never be called, and training would stay plain DPO without a word."""
+    with pytest.raises(trl_ext.CompatError, match=r"add_fused_lm_head is missing, TRL has it from 1\.15"):
+        trl_ext.enable(plugin(Times))
+
+
 # --- rows and keys ----------------------------------------------------------------------------------------------------
 
 
+@needs_fused
 @pytest.mark.parametrize("workers", [0, 2])
 def test_columns_reach_the_hooks_and_the_model_sees_none(build: Any, plugin: Any, workers: int) -> None:
     with trl_ext.enable(plugin(Times)):
@@ -171,6 +185,7 @@ def test_columns_reach_the_hooks_and_the_model_sees_none(build: Any, plugin: Any
     assert len(calls) >= 6 and all(keys == expected for keys in calls)
 
 
+@needs_fused
 def test_the_reference_runs_once(build: Any, plugin: Any) -> None:
     with trl_ext.enable(plugin(Times)):
         trainer = build("dpo", data=ragged(), max_steps=2)
@@ -181,6 +196,7 @@ def test_the_reference_runs_once(build: Any, plugin: Any) -> None:
     assert len(runs) == 4
 
 
+@needs_fused
 def test_precomputed_references_go_with_fields_alone(train: Any, plugin: Any) -> None:
     """A plugin that rewrites nothing works with sums; what `evaluate` precomputes is clean of our key as well."""
 
@@ -205,6 +221,7 @@ def test_precomputed_references_go_with_fields_alone(train: Any, plugin: Any) ->
     assert next(e for e in ours.state.log_history if "eval_loss" in e)["eval_reads/number"] == 1.5
 
 
+@needs_fused
 def test_precomputed_references_are_refused_for_rewriting(build: Any, plugin: Any) -> None:
     with (
         trl_ext.enable(plugin(Times)),
@@ -213,6 +230,7 @@ def test_precomputed_references_are_refused_for_rewriting(build: Any, plugin: An
         build("dpo", data=ragged(), precompute_ref_log_probs=True)
 
 
+@needs_fused
 def test_a_missing_column(build: Any, plugin: Any) -> None:
     with trl_ext.enable(plugin(Times)):
         with pytest.raises(trl_ext.ConfigError, match="no column 'number'"):
@@ -222,6 +240,7 @@ def test_a_missing_column(build: Any, plugin: Any) -> None:
             trainer.evaluate(tiny_data("dpo"))
 
 
+@needs_fused
 def test_undo_gives_collator_and_columns_back(build: Any, plugin: Any) -> None:
     trainer = build("dpo", data=ragged())
     before = dict(vars(trainer))
@@ -257,6 +276,7 @@ def dense(model: Any, batch: Any) -> torch.Tensor:
     return logits.log_softmax(-1).gather(2, ids.unsqueeze(2)).squeeze(2) * mask
 
 
+@needs_fused
 @pytest.mark.parametrize("kind", ["full", "fresh adapter", "trained adapter", "adapter and model"])
 def test_references_are_right(train: Any, plugin: Any, model: str, kind: str) -> None:
     """The reference is the start of training, whatever holds it, and the same run equals plain TRL's."""
@@ -288,6 +308,7 @@ def test_references_are_right(train: Any, plugin: Any, model: str, kind: str) ->
     assert (policy - reference).abs().max() > 1e-3
 
 
+@needs_fused
 def test_virtual_tokens_are_refused(build: Any, plugin: Any) -> None:
     from peft import PromptTuningConfig
 
@@ -299,6 +320,7 @@ def test_virtual_tokens_are_refused(build: Any, plugin: Any) -> None:
         build("dpo", data=ragged(), trainer={"peft_config": config})
 
 
+@needs_fused
 @pytest.mark.parametrize("lora", [False, True])
 def test_shared_prefixes_underneath(train: Any, plugin: Any, lora: bool) -> None:
     extra = {"trainer": {"peft_config": LoraConfig(r=2, target_modules="all-linear")}} if lora else {}
@@ -316,6 +338,7 @@ def test_shared_prefixes_underneath(train: Any, plugin: Any, lora: bool) -> None
 # --- proof of firing, and mistakes ------------------------------------------------------------------------------------
 
 
+@needs_fused
 def test_a_loss_that_bypasses_the_hook_stops_the_run(build: Any, plugin: Any) -> None:
     class Own(DPOTrainer):
         def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:
@@ -329,6 +352,7 @@ def test_a_loss_that_bypasses_the_hook_stops_the_run(build: Any, plugin: Any) ->
             trainer.train()
 
 
+@needs_fused
 def test_a_silent_hook_stops_the_run(build: Any, plugin: Any) -> None:
     class Own(DPOTrainer):
         def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
@@ -340,6 +364,7 @@ def test_a_silent_hook_stops_the_run(build: Any, plugin: Any) -> None:
             trainer.train()
 
 
+@needs_fused
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
@@ -366,6 +391,7 @@ def test_wrong_answers(build: Any, plugin: Any, answer: Any, expected: str) -> N
             trainer.train()
 
 
+@needs_fused
 def test_fields_are_owned(build: Any, plugin: Any) -> None:
     class Undeclared(Plugin):
         name = "undeclared"
@@ -381,6 +407,7 @@ def test_fields_are_owned(build: Any, plugin: Any) -> None:
             trainer.train()
 
 
+@needs_fused
 def test_what_a_hook_writes_outside_the_completions_does_not_count(train: Any, plugin: Any) -> None:
     class Spills(Plugin):
         name = "spills"

@@ -13,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from trl_ext.compat import seams
 from trl_ext.testing import tiny_data, tiny_trainer
 
+pytestmark = pytest.mark.skipif(seams.trl_version() < seams.Version("1.15"), reason="needs the fused head of TRL 1.15")
 SCRIPT = Path(__file__).parent / "scripts" / "pairs.py"
 RUNS = ("live", "ahead", "memory", "shared", "resumed")
 

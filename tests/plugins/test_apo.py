@@ -22,11 +22,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import trl_ext
+from trl_ext.compat import seams
 from trl_ext.conformance import conformance
 from trl_ext.testing import tiny_args, tiny_data, tiny_model
 from trl_ext_hooks import PairLogps, Plugin, UsageError, hookimpl
 from trl_ext_plugins.apo.maths import coefficients, extrapolate, momentum
-from trl_ext_plugins.apo.pairs import best_and_worst, wins
+from trl_ext_plugins.apo.pairs import best_and_worst, collect, wins
+
+pytestmark = pytest.mark.skipif(seams.trl_version() < seams.Version("1.15"), reason="needs the fused head of TRL 1.15")
 
 
 def many_digits(completions: list[Any], **columns: Any) -> list[float]:
@@ -501,6 +504,8 @@ def test_sigkill_and_the_command_line(model: str, tmp_path: Path) -> None:
 def test_other_settings_cannot_go_on_with_a_run(finished: Path, model: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"holds a run with alpha=0\.3, and now it is 0\.4"):
         go(model, finished, {"alpha": 0.4}, resume_from_checkpoint=True)
+    with pytest.raises(UsageError, match="holds a run with prompts="):
+        go(model, finished, resume_from_checkpoint=True, train_dataset=tiny_data("grpo", 24).select(range(12, 24)))
     with pytest.raises(UsageError, match="holds rounds of a run of apo"):
         go(model, finished)
     with pytest.raises(UsageError, match="there is no run of apo to go on with"):
@@ -655,6 +660,11 @@ def test_streams_and_data_without_prompts(model: str, tmp_path: Path) -> None:
     for data in (tiny_data("grpo").to_iterable_dataset(), Dataset.from_dict({"text": ["a"]})):
         with pytest.raises(UsageError, match="column 'prompt' that can be read in any order"):
             go(model, tmp_path / "run", train_dataset=data)
+
+
+def test_samples_that_other_machines_keep_are_noticed(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds 2 files of samples, and all processes wrote 3"):
+        collect(finished / "round-1" / "samples", tmp_path, 3)
 
 
 def test_conformance_says_what_it_did_not_look_at(tmp_path: Path) -> None:
