@@ -210,7 +210,7 @@ class P3O(Plugin):
 
     @hookimpl
     def batch_fields(self, round: Round) -> dict[str, torch.Tensor]:
-        """The reward of every row, NaN where it can be in no pair, and what the losses of a micro-batch add up to 1."""
+        """The reward of every row, NaN where it is in no pair, and the pairs (or their tokens) per micro-batch."""
         rewards = (round.rewards.double() * round.reward_weights.double()).nansum(dim=1)  # (N,)
         rewards[torch.isnan(round.rewards).all(dim=1)] = torch.nan
         lengths = round.loss_mask.sum(dim=1)  # (b,)

@@ -210,13 +210,14 @@ def test_accuracy_is_logged_per_mode() -> None:
     seen: list[tuple[str, float]] = []
     reward = mode_reward(lambda answer, solution: answer == solution)
     reward(
-        completions=["", ""],
-        thinkless_mode=["short", "think"],
-        thinkless_answer=["7", "8"],
-        solution=["7", "7"],
+        completions=[""] * 4,
+        thinkless_mode=["short", "think", "think", None],
+        thinkless_answer=["7", "8", None, None],  # the third one never ended its thoughts
+        solution=["7"] * 4,
         log_metric=lambda name, value: seen.append((name, value)),
     )
-    assert seen == [("thinkless/accuracy_short", 1.0), ("thinkless/accuracy_think", 0.0)]
+    wrong = ("thinkless/accuracy_think", 0.0)
+    assert seen == [("thinkless/accuracy_short", 1.0), wrong, wrong]
 
 
 def test_a_reward_of_modes_without_the_plugin_or_the_column() -> None:
@@ -504,16 +505,17 @@ def test_with_adapters_shared_prefixes_kl_and_entropy(train: Any) -> None:
     common = COMMON | {"beta": 0.05, "num_iterations": 3, "max_steps": 3, "learning_rate": 2.0}
     common["rewards"] = [digits, noisy]
     common["trainer"] = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"])}
-    with trl_ext.enable("thinkless", thinkless=LETTERS | {"alpha": 0.3}):
-        dense = train(**common)
-    with trl_ext.enable("thinkless", "gdpo", "shared-prefix", thinkless=LETTERS | {"alpha": 0.3}):
-        packed = train(**common)
+
+    def run(*plugins: str) -> Any:
+        torch.manual_seed(0)  # before 1.16, TRL makes adapters from the random state that it finds
+        with trl_ext.enable("thinkless", *plugins, thinkless=LETTERS | {"alpha": 0.3}):
+            return train(**common)
+
+    dense, packed, both = run(), run("shared-prefix"), run("gdpo", "shared-prefix")
     assert min(logged(packed, "shared-prefix/token_ratio")) > 1.1 and logged(dense, "kl")[-1] > 0
-    with trl_ext.enable("thinkless", "shared-prefix", thinkless=LETTERS | {"alpha": 0.3}):
-        same = train(**common)
-    assert_close_training(dense, same, 2e-5)
+    assert_close_training(dense, packed, 2e-5)
     with pytest.raises(AssertionError):
-        assert_close_training(dense, packed, 1e-4)  # gdpo makes the advantages here
+        assert_close_training(dense, both, 1e-4)  # gdpo makes the advantages here
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

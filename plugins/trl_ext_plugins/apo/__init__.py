@@ -15,6 +15,7 @@ the change of the weights is extrapolated, not its factors: every round trains a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -247,7 +248,8 @@ class APO(Plugin):
                 score,
             )
         job.wait()
-        return job.produce(f"{place}/pairs", lambda folder: collect(samples, folder))
+        expected = math.ceil(len(rows) / options.sample_batch)
+        return job.produce(f"{place}/pairs", lambda folder: collect(samples, folder, expected))
 
     def _scorer(self, job: Job) -> Score:
         if self.options.judge is not None:
@@ -276,7 +278,7 @@ def begin(job: Job, options: APOOptions) -> None:
     job.wait()
     file = job.folder / RECORD
     now = {"options": json.loads(json.dumps(asdict(options))), "model": job.model, "seed": job.args.seed}
-    now["prompts"] = len(job.data)
+    now["prompts"] = hashlib.sha256(json.dumps(list(job.data["prompt"])).encode()).hexdigest()
     found = json.loads(file.read_text()) if file.exists() else None
     job.wait()
     if found is not None and not job.resume:

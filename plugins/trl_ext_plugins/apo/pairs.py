@@ -111,10 +111,19 @@ def sample(
         unfinished.rename(file)
 
 
-def collect(place: Path, target: Path) -> None:
-    """Writes the pairs of all sampled files into `pairs.jsonl`, with the mean score of all samples beside them."""
-    found, scores = [], []
-    for file in sorted(place.glob("*.json")):
+def collect(place: Path, target: Path, expected: int) -> None:
+    """Writes the pairs of all sampled files into `pairs.jsonl`, with the mean score of all samples beside them.
+
+    Raises:
+        UsageError: There are not the `expected` files, because the processes do not share the folder.
+    """
+    found, scores, files = [], [], sorted(place.glob("*.json"))
+    if len(files) != expected:
+        raise UsageError(
+            f"{place} holds {len(files)} files of samples, and all processes wrote {expected}: output_dir must be a "
+            f"folder that all machines share"
+        )
+    for file in files:
         for entry in json.loads(file.read_text()):
             scores += [value for value in entry["scores"] if not math.isnan(value)]
             chosen = best_and_worst(entry["completions"], entry["scores"])

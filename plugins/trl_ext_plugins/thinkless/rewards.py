@@ -50,15 +50,21 @@ def mode_reward(
             )
         rewards: list[float | None] = []
         for mode, answer, expected in zip(thinkless_mode, thinkless_answer, columns[reference], strict=True):
+            right: bool | None = False
+            if answer is not None:
+                several = expected if isinstance(expected, list | tuple) else [expected]
+                found = [correct(answer, one) for one in several]
+                right = None if found and all(each is None for each in found) else any(found)
+            if mode is not None and right is not None and log_metric is not None:
+                log_metric(f"thinkless/accuracy_{mode}", float(right))
             if mode is None or answer is None:
                 rewards.append(format_error)
-                continue
-            found = [correct(answer, one) for one in (expected if isinstance(expected, list | tuple) else [expected])]
-            right = None if found and all(each is None for each in found) else any(found)
-            if right is not None and log_metric is not None:
-                log_metric(f"thinkless/accuracy_{mode}", float(right))
-            values = {"short": (wrong_short, short), "think": (wrong_think, think)}
-            rewards.append(None if right is None else values[mode][right])
+            elif right is None:
+                rewards.append(None)
+            elif mode == "short":
+                rewards.append(short if right else wrong_short)
+            else:
+                rewards.append(think if right else wrong_think)
         return rewards
 
     reward.__name__ = "mode_reward"
