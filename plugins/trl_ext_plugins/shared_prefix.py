@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from trl_ext.shared_prefix import RefusedError, Report, has_fused_head, shared_prefix_logps, shared_prefix_scores
+from trl_ext.shared_prefix import RefusedError, Report, shared_prefix_logps, shared_prefix_scores
 from trl_ext_hooks import (
     Config,
     Logps,
@@ -139,8 +139,7 @@ class SharedPrefix(Plugin):
             "min_gain": options.min_gain,
             "on_refusal": options.on_refusal,
             "check": options.check,
-            # TRL's fused head divides by the temperature itself; without one (before TRL 1.15) it is ours to do
-            "temperature": None if has_fused_head(call.model) else getattr(self._args, "temperature", None),
+            "temperature": getattr(self._args, "temperature", None),
         }
 
     def _refusal(self, call: LogpsCall) -> str | None:

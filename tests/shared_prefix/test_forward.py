@@ -13,10 +13,12 @@ from torch import nn
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_ext.shared_prefix import (
+    MismatchError,
     ModelCost,
     SharedPrefixError,
     dense_scores,
     flop_ratio,
+    forward,
     pack,
     packed_attention,
     packed_scores,
@@ -127,15 +129,18 @@ def test_float64_agrees_to_the_last_digits(tiny: Any, rollout: Any, compare: Any
     assert gradients < 1e-12
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_entropies_and_their_gradients(fused: bool, tiny: Any, groups: Any) -> None:
+@pytest.mark.parametrize("head", ["own", "fused", "own, for it is faster", "fused, for logits would be many"])
+def test_entropies_and_their_gradients(head: str, tiny: Any, groups: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, mask, width = groups
     model = tiny()
-    temperature = None if fused else 0.6
-    if fused:
+    temperature = None if head == "fused" else 0.6
+    if "many" in head:
+        monkeypatch.setattr(forward, "MOST_LOGITS", 60)
+    if head != "own":
         add_fused_lm_head(model, temperature=0.6, outputs=("log_probs", "entropy"))
     logps, entropies, _ = shared_prefix_logps(model, ids, mask, width, compute_entropy=True, temperature=temperature)
     assert entropies is not None
+    assert _made_by(logps, "_LogProbs") == head.startswith("own")
     scored = mask.bool().clone()
     scored[:, :-width] = False
     dense = dense_scores(model, ids, mask, scored, compute_entropy=True, temperature=temperature)
@@ -148,6 +153,18 @@ def test_entropies_and_their_gradients(fused: bool, tiny: Any, groups: Any) -> N
     theirs_grads = torch.autograd.grad((dense["log_probs"] + 0.3 * dense["entropy"]).sum(), parameters)
     largest = max(float(g.abs().max()) for g in theirs_grads)
     assert max(float((a - b).abs().max()) for a, b in zip(ours_grads, theirs_grads, strict=True)) < GRADS * largest
+
+
+def _made_by(result: torch.Tensor, function: str) -> bool:
+    """Whether an autograd function of this name took part in a result."""
+    nodes = [result.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None:
+            if node.name() == f"{function}Backward":
+                return True
+            nodes.extend(parent for parent, _ in node.next_functions)
+    return False
 
 
 def test_own_head_is_the_textbook_formula(tiny: Any, groups: Any) -> None:
@@ -460,11 +477,17 @@ def test_nested_configurations_are_restored_after_an_error(tiny: Any, groups: An
     assert model(input_ids=groups[0]).logits.shape[-1] == 61
 
 
-def test_a_fused_head_keeps_its_own_temperature(tiny: Any, groups: Any) -> None:
+def test_a_temperature_that_is_not_the_fused_heads_is_found_by_the_first_use_check(tiny: Any, groups: Any) -> None:
     model = tiny()
     add_fused_lm_head(model, temperature=0.5)
-    with pytest.raises(ValueError, match="divides by the temperature it was added with"):
-        shared_prefix_logps(model, *groups, temperature=0.5)
+    shared_prefix_logps(model, *groups, temperature=0.5)
+    with pytest.raises(MismatchError, match="differs from its own dense path"):
+        shared_prefix_logps(model, *groups, temperature=0.6)
+
+
+def test_entropies_that_the_fused_head_was_not_asked_for(tiny: Any, groups: Any) -> None:
+    model = tiny()
+    add_fused_lm_head(model)
     with pytest.raises(ValueError, match="the fused head was added without them"):
         shared_prefix_logps(model, *groups, compute_entropy=True)
 

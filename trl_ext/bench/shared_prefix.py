@@ -1,9 +1,9 @@
 """Forward and backward of completion log-probabilities: TRL's dense path, the shared-prefix path, and PrefixGrouper.
 
 All paths run in one process in alternating order on the same weights and tokens. PrefixGrouper (a package of that name,
-if installed) gets the most favourable treatment that is exact: packed hidden states, and the head on completions only.
-It runs with TRL's fused head, as in a trainer and as the other paths do, and again with plain logits, which on a CPU
-are faster than TRL's head.
+if installed) runs as its documentation uses it, splitting the logits of the packed row, and in two better forms that we
+gave it: hidden states are split and the head runs on completions only, once TRL's fused head, as in a trainer, and once
+plain logits, which on a CPU are faster than TRL's head.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from ..compat.access import add_fused_head
 from ..shared_prefix import ModelCost, flop_ratio, pack, shared_prefix_logps
 
 Shape = tuple[int, int, int]
+Form = Literal["documented", "fused", "logits"]
 DEFAULT_SHAPES: tuple[Shape, ...] = ((256, 8, 64), (1024, 8, 64), (1024, 8, 256), (2048, 8, 128), (512, 16, 128))
 
 
@@ -37,10 +38,12 @@ class Row:
         flop_ratio: The same for floating-point operations, counted from the architecture.
         seconds_dense, seconds_shared: Medians of forward and backward.
         speedup: Their ratio.
-        speedup_prefix_grouper: Dense by PrefixGrouper with TRL's head; None where it is not installed.
-        speedup_prefix_grouper_logits: Dense by PrefixGrouper with plain logits.
+        speedup_prefix_grouper: Dense by PrefixGrouper as documented; None where it is not installed.
+        speedup_prefix_grouper_fused: Dense by PrefixGrouper with TRL's head on completions only.
+        speedup_prefix_grouper_logits: Dense by PrefixGrouper with plain logits of completions only.
         peak_memory_ratio: Most bytes held by tensors in a step above those before it, dense by shared.
-        peak_memory_ratio_prefix_grouper: PrefixGrouper by shared.
+        peak_memory_ratio_prefix_grouper: PrefixGrouper as documented by shared.
+        peak_memory_ratio_prefix_grouper_fused, peak_memory_ratio_prefix_grouper_logits: The same for the other forms.
         max_logprob_diff: Largest difference of a log-probability to the dense path.
         rel_grad_diff: Norm of the difference of all gradients by the norm of the dense ones.
         pack_share: Share of the step spent on building the tree.
@@ -55,9 +58,12 @@ class Row:
     seconds_shared: float
     speedup: float
     speedup_prefix_grouper: float | None
+    speedup_prefix_grouper_fused: float | None
     speedup_prefix_grouper_logits: float | None
     peak_memory_ratio: float
     peak_memory_ratio_prefix_grouper: float | None
+    peak_memory_ratio_prefix_grouper_fused: float | None
+    peak_memory_ratio_prefix_grouper_logits: float | None
     max_logprob_diff: float
     rel_grad_diff: float
     pack_share: float
@@ -120,15 +126,16 @@ def _measure_shape(model: nn.Module, shape: Shape, repeats: int, progress: Calla
     ratio = [1.0]
 
     def shared() -> torch.Tensor:
-        logps, _, report = shared_prefix_logps(model, *batch, completion, min_gain=0)
+        logps, _, report = shared_prefix_logps(model, *batch, completion, temperature=1.0, min_gain=0)
         packing_share.append(report.pack_seconds)
         ratio[0] = report.token_ratio
         return logps
 
     arms: dict[str, Callable[[], torch.Tensor]] = {"dense": lambda: _dense(model, *batch, completion), "shared": shared}
     if importlib.util.find_spec("prefix_grouper") is not None:
-        arms["prefix_grouper"] = lambda: _prefix_grouper(model, batch[0], shape, fused=True)
-        arms["prefix_grouper_logits"] = lambda: _prefix_grouper(model, batch[0], shape, fused=False)
+        for form in get_args(Form):
+            name = "prefix_grouper" if form == "documented" else f"prefix_grouper_{form}"
+            arms[name] = lambda form=form: _prefix_grouper(model, batch[0], shape, form)  # type: ignore[misc]
     weights = torch.randn(group, completion, generator=torch.Generator().manual_seed(1)).to(batch[0].device)
     times: dict[str, list[float]] = {name: [] for name in arms}
     results: dict[str, tuple[torch.Tensor, list[torch.Tensor]]] = {}
@@ -144,7 +151,13 @@ def _measure_shape(model: nn.Module, shape: Shape, repeats: int, progress: Calla
             else:  # the first round warms up, and is looked at
                 memory[name] = _peak_bytes(lambda name=name: results.update({name: _keep(model, arms[name], weights)}))  # type: ignore[misc]
     median = {name: statistics.median(values) for name, values in times.items()}
-    grouped = "prefix_grouper" in arms
+
+    def faster(name: str) -> float | None:
+        return median["dense"] / median[name] if name in arms else None
+
+    def larger(name: str) -> float | None:
+        return memory[name] / memory["shared"] if name in arms else None
+
     return Row(
         prompt_length=prompt,
         group_size=group,
@@ -154,10 +167,13 @@ def _measure_shape(model: nn.Module, shape: Shape, repeats: int, progress: Calla
         seconds_dense=median["dense"],
         seconds_shared=median["shared"],
         speedup=median["dense"] / median["shared"],
-        speedup_prefix_grouper=median["dense"] / median["prefix_grouper"] if grouped else None,
-        speedup_prefix_grouper_logits=median["dense"] / median["prefix_grouper_logits"] if grouped else None,
+        speedup_prefix_grouper=faster("prefix_grouper"),
+        speedup_prefix_grouper_fused=faster("prefix_grouper_fused"),
+        speedup_prefix_grouper_logits=faster("prefix_grouper_logits"),
         peak_memory_ratio=memory["dense"] / memory["shared"],
-        peak_memory_ratio_prefix_grouper=memory["prefix_grouper"] / memory["shared"] if grouped else None,
+        peak_memory_ratio_prefix_grouper=larger("prefix_grouper"),
+        peak_memory_ratio_prefix_grouper_fused=larger("prefix_grouper_fused"),
+        peak_memory_ratio_prefix_grouper_logits=larger("prefix_grouper_logits"),
         max_logprob_diff=(results["shared"][0] - results["dense"][0]).abs().max().item(),
         rel_grad_diff=_relative(results["shared"][1], results["dense"][1]),
         pack_share=statistics.median(packing_share[1:]) / median["shared"],
@@ -180,7 +196,7 @@ def _dense(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, completion: 
     return model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs[:, -completion:]
 
 
-def _prefix_grouper(model: nn.Module, ids: torch.Tensor, shape: Shape, fused: bool) -> torch.Tensor:
+def _prefix_grouper(model: nn.Module, ids: torch.Tensor, shape: Shape, form: Form) -> torch.Tensor:
     from prefix_grouper import PrefixGrouper
 
     prompt, group, completion = shape
@@ -192,8 +208,8 @@ def _prefix_grouper(model: nn.Module, ids: torch.Tensor, shape: Shape, fused: bo
     positions = torch.cat([torch.arange(prompt, device=ids.device), *[suffix] * group])[None]
     inputs: dict[str, Any] = {"position_ids": positions, "use_cache": False, "trl_ext_grouper": grouper}
 
-    def predictors(hidden: torch.Tensor) -> torch.Tensor:
-        return grouper.split_output(hidden, include_prefix_last=1)[2][:, :-1]  # (G, S, H)
+    def predictors(packed: torch.Tensor) -> torch.Tensor:
+        return grouper.split_output(packed, include_prefix_last=1)[2][:, :-1]  # (G, S, ...)
 
     def keep_predictors(module: nn.Module, args: Any, output: Any) -> Any:
         output.last_hidden_state = predictors(output.last_hidden_state).flatten(0, 1)[None]
@@ -201,7 +217,7 @@ def _prefix_grouper(model: nn.Module, ids: torch.Tensor, shape: Shape, fused: bo
 
     backbone: Any = model.base_model
     labels = ids[:, prompt:]
-    if fused:
+    if form == "fused":
         handle = backbone.register_forward_hook(keep_predictors)
         try:
             with _grouped_attention(model):
@@ -210,8 +226,11 @@ def _prefix_grouper(model: nn.Module, ids: torch.Tensor, shape: Shape, fused: bo
             handle.remove()
         return output.log_probs.reshape(labels.shape)
     with _grouped_attention(model):
-        hidden = backbone(packed, **inputs).last_hidden_state
-    logits = model.get_output_embeddings()(predictors(hidden)).float()  # type: ignore[operator]
+        if form == "documented":
+            logits = predictors(model(packed, **inputs).logits).float()
+        else:
+            hidden = backbone(packed, **inputs).last_hidden_state
+            logits = model.get_output_embeddings()(predictors(hidden)).float()  # type: ignore[operator]
     return logits.gather(-1, labels[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 

@@ -95,14 +95,15 @@ def _shared_prefix(args: argparse.Namespace) -> int:
         "FLOPs",
         "speed-up",
         "PrefixGrouper",
-        "with plain logits",
+        "TRL's head",
+        "plain logits",
         "memory",
         "log-prob diff",
         "grad diff",
     ]
     lines = []
     for entry in found:
-        others = [entry[name] for name in ("speedup_prefix_grouper", "speedup_prefix_grouper_logits")]
+        others = [entry[f"speedup_prefix_grouper{form}"] for form in ("", "_fused", "_logits")]
         lines.append(
             [
                 f"{entry['prompt_length']} x {entry['group_size']} x {entry['completion_length']}",
@@ -117,5 +118,8 @@ def _shared_prefix(args: argparse.Namespace) -> int:
             ]
         )
     print_table([*columns, "GRPO update"] if args.trainer else columns, lines)
-    print("Ratios are dense by shared: above 1 the shared-prefix path is better.")
+    print(
+        "Ratios are dense by shared: above 1 the shared-prefix path is better. PrefixGrouper runs as documented, "
+        "and with TRL's head or plain logits on completions only."
+    )
     return 0

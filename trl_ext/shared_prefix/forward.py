@@ -22,12 +22,13 @@ from . import selfcheck
 from .enter import Entry, packed_attention
 from .errors import RefusedError, SharedPrefixError
 from .heads import log_probs
-from .models import find_backbone, has_fused_head
+from .models import compute_dtype, embedding, find_backbone, has_fused_head
 from .packing import Packing, pack
 from .refusals import why_not
 from .tree import MIN_RUN
 
 MIN_GAIN = 1.1
+MOST_LOGITS = 1 << 26  # on a CPU: at most so many go through the model's own head, 256 MiB of them
 FUSED_FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
@@ -81,7 +82,8 @@ def shared_prefix_logps(
         attention_mask: (B, P + T) 1 for real tokens.
         logits_to_keep: `T`, the width of the completions.
         compute_entropy: Whether to return entropies. A fused head must have been asked for them when it was added.
-        temperature: Divides the logits, 1 if None. A fused head has its own and refuses another.
+        temperature: Divides the logits, 1 if None. For a model with TRL's fused head give the one it was added with, or
+            None. Where it is given, the packed path on a CPU takes the model's own head, which is faster there.
         backend: "flash_attn", "aten", "math", or None for the best that runs.
         min_gain: Below this ratio of dense to packed tokens the dense path runs; 0 to always pack.
         min_run: Shortest run of tokens to share below the first level.
@@ -149,7 +151,7 @@ def shared_prefix_scores(
             if refusal is not None:
                 raise RefusedError(f"Shared prefixes refused: {refusal}")
             if check:
-                selfcheck.ensure(model, backend)
+                selfcheck.ensure(model, backend, temperature)
             scores, entry = packed_scores(
                 model, packing, compute_entropy=compute_entropy, temperature=temperature, backend=backend
             )
@@ -189,7 +191,7 @@ def packed_scores(
     backend: str | None = None,
 ) -> tuple[dict[str, torch.Tensor], Entry]:
     """The packed path for a packing made before, without checks. Returns the fields (B, L) and what ran."""
-    fused = _fused(model, temperature)
+    fused = has_fused_head(model) and not (temperature is not None and _own_head_is_faster(model, packing))
     head = {"shift_labels": packing.shift_labels, "fused_lm_head": True} if fused else {}
     output, entry = _packed_forward(model, packing, backend, head)
     fields = _fields(output, packing.shift_labels, fused, compute_entropy, temperature)
@@ -229,7 +231,7 @@ def dense_scores(
     temperature: float | None = None,
 ) -> dict[str, torch.Tensor]:
     """The dense path, as TRL runs it, with results laid out as in `shared_prefix_scores`."""
-    fused = _fused(model, temperature)
+    fused = has_fused_head(model)
     labels = input_ids.masked_fill(~score_mask.bool(), -100)
     if fused:
         output = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
@@ -244,11 +246,10 @@ def dense_scores(
     return {name: empty.masked_scatter(places, values) for name, values in fields.items()}
 
 
-def _fused(model: nn.Module, temperature: float | None) -> bool:
-    fused = has_fused_head(model)
-    if fused and temperature is not None:
-        raise ValueError("The model has TRL's fused head, which divides by the temperature it was added with.")
-    return fused
+def _own_head_is_faster(model: nn.Module, packing: Packing) -> bool:
+    weight = embedding(model)
+    logits = packing.predictors.numel() * weight.shape[0]
+    return weight.device.type == "cpu" and compute_dtype(model) == torch.float32 and logits <= MOST_LOGITS
 
 
 def _fields(

@@ -1,4 +1,8 @@
-"""Log-probabilities and entropies from logits, for models without TRL's fused head."""
+"""Log-probabilities and entropies from a model's own logits.
+
+For models without TRL's fused head, and on a CPU for all: there TRL's head runs without its kernel, in two projections
+more than the plain one, and its temporaries are the peak of the memory.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ class _LogProbs(torch.autograd.Function):
         lse = logits.new_empty(len(labels), dtype=wide)
         picked, entropies = torch.empty_like(lse), torch.empty_like(lse) if entropy else None
         for rows in _blocks(logits):
-            z = logits[rows].to(wide) / temperature
+            z = _scaled(logits[rows], wide, temperature)
             lse[rows] = z.logsumexp(-1)
             picked[rows] = z.gather(-1, labels[rows, None]).squeeze(-1)
             if entropies is not None:
@@ -37,19 +41,24 @@ class _LogProbs(torch.autograd.Function):
         logits, labels, lse, *entropies = ctx.saved_tensors
         grad = torch.empty_like(logits)
         for rows in _blocks(logits):
-            log_p = (logits[rows].to(lse.dtype) / ctx.temperature).sub_(lse[rows, None])
-            p = log_p.exp()
+            log_p = _scaled(logits[rows], lse.dtype, ctx.temperature) - lse[rows, None]
             # dlogp/dz = onehot - p and dH/dz = -p (log p + H): both are -p times a factor, but for the onehot.
             if dentropies is None:
-                factor = None if dlogps is None else dlogps[rows, None]
+                dz, factor = log_p.exp_(), None
             else:
-                factor = log_p.add_(entropies[0][rows, None]).mul_(dentropies[rows, None])
-                factor = factor if dlogps is None else factor.add_(dlogps[rows, None])
-            dz = torch.zeros_like(p) if factor is None else p.mul_(factor).neg_()
+                dz, factor = log_p.exp(), log_p.add_(entropies[0][rows, None]).mul_(dentropies[rows, None])
             if dlogps is not None:
-                dz.scatter_add_(-1, labels[rows, None], dlogps[rows, None])
-            grad[rows] = dz.div_(ctx.temperature)
+                factor = dlogps[rows, None] if factor is None else factor.add_(dlogps[rows, None])
+            dz = dz.zero_() if factor is None else dz.mul_(factor.div(-ctx.temperature))
+            if dlogps is not None:
+                dz.scatter_add_(-1, labels[rows, None], dlogps[rows, None].div(ctx.temperature))
+            grad[rows] = dz
         return grad, None, None, None
+
+
+def _scaled(logits: torch.Tensor, dtype: torch.dtype, temperature: float) -> torch.Tensor:
+    logits = logits.to(dtype)
+    return logits if temperature == 1 else logits / temperature
 
 
 def _blocks(logits: torch.Tensor) -> Iterator[slice]:

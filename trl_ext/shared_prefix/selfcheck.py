@@ -57,7 +57,7 @@ class SelfCheck:
         return self.logps <= self.allowed[0] and (self.grads is None or self.grads <= self.allowed[1])
 
 
-def ensure(model: nn.Module, backend: str | None = None) -> SelfCheck:
+def ensure(model: nn.Module, backend: str | None = None, temperature: float | None = None) -> SelfCheck:
     """Runs `self_check` the first time this model class meets these kernels and this type, and remembers a success.
 
     Raises:
@@ -65,9 +65,10 @@ def ensure(model: nn.Module, backend: str | None = None) -> SelfCheck:
     """
     lm = find_causal_lm(model)
     device = model_device(model)
-    key = (type(lm), lm.config.model_type, backend, compute_dtype(model), next(lm.parameters()).dtype, device.type)
+    types = (compute_dtype(model), next(lm.parameters()).dtype)
+    key = (type(lm), lm.config.model_type, backend, temperature, *types, device.type)
     if key not in _passed:
-        result = self_check(model, backend)
+        result = self_check(model, backend, temperature)
         if not result.ok:
             grads = "not compared" if result.grads is None else f"{result.grads:.2e} relative"
             raise MismatchError(
@@ -84,8 +85,8 @@ def forget() -> None:
     _passed.clear()
 
 
-def self_check(model: nn.Module, backend: str | None = None) -> SelfCheck:
-    """Compares both paths on two small prompts with branching completions.
+def self_check(model: nn.Module, backend: str | None = None, temperature: float | None = None) -> SelfCheck:
+    """Compares both paths on two small prompts with branching completions, at the temperature of the call.
 
     Leaves gradients, random state and training mode as they were; the model runs in evaluation mode, so nothing is
     dropped and nothing is recomputed. Gradients are compared for a few trainable parameters; not for parameters that
@@ -102,9 +103,9 @@ def self_check(model: nn.Module, backend: str | None = None) -> SelfCheck:
         packing = pack(input_ids, attention_mask, width, min_run=2)
         scored = packing.slots < packing.predictors.numel()
         weights = torch.linspace(-1, 1, scored.numel(), device=scored.device).view(scored.shape)
-        dense = dense_scores(target, input_ids, attention_mask, scored)["log_probs"]
+        dense = dense_scores(target, input_ids, attention_mask, scored, temperature=temperature)["log_probs"]
         dense_grads = _grads(dense, weights, parameters)
-        scores, entry = packed_scores(target, packing, backend=backend)
+        scores, entry = packed_scores(target, packing, temperature=temperature, backend=backend)
         packed = scores["log_probs"]
         packed_grads = _grads(packed, weights, parameters)
     dtype = min((entry.dtype or lm.dtype, lm.dtype), key=lambda d: torch.finfo(d).bits)
