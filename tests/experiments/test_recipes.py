@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from trl_ext import cli, lab
+from trl_ext import cli, lab, registry
 from trl_ext.experiments import recipe as recipes
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +45,8 @@ def test_its_result_is_committed_of_this_recipe_and_as_expected(file: Path) -> N
         settings = found["settings"] | found["arms"][arm.name]["settings"]
         wanted = {k: v for k, v in (asked.settings | arm.settings).items() if k not in ("seed", "output_dir")}
         assert settings == settings | wanted
-        assert [plugin["name"] for plugin in found["arms"][arm.name]["plugins"]] == list(arm.plugins)
+        plugins = [registry.find(reference)[0].name for reference in arm.plugins]
+        assert [plugin["name"] for plugin in found["arms"][arm.name]["plugins"]] == plugins
     assert [metric["label"] for metric in found["metrics"]] == [metric.label for metric in asked.metrics]
     assert found["complete"] and found["met"]
     assert len(committed.read_text()) < 50_000

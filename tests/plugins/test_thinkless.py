@@ -588,8 +588,13 @@ def test_impossible_options(options: dict[str, Any], text: str) -> None:
 
 
 def test_the_help_says_how_to_choose_alpha(capsys: Any) -> None:
+    """A rule, the metric that says whether it is kept, and examples on both ends that keep it."""
     from trl_ext.cli import main
 
     assert main(["show", "thinkless", "--json"]) == 0
     (alpha,) = [entry for entry in json.loads(capsys.readouterr().out)["options"] if entry["name"] == "alpha"]
-    assert "mean response length" in alpha["help"] and alpha["default"] == 0.001
+    assert alpha["default"] == 0.001
+    for words in ("start with 10 / mean response length", "(metric control_weight)", "from 2 to 20", "thousands of tokens"):
+        assert words in alpha["help"]
+    assert main(["show", "thinkless"]) == 0
+    assert "control_weight" in capsys.readouterr().out

@@ -33,9 +33,10 @@ class ThinklessOptions:
 
     alpha: float | None = option(
         0.001,
-        help="weight of the control token. Against one response token it counts alpha x mean response length (metric "
-        "control_weight): 1 / length is GRPO's token mean, above it modes separate sooner, far below they freeze. Take "
-        "0.001 for answers of thousands of tokens, about 1 for a demo with answers of 20. null: plain token mean",
+        help="weight of the control token: start with 10 / mean response length. Against one response token it counts "
+        "alpha x that length (metric control_weight): 1 is GRPO's token mean, from 2 to 20 modes separate sooner, far "
+        "below 1 they freeze. So 0.001 is for answers of thousands of tokens, 1 for a demo with answers of 10 to 20. "
+        "null: plain token mean",
         source="authors' script",
     )
     aggregation: Literal["token_mean", "sequence_mean"] = option(
