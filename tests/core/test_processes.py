@@ -101,9 +101,10 @@ def resumed_exactly(one: Report, two: list[Report], folder: Path) -> None:
     for report in (one, *two):
         assert report["resumed"]["rows"] == report["gdpo"]["rows"][1:]
         assert report["resumed"]["advantages"] == report["gdpo"]["advantages"][1:]
-    for part in ("1-0", "2-0", "2-1"):
-        whole, resumed = (torch.load(folder / f"{name}-{part}.pt") for name in ("gdpo", "resumed"))
-        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    for pair in (("gdpo", "resumed"), ("p3o", "p3o-resumed")):  # p3o has running moments and a reference of its own
+        for part in ("1-0", "2-0", "2-1"):
+            whole, resumed = (torch.load(folder / f"{name}-{part}.pt") for name in pair)
+            assert all(torch.equal(whole[key], resumed[key]) for key in whole), pair
 
 
 def whole_groups(one: Report, two: list[Report]) -> None:

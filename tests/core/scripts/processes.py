@@ -154,11 +154,16 @@ RUNS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     ),
 }
 WHOLE = publish(Whole)
+P3O = {"p3o": {"reward_scale": "running_diff"}}
 WHOLE_RUNS: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "whole-grpo": ("grpo", [WHOLE], {}),
     "whole-rloo": ("rloo", [WHOLE], {}),
     # with a reference model that TRL does not load
-    "p3o": ("grpo", [WHOLE, {"p3o": {"reward_scale": "running_diff"}}], {"num_iterations": 2, "max_steps": 4}),
+    "p3o": (
+        "grpo",
+        [WHOLE, P3O],
+        {"num_iterations": 2, "max_steps": 4, "save_strategy": "steps", "save_steps": 2},
+    ),
     "p3o-rloo": ("rloo", [WHOLE, "p3o"], {"beta": 0.0}),
     "trpa": (
         "grpo",
@@ -205,6 +210,8 @@ def main(model: str, folder: Path) -> dict[str, Any]:
     for name, (kind, plugins, settings) in WHOLE_RUNS.items():
         _, made = train(name, kind, plugins, **sizes | settings)
         report[name]["groups"] = made["whole"].groups
+    train("p3o-resumed", "grpo", [WHOLE, P3O], str(folder / f"p3o-{world}" / "checkpoint-2"),
+          **sizes | {"num_iterations": 2, "max_steps": 4})  # fmt: skip
     (folder / f"report-{world}-{rank}.json").write_text(json.dumps(report))
     return report
 
