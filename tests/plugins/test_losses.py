@@ -117,7 +117,9 @@ def test_the_sampler_s_ratio_weighs_both_means_of_thinkless(build: Any, plugin: 
             trainer = found[corrected] = build(**common)
             loss_of_trl = trainer._compute_loss
 
-            def as_with_vllm(*args: Any, trainer: Any = trainer, compute: Any = loss_of_trl, on: bool = corrected) -> Any:
+            def as_with_vllm(
+                *args: Any, trainer: Any = trainer, compute: Any = loss_of_trl, on: bool = corrected
+            ) -> Any:
                 trainer.use_vllm = on  # for the loss only: nothing here can generate with vLLM
                 loss = compute(*args)
                 trainer.use_vllm = False

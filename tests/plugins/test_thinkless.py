@@ -594,7 +594,12 @@ def test_the_help_says_how_to_choose_alpha(capsys: Any) -> None:
     assert main(["show", "thinkless", "--json"]) == 0
     (alpha,) = [entry for entry in json.loads(capsys.readouterr().out)["options"] if entry["name"] == "alpha"]
     assert alpha["default"] == 0.001
-    for words in ("start with 10 / mean response length", "(metric control_weight)", "from 2 to 20", "thousands of tokens"):
+    for words in (
+        "start with 10 / mean response length",
+        "(metric control_weight)",
+        "at 10 sooner",
+        "thousands of tokens",
+    ):
         assert words in alpha["help"]
     assert main(["show", "thinkless"]) == 0
     assert "control_weight" in capsys.readouterr().out

@@ -34,7 +34,7 @@ class ThinklessOptions:
     alpha: float | None = option(
         0.001,
         help="weight of the control token: start with 10 / mean response length. Against one response token it counts "
-        "alpha x that length (metric control_weight): 1 is GRPO's token mean, from 2 to 20 modes separate sooner, far "
+        "alpha x that length (metric control_weight): at 1 modes separate as in GRPO's token mean, at 10 sooner, far "
         "below 1 they freeze. So 0.001 is for answers of thousands of tokens, 1 for a demo with answers of 10 to 20. "
         "null: plain token mean",
         source="authors' script",
