@@ -34,7 +34,7 @@ def logged(trainer: Any, key: str) -> list[float]:
 
 
 class Emptied(Plugin):
-    """The first completion of every group has no token."""
+    """The second completion of every group has no token (as the first row of a round, TRL cannot pad it)."""
 
     name = "emptied"
     trainers = ("grpo", "rloo")
@@ -46,7 +46,7 @@ class Emptied(Plugin):
     @hookimpl
     def rollout(self, prompts: Any, generate: Any) -> Any:
         result = generate(prompts)
-        ids = [[] if row % 4 == 0 else [10 + (7 * row + t) % 80 for t in range(4)] for row in range(len(prompts))]
+        ids = [[] if row % 4 == 1 else [10 + (7 * row + t) % 80 for t in range(4)] for row in range(len(prompts))]
         return dataclasses.replace(result, completion_ids=ids)
 
     @hookimpl
