@@ -46,7 +46,7 @@ def test_its_result_is_committed_of_this_recipe_and_as_expected(file: Path) -> N
         wanted = {k: v for k, v in (asked.settings | arm.settings).items() if k not in ("seed", "output_dir")}
         assert settings == settings | wanted
         plugins = [registry.find(reference)[0].name for reference in arm.plugins]
-        assert [plugin["name"] for plugin in found["arms"][arm.name]["plugins"]] == plugins
+        assert sorted(plugin["name"] for plugin in found["arms"][arm.name]["plugins"]) == sorted(plugins)
     assert [metric["label"] for metric in found["metrics"]] == [metric.label for metric in asked.metrics]
     assert found["complete"] and found["met"]
     assert len(committed.read_text()) < 50_000
