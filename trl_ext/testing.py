@@ -49,27 +49,23 @@ _RESPONSE = {
 def tiny_model(folder: str | Path, *, tools: bool = False, **config: Any) -> str:
     """Saves a two-layer Qwen2 with a character tokenizer and a chat template; returns its folder. Always the same.
 
-    With `tools` it is a Qwen3 whose template and tokenizer know tool calls, for TRL's `tools=[...]`. It is not trained;
-    `calls` makes it call. `config` overrides settings of the architecture, such as `num_hidden_layers`.
+    With `tools` its template and tokenizer know tool calls, for TRL's `tools=[...]`. It is not trained; `calls` makes it
+    call. `config` overrides settings of the architecture, such as `num_hidden_layers`.
     """
     import torch
     from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
     from tokenizers import decoders as token_decoders
-    from transformers import (
-        PreTrainedTokenizerFast,
-        Qwen2Config,
-        Qwen2ForCausalLM,
-        Qwen3Config,
-        Qwen3ForCausalLM,
-    )
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
     special = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>"]
     marks = ["<tool_call>", "</tool_call>"] if tools else []
-    letters = [chr(code) for code in range(32, 127)] + ["\n"]
+    # transformers reads the tokenizer of every Qwen2 as the byte-level one of its hub models, so it is spelled like that
+    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    letters = [spell.pre_tokenize_str(chr(code))[0][0] for code in [*range(32, 127), ord("\n")]]
     vocabulary = {token: index for index, token in enumerate([*special, *letters, *marks])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
-    backend.decoder = token_decoders.Fuse()
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated"), spell])
+    backend.decoder = token_decoders.ByteLevel()
     backend.add_tokens([AddedToken(mark, normalized=False) for mark in marks])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -90,14 +86,11 @@ def tiny_model(folder: str | Path, *, tools: bool = False, **config: Any) -> str
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
     }
-    config_class, model_class = Qwen2Config, Qwen2ForCausalLM
-    if tools:  # transformers reads the tokenizer of every Qwen2 as the byte-level one of its hub models
-        config_class, model_class, shape["head_dim"] = Qwen3Config, Qwen3ForCausalLM, 8  # type: ignore[assignment]
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    architecture = config_class(vocab_size=len(vocabulary), **ids, **shape | config)
+    architecture = Qwen2Config(vocab_size=len(vocabulary), **ids, **shape | config)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model_class(architecture).save_pretrained(folder)
+        Qwen2ForCausalLM(architecture).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
