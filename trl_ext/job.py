@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import filecmp
 import gc
+import json
 import math
 import shutil
 import sys
@@ -21,6 +22,7 @@ from .registry import PluginSpec, build_manager
 if TYPE_CHECKING:
     from .compat.scripts import Parsed
 
+ROUNDS = "trl_ext_rounds.json"
 _running: LocalJob | None = None
 _TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
 
@@ -87,7 +89,8 @@ def start(specs: Sequence[PluginSpec], job: LocalJob) -> None:
         )
     global _running
     plugin: Plugin = spec.cls(spec.options)
-    make_plan(specs, Config("dpo", job.args, (), None, ()))  # before anything is loaded; the pairs' columns come later
+    check(specs, job.args)
+    job.owner = spec.name
     _running = job
     try:
         build_manager([plugin]).hook.run(job=job)
@@ -96,6 +99,15 @@ def start(specs: Sequence[PluginSpec], job: LocalJob) -> None:
         raise
     finally:
         _running = None
+
+
+def check(specs: Sequence[PluginSpec], args: Any) -> None:
+    """What the plugins say about the settings, before anything is loaded; the pairs' columns come later.
+
+    Raises:
+        ConfigError: A plugin refuses them.
+    """
+    make_plan(specs, Config("dpo", args, (), None, ()))
 
 
 def from_script(parsed: Parsed) -> LocalJob:
@@ -118,6 +130,9 @@ class LocalJob:
         self.peft_config = peft_config
         self.folder = Path(args.output_dir).resolve()
         self.resume = bool(args.resume_from_checkpoint)
+        self.owner = ""
+        self.history: list[dict[str, float]] = []
+        self.listeners: list[Callable[[int, int], None]] = []
         self._objects = {"peft_config": peft_config, "quantization_config": quantization_config}
         self._device = args.device  # the first look at it starts the process group
         self._state = PartialState()
@@ -145,6 +160,15 @@ class LocalJob:
         if self.is_main:
             print(f"trl_ext: {message}", file=sys.stderr, flush=True)
 
+    def log(self, metrics: Mapping[str, float], *, step: int, steps: int) -> None:
+        self.history.append({f"{self.owner}/{name}": float(value) for name, value in metrics.items()} | {"step": step})
+        if self.is_main:
+            unfinished = self.folder / f"{ROUNDS}.part"
+            unfinished.write_text(json.dumps(self.history, indent=1) + "\n")
+            unfinished.rename(self.folder / ROUNDS)
+        for listener in self.listeners:
+            listener(step, steps)
+
     def produce(self, name: str, make: Callable[[Path], None], *, everywhere: bool = False) -> Path:
         target = self.folder / name
         if self._decided(target.exists()):
@@ -168,8 +192,9 @@ class LocalJob:
         from .compat import rounds
         from .sampling import sampler
 
+        adapter = rounds.is_adapter(model)
         return sampler(
-            rounds.load(model, self.args, **self._quantization()),
+            rounds.open_model(model, self.args) if adapter else rounds.load(model, self.args, **self._quantization()),
             self._tokenizer(),
             self._device,
             num=num,

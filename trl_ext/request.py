@@ -128,12 +128,6 @@ def understand(args: argparse.Namespace, rest: list[str]) -> Request:
     check_kind(specs, kind)
     if args.inspect and kind not in ROUNDS:
         raise ConfigError(f"--inspect records rounds of completions, and the {kind.upper()} trainer generates none.")
-    owner = next((spec.name for spec in specs if "run" in spec.hooks), None)
-    if owner is not None and experiment.get("task") is not None:
-        raise ConfigError(
-            f"plugin {owner!r} owns the run and begins with a model and data by name, not with the task "
-            f"{experiment['task']!r}: set model_name_or_path and dataset_name, and leave experiment.task out."
-        )
     sizes = {name: experiment[name] for name in SIZES if name in experiment}
     return Request(requests, specs, kind, args.config, settings, rest, experiment.get("task"), sizes)
 

@@ -55,7 +55,7 @@ def _train(argv: list[str]) -> None:
         else:
             stack.enter_context(scripts.on_built(asked.kind, built))
         if owner is not None:
-            job.start(asked.specs, job.from_script(parsed))
+            job.start(asked.specs, _owned_job(asked, parsed))
         elif asked.task is None:
             scripts.run_script(asked.kind, parsed, save=not args.no_save)
         else:
@@ -70,6 +70,17 @@ def _train_on_task(task: str, asked: request.Request, parsed: Any, save: bool) -
     trainer.train(resume_from_checkpoint=parsed[1].resume_from_checkpoint)
     if save:
         trainer.save_model(parsed[1].output_dir)
+
+
+def _owned_job(asked: request.Request, parsed: Any) -> Any:
+    """The run that a plugin owns, on the model and data that are named or on a task of the lab."""
+    if asked.task is None:
+        from .job import from_script
+
+        return from_script(parsed)
+    from .experiments.running import on_task
+
+    return on_task(asked.task, parsed, asked.sizes, _warn)
 
 
 def _wants_bars(asked: request.Request) -> bool:

@@ -554,6 +554,18 @@ class Job(Protocol):
     def tell(self, message: str) -> None:
         """Prints a line, on the main process. Not collective."""
 
+    def log(self, metrics: Mapping[str, float], *, step: int, steps: int) -> None:
+        """Records numbers of the run as a whole, such as those of a round. Not collective.
+
+        They go into `folder/trl_ext_rounds.json`, and `trl_ext compare` measures them as `PLUGIN/NAME`. A run that goes
+        on logs what is finished again, in the same order.
+
+        Args:
+            metrics: Name -> number, the same on all processes.
+            step: Number of the round, from 1.
+            steps: How many there will be.
+        """
+
     def produce(self, name: str, make: Callable[[Path], None], *, everywhere: bool = False) -> Path:
         """`folder/name`, made only if it is not there: `make` fills an empty folder, which then gets the name.
 

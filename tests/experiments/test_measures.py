@@ -41,6 +41,14 @@ def test_steps_are_those_of_the_log() -> None:
     assert Measure("steps_to", 0.5, 2).of([10, 20, 30], [0.0, 0.6, 0.6], 30) == Value(30.0)
 
 
+def test_the_end_of_a_run_is_a_level() -> None:
+    measure = Measure("steps_to", window=2, arm="other")
+    level = measure.end([0.0, 0.3, 0.5])
+    assert level == 0.4 and measure.to(level) == Measure("steps_to", 0.4, 2)
+    assert measure.to(level).of(STEPS, RISING, 10) == Value(3.0)  # (0.1 + 0.9) / 2
+    assert Measure("steps_to", arm="other").end([9.0, 1.0, 1.0, 1.0, 1.0, 1.0]) == 1.0
+
+
 @pytest.mark.parametrize(
     ("measure", "text"),
     [
@@ -48,6 +56,7 @@ def test_steps_are_those_of_the_log() -> None:
         (Measure("final", window=4), "final 4"),
         (Measure("steps_to", 0.9), "steps to 0.9"),
         (Measure("steps_down_to", 2.0), "steps down to 2"),
+        (Measure("steps_to", arm="plain"), "steps to the end of plain"),
     ],
 )
 def test_words(measure: Measure, text: str) -> None:

@@ -127,7 +127,7 @@ def expecting(**changes: Any) -> dict[str, Any]:
         (metric(better="more"), ["experiment.metrics[0].better: 'more' is none of the choices"]),
         (metric(reduce="last"), ["experiment.metrics[0].reduce: 'last' is none of the choices", "final"]),
         (metric(reduce="steps_to"), ["steps_to needs a level, as in {steps_to: 0.9}"]),
-        (metric(reduce={"steps_to": "high"}), ["reduce.steps_to: expected a number, got 'high'"]),
+        (metric(reduce={"steps_to": "high"}), ["reduce.steps_to: expected a number or the name of an arm, got 'high'"]),
         (metric(reduce={"step_to": 1}), ["reduce has no key 'step_to'", "Did you mean 'steps_to'"]),
         (metric(reduce={"mean": 3}), ["mean takes no value and no window"]),
         (metric(reduce={"max": 3, "min": 3}), ["expected one of final, mean"]),

@@ -209,3 +209,19 @@ def test_curves_hold_means_and_bands_and_are_thinned() -> None:
 )
 def test_numbers(value: float | None, text: str) -> None:
     assert results.number(value) == text
+
+
+def test_steps_to_the_end_of_an_arm() -> None:
+    """Every seed has its own level, and a seed of which that arm failed has none."""
+    measure = Measure("steps_to", window=1, arm="plain")
+    plain = [record(0.1, 0.2, 0.3 + seed, status="crashed" if seed == 6 else "finished") for seed in SEEDS]
+    ours = [record(0.2, 0.3 + seed, 9.0) for seed in SEEDS]
+    asked = Metric("reward", measure, "lower", (Expectation("ours", "plain", "better", by=0.3),))
+    (metric,) = results.summarize(recipe(asked), runs(plain, ours))["metrics"]
+    assert metric["label"] == "reward: steps to the end of plain" and metric["level"] is None
+    assert set(metric["values"]["plain"].values()) == {3.0} and set(metric["values"]["ours"].values()) == {2.0}
+    assert len(metric["values"]["ours"]) == 5 and not any(metric["censored"].values())
+    assert metric["expectations"][0]["met"] is None and "plain, seed 6" in metric["expectations"][0]["detail"]
+    plain[5] = record(0.1, 0.2, 6.3)
+    (metric,) = results.summarize(recipe(asked), runs(plain, ours))["metrics"]
+    assert metric["expectations"][0]["met"] and "by 33%" in metric["expectations"][0]["detail"]

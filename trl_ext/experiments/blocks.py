@@ -30,13 +30,13 @@ def typed(value: Any, kind: type, where: str) -> Any:
     return value
 
 
-def number(value: Any, where: str) -> float:
+def number(value: Any, where: str, expected: str = "a number") -> float:
     try:
         if isinstance(value, bool):
             raise TypeError
         return float(value)
     except (TypeError, ValueError):
-        raise ConfigError(f"{where}: expected a number, got {value!r}.") from None
+        raise ConfigError(f"{where}: expected {expected}, got {value!r}.") from None
 
 
 def count(value: Any, where: str) -> int:

@@ -36,30 +36,42 @@ class Measure:
             at most `level`.
         level: The value to reach.
         window: Number of logged values.
+        arm: In place of `level`, the arm whose end is to be reached, seed by seed; see `end` and `to`.
     """
 
     kind: Kind
     level: float | None = None
     window: int | None = None
+    arm: str | None = None
 
     def __str__(self) -> str:
-        if self.level is not None:
-            return f"{self.kind.replace('_', ' ')} {self.level:g}"
+        if self.counts_steps:
+            goal = f"the end of {self.arm}" if self.level is None else f"{self.level:g}"
+            return f"{self.kind.replace('_', ' ')} {goal}"
         return self.kind if self.window is None else f"{self.kind} {self.window}"
 
     @property
     def counts_steps(self) -> bool:
-        return self.level is not None
+        return self.kind in ("steps_to", "steps_down_to")
+
+    def end(self, values: Sequence[float]) -> float:
+        """What a run ends with: the mean of its last `window` values."""
+        last = values[-(self.window or WINDOW) :]
+        return math.fsum(last) / len(last)
+
+    def to(self, level: float) -> Measure:
+        """The same with a level in place of an arm."""
+        return dataclasses.replace(self, level=level, arm=None)
 
     def of(self, steps: Sequence[int], values: Sequence[float], last_step: int) -> Value:
-        """Measures one run.
+        """Measures one run; a measure with an arm needs its level first (`to`).
 
         Args:
             steps: Steps of the logged values, in order.
             values: The logged values, at least one.
             last_step: The number of steps of the run.
         """
-        if self.level is not None:
+        if self.counts_steps:
             return self._steps_until(steps, values, last_step)
         if self.kind == "final":
             width = self.window or max(1, len(values) // 10)

@@ -15,7 +15,7 @@ from typing import Any
 import trl_ext_hooks
 from trl_ext_hooks import TrainerKind
 
-from .. import api, lab, outcome, plan, preflight, registry
+from .. import api, job, lab, outcome, plan, preflight, registry
 from ..compat import access, scripts, seams
 from ..errors import ConfigError, near
 from . import records, running
@@ -23,7 +23,7 @@ from .processes import Said, Tell
 from .recipe import Arm, Prepared, Recipe
 
 _HOST = Path(api.__file__).parent
-_NUMBERS = ("api.py", "plan.py", "session.py", "stages", "compat")
+_NUMBERS = ("api.py", "plan.py", "session.py", "job.py", "sampling.py", "stages", "compat")
 """Parts of the host that can change what a run computes."""
 _DEFAULTS = {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
 
@@ -46,7 +46,7 @@ def prepare(recipe: Recipe, tell: Tell) -> Prepared:
         with tempfile.TemporaryDirectory(prefix="trl_ext-") as folder:
             given = settings[arm.name] | {"output_dir": folder, "seed": recipe.seeds[0]}
             try:
-                parsed, rewards = _try(recipe, arm, kind, given, tell)
+                parsed, rewards = _try(recipe, arm, specs[arm.name], kind, given, tell)
             except ConfigError as error:
                 raise ConfigError(f"arm {arm.name!r}: {error}") from error
             resolved[arm.name] = [_options(specs[arm.name]), json.dumps(_values(parsed), default=repr, sort_keys=True)]
@@ -105,7 +105,12 @@ def _settings(recipe: Recipe, arm: Arm, accelerator: bool) -> dict[str, Any]:
 
 
 def _try(
-    recipe: Recipe, arm: Arm, kind: TrainerKind, settings: Mapping[str, Any], tell: Tell
+    recipe: Recipe,
+    arm: Arm,
+    specs: Sequence[registry.PluginSpec],
+    kind: TrainerKind,
+    settings: Mapping[str, Any],
+    tell: Tell,
 ) -> tuple[scripts.Parsed, tuple[str, ...] | None]:
     """Goes as far as a run can go without training; returns TRL's arguments and the names of the rewards."""
     parser = scripts.trl_parser(kind)
@@ -117,11 +122,20 @@ def _try(
             f"there are {', '.join(lab.tasks())}), or model_name_or_path and dataset_name."
         )
     parsed = scripts.parse(kind, [], settings)
+
+    def say(text: str) -> None:
+        tell(Said(text))
+
+    owner = job.owner(specs)
     if recipe.task is None:
-        preflight.check(kind, parsed, lambda text: tell(Said(text)))
+        preflight.check(kind, parsed, say, columns=("prompt",) if owner else None)
+        return parsed, None
+    if owner is not None:
+        job.check(specs, parsed[1])
+        running.on_task(recipe.task, parsed, recipe.sizes, say)
         return parsed, None
     with api.enable(arm.plugins) if arm.plugins else contextlib.nullcontext():
-        trainer = running.build(recipe.task, kind, parsed, recipe.sizes, lambda text: tell(Said(text)))
+        trainer = running.build(recipe.task, kind, parsed, recipe.sizes, say)
     return parsed, access.reward_names(trainer) or None
 
 

@@ -227,7 +227,7 @@ def _metric(block: Any, where: str, arms: list[str]) -> Metric:
     found = mapping(block, where, ("name", "reduce", "better", "expect"))
     if "name" not in found:
         raise ConfigError(f"{where}: `name` is missing, the logged metric such as rewards/format/mean.")
-    measure = _measure(found.get("reduce", "final"), f"{where}.reduce")
+    measure = _measure(found.get("reduce", "final"), f"{where}.reduce", arms)
     better = choice(found.get("better"), get_args(Direction), f"{where}.better")
     expect = found.get("expect") or []
     expect = [expect] if isinstance(expect, Mapping) else typed(expect, list, f"{where}.expect")
@@ -239,7 +239,7 @@ def _metric(block: Any, where: str, arms: list[str]) -> Metric:
     )
 
 
-def _measure(block: Any, where: str) -> Measure:
+def _measure(block: Any, where: str, arms: Sequence[str]) -> Measure:
     if isinstance(block, str):
         kind = choice(block, KINDS, where)
         if kind in ("steps_to", "steps_down_to"):
@@ -252,7 +252,9 @@ def _measure(block: Any, where: str) -> Measure:
     kind, value = choice(kinds[0], KINDS, where), found[kinds[0]]
     window = count(found["window"], f"{where}.window") if "window" in found else None
     if kind in ("steps_to", "steps_down_to"):
-        return Measure(kind, number(value, f"{where}.{kind}"), window)
+        if value in arms:
+            return Measure(kind, None, window, value)
+        return Measure(kind, number(value, f"{where}.{kind}", "a number or the name of an arm"), window)
     if kind == "final" and value is not None and window is None:
         return Measure(kind, None, count(value, f"{where}.final"))
     raise ConfigError(f"{where}: {kind} takes no value and no window; write `reduce: {kind}`.")

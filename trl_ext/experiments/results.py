@@ -73,10 +73,16 @@ def _metric(metric: Metric, recipe: Recipe, runs: Runs) -> dict[str, Any]:
 def _values(metric: Metric, arm: str, seeds: Sequence[int], runs: Runs) -> dict[int, Value]:
     found = {}
     for seed in seeds:
-        run = runs[arm, seed]
+        run, measure = runs[arm, seed], metric.measure
         steps, values = series(run["history"], metric.name)
+        if measure.arm is not None:
+            other = runs[measure.arm, seed]
+            ends = series(other["history"], metric.name)[1] if other["status"] == "finished" else []
+            if not ends:
+                continue
+            measure = measure.to(measure.end(ends))
         if run["status"] == "finished" and values:
-            found[seed] = metric.measure.of(steps, values, run["steps"])
+            found[seed] = measure.of(steps, values, run["steps"])
     return found
 
 
@@ -117,7 +123,7 @@ def _judge(metric: Metric, wanted: Expectation, values: Values, runs: Runs) -> d
         return {"text": text, "arm": arm, "against": against, "met": met, "detail": detail}
 
     failed = [f"{name}, seed {seed}" for (name, seed), run in runs.items() if run["status"] != "finished"]
-    failed = [who for who in failed if who.rpartition(",")[0] in (arm, against)]
+    failed = [who for who in failed if who.rpartition(",")[0] in (arm, against, metric.measure.arm)]
     if failed:
         return answer(None, f"not judged, as runs are missing ({'; '.join(failed)})")
     silent = [f"{name}, seed {seed}" for name, seed in runs if name in (arm, against) and seed not in values[name]]

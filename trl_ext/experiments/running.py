@@ -6,7 +6,9 @@ import contextlib
 import math
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from trl import get_peft_config
 from trl_ext_hooks import TrainerKind
 
 from .. import api, lab, outcome
+from .. import job as owned
 from ..compat import access, scripts, seams
 from ..errors import ConfigError
 from . import records
@@ -27,20 +30,38 @@ ROWS = 8
 """Rows of a round that a record keeps."""
 
 
-class Watch(TrainerCallback):
-    """Reports progress, stops a run that has diverged, and keeps rows of the first and the last round."""
+class DivergedError(Exception):
+    """A training of several has diverged, so that no other can follow it."""
 
-    def __init__(self, tell: Tell) -> None:
+
+class Watch(TrainerCallback):
+    """Reports progress, stops a run that has diverged, and keeps rows of the first and the last round.
+
+    Args:
+        tell: Where to report.
+        parts: Every trainer is one part of the run, which reports its progress itself.
+    """
+
+    def __init__(self, tell: Tell, parts: bool = False) -> None:
         self.tell = tell
+        self.parts = parts
         self.trainer: Any = None
+        self.calls: Counter[str] = Counter()
         self.names: set[str] = set()
         self.diverged: str | None = None
         self.first: list[dict[str, Any]] = []
         self.last: list[dict[str, Any]] = []
 
     def follow(self, trainer: Any) -> None:
+        self.count_calls()
         self.trainer = trainer
         trainer.add_callback(self)
+
+    def count_calls(self) -> None:
+        """Adds up how often hooks were called, of the trainer that it follows now."""
+        session = None if self.trainer is None else vars(self.trainer).get("_trl_ext")
+        if session is not None:
+            self.calls.update({f"{plugin}.{hook}": count for (plugin, hook), count in session.calls.items()})
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.last = sample(access.logged_round(self.trainer))
@@ -49,7 +70,8 @@ class Watch(TrainerCallback):
             control.should_log = True
             if self.trainer.eval_dataset is not None and args.eval_strategy != "no":
                 control.should_evaluate = True
-        self.tell(Step(state.global_step, state.max_steps))
+        if not self.parts:
+            self.tell(Step(state.global_step, state.max_steps))
 
     def on_log(
         self,
@@ -60,7 +82,7 @@ class Watch(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         new = tuple(name for name in logs or () if name not in self.names)
-        if new:
+        if new and not self.parts:
             self.names.update(new)
             self.tell(Step(state.global_step, state.max_steps, new))
         for name in ("loss", "grad_norm"):
@@ -68,43 +90,55 @@ class Watch(TrainerCallback):
             if value is not None and not math.isfinite(value) and self.diverged is None:
                 self.diverged = f"{name} was {value} at step {state.global_step}"
                 control.should_training_stop = True
+                if self.parts:
+                    raise DivergedError(self.diverged)
 
 
 def train(job: Job, tell: Tell) -> None:
     """Does a run and writes its record."""
     began = time.time()
-    watch = Watch(tell)
+    say = partial(_say, tell)
     with contextlib.ExitStack() as stack:
         settings = job.settings | {
             "seed": job.seed,
             "output_dir": stack.enter_context(tempfile.TemporaryDirectory(prefix="trl_ext-")),
         }
-        if job.plugins:
-            stack.enter_context(api.enable(job.plugins))
+        handle = stack.enter_context(api.enable(job.plugins)) if job.plugins else None
         parsed = scripts.parse(job.kind, [], settings)
-        if job.task is None:
+        whole = None
+        if handle is not None and owned.owner(handle.specs) is not None:
+            watch = Watch(tell, parts=True)
+            whole = owned.from_script(parsed) if job.task is None else on_task(job.task, parsed, job.sizes, say)
+            whole.listeners.append(lambda step, steps: tell(Step(step, steps)))
+            handle.on_trainer(watch.follow)
+            with contextlib.suppress(DivergedError):
+                owned.start(handle.specs, whole)
+        elif job.task is None:
+            watch = Watch(tell)
             with scripts.on_built(job.kind, watch.follow):
                 scripts.run_script(job.kind, parsed)
         else:
-            trainer = build(job.task, job.kind, parsed, job.sizes, lambda text: tell(Said(text)))
+            watch = Watch(tell)
+            trainer = build(job.task, job.kind, parsed, job.sizes, say)
             watch.follow(trainer)
             trainer.train()
         trainer = watch.trainer
-        session = vars(trainer).get("_trl_ext")
-        calls = {} if session is None else {f"{plugin}.{hook}": n for (plugin, hook), n in session.calls.items()}
+        watch.count_calls()
+        history = trainer.state.log_history if whole is None else whole.history
         records.save(
             job,
             {
                 "status": "finished" if watch.diverged is None else "diverged",
                 "error": watch.diverged,
-                "steps": trainer.state.global_step,
+                "steps": trainer.state.global_step if whole is None else len(whole.history),
                 "seconds": round(time.time() - began, 1),
-                "model": parsed[2].model_name_or_path or Path(trainer.model.config.name_or_path).name,
+                "model": parsed[2].model_name_or_path
+                or Path(trainer.model.config.name_or_path if whole is None else whole.model).name,
                 "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-                "hooks_fired": calls,
+                "hooks_fired": dict(watch.calls),
                 "versions": outcome.versions(),
                 "identity": job.identity,
-                "history": trainer.state.log_history,
+                "history": history,
                 "completions": {"first": watch.first, "last": watch.last},
             },
         )
@@ -118,6 +152,24 @@ def build(
     Raises:
         ConfigError: The arguments name a model, data or rewards, which the task brings.
     """
+    return seams.trainer_class(kind)(args=parsed[1], **_arguments(task, kind, parsed, sizes, say))
+
+
+def on_task(
+    task: str, parsed: scripts.Parsed, sizes: Mapping[str, int], say: Callable[[str], None]
+) -> owned.LocalJob:
+    """A run that a plugin owns on a task of the lab; it starts with the task's model and takes the training rows.
+
+    Raises:
+        ConfigError: As `build`.
+    """
+    found = _arguments(task, "dpo", parsed, sizes, say)
+    return owned.LocalJob(found["model"], parsed[1], found["train_dataset"], found.get("peft_config"), None)
+
+
+def _arguments(
+    task: str, kind: TrainerKind, parsed: scripts.Parsed, sizes: Mapping[str, int], say: Callable[[str], None]
+) -> dict[str, Any]:
     for part in parsed:
         for name in _BROUGHT:
             if getattr(part, name, None):
@@ -129,7 +181,11 @@ def build(
     adapter = get_peft_config(parsed[2])
     if adapter is not None:
         arguments["peft_config"] = adapter
-    return seams.trainer_class(kind)(args=parsed[1], **arguments)
+    return arguments
+
+
+def _say(tell: Tell, text: str) -> None:
+    tell(Said(text))
 
 
 def sample(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

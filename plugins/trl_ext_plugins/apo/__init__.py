@@ -75,6 +75,11 @@ class APOOptions:
     top_p: float = option(0.9, help="of sampling", source="paper")
     max_completion_length: int = option(512, help="tokens of a completion", source="ours")
     sample_batch: int = option(8, help="prompts that are sampled at once", source="ours")
+    held_out: int = option(
+        0,
+        help="prompts at the end of the data that no round trains on; the output of every round is scored on them",
+        source="ours",
+    )
 
     def __post_init__(self) -> None:
         if self.alpha >= 1:
@@ -85,8 +90,10 @@ class APOOptions:
             raise ValueError(f"betas needs one value, or one for each of the {self.rounds} rounds; got {self.betas}")
         if min(self.betas) <= 0:
             raise ValueError("betas must be greater than 0")
-        if self.num_samples < 2 or self.sample_batch < 1 or (self.prompts_per_round or 1) < 1:
-            raise ValueError("num_samples must be at least 2, sample_batch and prompts_per_round at least 1")
+        if self.num_samples < 2 or self.sample_batch < 1 or (self.prompts_per_round or 1) < 1 or self.held_out < 0:
+            raise ValueError(
+                "num_samples must be at least 2, sample_batch and prompts_per_round at least 1, held_out at least 0"
+            )
         if self.reward_funcs and self.judge is not None:
             raise ValueError("reward_funcs and judge exclude each other; give one")
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
@@ -144,24 +151,32 @@ class APO(Plugin):
 
     @hookimpl
     def run(self, job: Job) -> None:
-        options, rows, score = self.options, self._check(job), self._scorer(job)
+        options, score = self.options, self._scorer(job)
+        rows, held_out = self._check(job)
         begin(job, options)
         outputs: list[str | Path] = [job.model]  # hat_0, then that of every round that had pairs
         for index in range(options.rounds):
             place, title = f"round-{index + 1}", f"round {index + 1} of {options.rounds}"
             start = job.model if len(outputs) == 1 else str(self._start(job, f"{place}/start", outputs))
-            pairs = self._pairs(job, place, start, rows[index], index, score)
+            pairs = self._sampled(job, place, "pairs", start, rows[index], index, score)
             summary = json.loads((pairs / "summary.json").read_text())
             job.tell(
                 f"{title}: mean score {summary['mean_score']:.4g} of {summary['samples']} samples, "
                 f"{summary['pairs']} pairs, beta {options.beta(index)}"
             )
-            if not summary["pairs"]:
+            metrics = {"start_reward": summary["mean_score"], "pairs": summary["pairs"]}
+            if summary["pairs"]:
+                lines = (pairs / "pairs.jsonl").read_text().splitlines()
+                data = job.data.from_list([json.loads(line) for line in lines])
+                outputs.append(job.train(start, data, f"{place}/output", beta=options.beta(index)))
+                if held_out:
+                    # the same draws in every round
+                    found = self._sampled(job, place, "held-out", str(outputs[-1]), held_out, 1008, score)
+                    metrics["reward"] = json.loads((found / "summary.json").read_text())["mean_score"]
+                    job.tell(f"{title}: mean score {metrics['reward']:.4g} of its output on held-out prompts")
+            else:
                 job.tell(f"warning: {title} has no pair with a better side and does not count; the model stays")
-                continue
-            lines = (pairs / "pairs.jsonl").read_text().splitlines()
-            data = job.data.from_list([json.loads(line) for line in lines])
-            outputs.append(job.train(start, data, f"{place}/output", beta=options.beta(index)))
+            job.log(metrics, step=index + 1, steps=options.rounds)
         if len(outputs) == 1:
             raise UsageError(
                 "no round had a pair with a better side, so nothing was trained. Do the reward functions tell "
@@ -193,8 +208,8 @@ class APO(Plugin):
             )
         return {"first_loss": (losses.sum().item(), len(losses))}
 
-    def _check(self, job: Job) -> list[list[int]]:
-        """What must hold before anything is loaded; returns the numbers of the data's rows of each round."""
+    def _check(self, job: Job) -> tuple[list[list[int]], list[int]]:
+        """What must hold before anything is loaded; returns the numbers of the rows of each round, and held-out ones."""
         options = self.options
         if not hasattr(job.data, "select") or "prompt" not in (job.data.column_names or ()):
             raise UsageError("apo needs data with a column 'prompt' that can be read in any order, not a stream")
@@ -207,11 +222,12 @@ class APO(Plugin):
             raise UsageError(
                 "apo knows how to extrapolate LoRA adapters; DoRA and learned prompts have no weight change to add up"
             )
-        count = len(job.data)
+        count = len(job.data) - options.held_out
         each = options.prompts_per_round or count // options.rounds
-        if each < 1:
-            raise UsageError(f"{count} prompts are too few for {options.rounds} rounds")
-        return [[i % count for i in range(r * each, (r + 1) * each)] for r in range(options.rounds)]
+        if count < 1 or each < 1:
+            raise UsageError(f"{max(count, 0)} prompts are too few for {options.rounds} rounds")
+        rows = [[i % count for i in range(r * each, (r + 1) * each)] for r in range(options.rounds)]
+        return rows, list(range(count, len(job.data)))
 
     def _start(self, job: Job, name: str, outputs: Sequence[str | Path]) -> Path:
         """Where a later round starts: the last output moved on from the one before it."""
@@ -226,11 +242,12 @@ class APO(Plugin):
 
         return job.produce(name, make)
 
-    def _pairs(self, job: Job, place: str, start: str, rows: Sequence[int], index: int, score: Score) -> Path:
-        """Samples from the start, scores, and pairs the best with the worst."""
-        options, samples = self.options, job.folder / place / "samples"
-        done = job.folder / place / "pairs"
-        if not done.exists():
+    def _sampled(
+        self, job: Job, place: str, name: str, model: str, rows: Sequence[int], index: int, score: Score
+    ) -> Path:
+        """Samples from a model, scores, and pairs the best with the worst; the result is in `place/name`."""
+        options, samples = self.options, job.folder / place / ("samples" if name == "pairs" else f"{name}-samples")
+        if not (job.folder / place / name).exists():
             chosen = [job.data[number] for number in rows]
             sample(
                 job,
@@ -239,7 +256,7 @@ class APO(Plugin):
                 options.sample_batch,
                 job.args.seed * 1009 + index,
                 lambda: job.sampler(
-                    start,
+                    model,
                     num=options.num_samples,
                     temperature=options.temperature,
                     top_p=options.top_p,
@@ -249,7 +266,7 @@ class APO(Plugin):
             )
         job.wait()
         expected = math.ceil(len(rows) / options.sample_batch)
-        return job.produce(f"{place}/pairs", lambda folder: collect(samples, folder, expected))
+        return job.produce(f"{place}/{name}", lambda folder: collect(samples, folder, expected))
 
     def _scorer(self, job: Job) -> Score:
         if self.options.judge is not None:

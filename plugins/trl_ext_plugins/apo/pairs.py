@@ -112,7 +112,7 @@ def sample(
 
 
 def collect(place: Path, target: Path, expected: int) -> None:
-    """Writes the pairs of all sampled files into `pairs.jsonl`, with the mean score of all samples beside them.
+    """Writes the mean score of all sampled files into `summary.json`, and their pairs beside it into `pairs.jsonl`.
 
     Raises:
         UsageError: There are not the `expected` files, because the processes do not share the folder.
