@@ -49,8 +49,8 @@ _RESPONSE = {
 def tiny_model(folder: str | Path, *, tools: bool = False, **config: Any) -> str:
     """Saves a two-layer Qwen2 with a character tokenizer and a chat template; returns its folder. Always the same.
 
-    With `tools` its template and tokenizer know tool calls, for TRL's `tools=[...]`. It is not trained; `calls` makes it
-    call. `config` overrides settings of the architecture, such as `num_hidden_layers`.
+    With `tools` its template and tokenizer know tool calls, for TRL's `tools=[...]`. It is not trained; `calls` makes
+    it call. `config` overrides settings of the architecture, such as `num_hidden_layers`.
     """
     import torch
     from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
@@ -59,7 +59,7 @@ def tiny_model(folder: str | Path, *, tools: bool = False, **config: Any) -> str
 
     special = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>"]
     marks = ["<tool_call>", "</tool_call>"] if tools else []
-    # transformers reads the tokenizer of every Qwen2 as the byte-level one of its hub models, so it is spelled like that
+    # transformers reads the tokenizer of every Qwen2 as a byte-level one, like that of its hub models
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     letters = [spell.pre_tokenize_str(chr(code))[0][0] for code in [*range(32, 127), ord("\n")]]
     vocabulary = {token: index for index, token in enumerate([*special, *letters, *marks])}

@@ -226,7 +226,7 @@ class TGDPO(Plugin):
 
     @hookimpl
     def pair_metrics(self, pairs: ScoredPairs) -> dict[str, tuple[float, float]]:
-        """Factors of both sides, the share below 0, and DPO's rewards without factors."""
+        """Factors of both sides, the share below 0, and DPO's rewards and loss without factors."""
         assert self._factors is not None and pairs.ref_per_token_logps is not None
         beta, count = pairs.trainer.args.beta, len(pairs.rows)
         sides = zip(("chosen", "rejected"), self._factors.chunk(2), pairs.mask.chunk(2), strict=True)
@@ -240,6 +240,7 @@ class TGDPO(Plugin):
         )
         found["rewards/margins"] = ((chosen - rejected).sum().item(), count)
         found["rewards/accuracies"] = ((chosen > rejected).sum().item(), count)
+        found["dpo_loss"] = (-torch.nn.functional.logsigmoid(chosen - rejected).sum().item(), count)
         self._factors = None
         return found
 

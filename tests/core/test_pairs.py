@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import warnings
 from typing import Any
 
@@ -106,6 +108,14 @@ def test_weights_of_one_are_bit_identical(train: Any, plugin: Any, settings: dic
     same(plain, ours)
     (entry,) = [e for e in ours.state.log_history if e["step"] == 1 and "loss" in e]
     assert entry["times/logp"] < 0
+
+
+@needs_fused
+def test_these_are_all_losses_and_divergences() -> None:
+    source = inspect.getsource(DPOTrainer)
+    assert set(re.findall(r'if loss_type == "(\w+)"', source)) == set(LOSSES)
+    tried = {settings.get("f_divergence_type", "reverse_kl") for settings in SETTINGS}
+    assert set(re.findall(r'f_divergence_type == "(\w+)"', source)) == tried
 
 
 def checked(cls: type, settings: dict[str, Any]) -> type:

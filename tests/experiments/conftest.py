@@ -61,6 +61,18 @@ SETTINGS: dict[str, Any] = {
     "beta": 0.0,
 }
 METRIC = {"name": "rewards/digits/mean", "reduce": "mean"}
+ROUNDS: dict[str, Any] = {
+    "reward_funcs": ["trl_ext.testing.digits"],
+    "betas": [0.1],
+    "rounds": 2,
+    "num_samples": 4,
+    "max_completion_length": 4,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "prompts_per_round": 8,
+    "held_out": 4,
+}
+"""Options of `apo` for rounds on the tiny task."""
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import METRIC, records, result, write_recipe
+from .conftest import METRIC, ROUNDS, records, result, write_recipe
 
 CLOCK = ("runtime", "per_second", "step_time", "profiling", "total_flos")
 
@@ -257,6 +257,29 @@ def test_dpo(recipe: Any, compare: Any, tmp_path: Path) -> None:
     assert code == 0, errors
     assert "rewards/accuracies: final" in output
     assert result(tmp_path / "out")["completions"] and "side by side" not in (tmp_path / "out/compare.html").read_text()
+
+
+def test_rounds_of_a_plugin_that_owns_the_run(recipe: Any, compare: Any, tmp_path: Path) -> None:
+    arms = {
+        "plain": {"plugins": {"apo": {"alpha": 0.0}}},
+        "apo": {"plugins": ["apo"]},
+        "wild": {"plugins": ["apo"], "settings": {"learning_rate": 1e30}},
+    }
+    metrics = [{"name": "apo/reward", "reduce": {"steps_to": "plain", "window": 1}}, {"name": "apo/pairs"}]
+    experiment = {"trainer": "dpo", "arms": arms, "metrics": metrics, "seeds": 1}
+    unused = {"num_generations": None, "max_completion_length": None, "beta": None}
+    code, output, errors = compare(recipe(experiment, plugins={"apo": ROUNDS}, **unused), "--output", "out")
+    assert code == 1, errors
+    found = {record["arm"]: record for record in records(tmp_path / "out").values()}
+    for arm in ("plain", "apo"):
+        assert found[arm]["status"] == "finished" and found[arm]["steps"] == 2
+        assert [entry["step"] for entry in found[arm]["history"]] == [1, 2]
+        assert found[arm]["hooks_fired"] == {"apo.pair_metrics": 6}  # three steps in each round
+    assert found["plain"]["history"][0] == found["apo"]["history"][0]  # the first round does not depend on alpha
+    assert found["plain"]["history"][1] != found["apo"]["history"][1]
+    assert found["wild"]["status"] == "diverged" and "was nan at step" in found["wild"]["error"]
+    assert result(tmp_path / "out")["metrics"][0]["values"]["plain"]["1"] in (1, 2)
+    assert "apo/reward: steps to the end of plain" in output
 
 
 def test_a_file_of_trl_without_a_task(compare: Any, model: str, tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from trl_ext import cli
+from trl_ext import cli, worker
+
+from .conftest import ROUNDS
 
 
 def test_it_trains_on_the_task(recipe: Any, cache: str, tmp_path: Path) -> None:
@@ -29,3 +31,17 @@ def test_it_trains_on_the_task(recipe: Any, cache: str, tmp_path: Path) -> None:
 def test_an_unknown_trainer_in_the_block(recipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--config", recipe({"trainer": "gpro"})]) == 2
     assert "experiment.trainer is 'gpro'. Did you mean 'grpo'?" in capsys.readouterr().err
+
+
+def test_a_plugin_that_owns_the_run_takes_the_task(
+    recipe: Any, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRL_EXT_CACHE", cache)
+    monkeypatch.chdir(tmp_path)
+    unused = {"num_generations": None, "max_completion_length": None, "beta": None}
+    small = {"save_strategy": "no", "report_to": "none", "use_cpu": True, "bf16": False}
+    path = recipe({"trainer": "dpo"}, {"apo": ROUNDS | {"rounds": 1}}, max_steps=1, **unused, **small)
+    assert worker.main(["--config", path, "--output_dir", "out"]) == 0
+    (entry,) = json.loads((tmp_path / "out/trl_ext_rounds.json").read_text())
+    assert entry["step"] == 1 and 0 <= entry["apo/reward"] <= 1
+    assert (tmp_path / "out/model.safetensors").is_file()

@@ -365,49 +365,88 @@ class Killed(BaseException):
     """What cannot be caught by mistake."""
 
 
-def test_a_kill_after_every_file_repeats_nothing(
-    finished: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed before and after each file or folder gets its name, again and again, until the run ends."""
-    rename, moved, begun = Path.rename, [], []
+class Mortal(Plugin):
+    """Lets `mortal` know of every step."""
+
+    name = "mortal"
+    trainers = ("dpo",)
+    at: Any = None
+
+    @hookimpl
+    def setup(self, trainer: Any) -> None:
+        class Steps(TrainerCallback):
+            def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                Mortal.at(f"before step {state.global_step + 1} of {args.output_dir}")
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                Mortal.at(f"did step {state.global_step} of {args.output_dir}")
+
+        trainer.add_callback(Steps())
+
+
+def mortal(model: str, folder: Path, diary: Path, options: dict[str, Any], settings: dict[str, Any], tell: Any) -> None:
+    """A run that kills its own process before each file or folder gets its name and before each step, once each."""
     from trl_ext import sampling
 
-    original = sampling.sampler
+    module = types.ModuleType("apo_rewards")
+    module.many_digits = many_digits  # type: ignore[attr-defined]
+    sys.modules["apo_rewards"] = module
+    rename, original = Path.rename, sampling.sampler
+
+    def at(event: str) -> None:
+        known = diary.exists() and event in diary.read_text().splitlines()
+        with diary.open("a") as stream:
+            print(event, file=stream)
+        if event.startswith("before") and not known:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def move(self: Path, target: Path) -> Path:
+        if folder not in Path(target).parents:
+            return rename(self, target)
+        at(f"before {target}")
+        rename(self, target)
+        at(f"did {target}")
+        return Path(target)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         sample = original(*args, **kwargs)
-        return lambda prompts, seed: (begun.append(seed), sample(prompts, seed))[1]
+        return lambda prompts, seed: (at(f"sample {seed}"), sample(prompts, seed))[1]
 
-    monkeypatch.setattr(sampling, "sampler", counted)
-    mine = tmp_path / "run"
+    Mortal.at, Path.rename, sampling.sampler = at, move, counted  # type: ignore[method-assign,assignment]
+    go(
+        model,
+        folder,
+        options,
+        (f"{__name__}:Mortal",),
+        resume_from_checkpoint=(folder / "apo.json").exists() or None,
+        **settings,
+    )
 
-    def deadly(after: bool) -> Any:
-        def move(self: Path, target: Path) -> Path:
-            if mine in Path(target).parents:
-                if after:
-                    rename(self, target)
-                    moved.append(str(target))
-                raise Killed
-            return rename(self, target)
 
-        return move
+def test_a_kill_anywhere_repeats_nothing(model: str, tmp_path: Path) -> None:
+    """SIGKILL before every file gets its name and before every step, one after the other, until the run ends."""
+    from trl_ext.experiments import processes
 
-    runs, alive = 0, True
-    while alive:
-        after = runs % 2 == 1
-        monkeypatch.setattr(Path, "rename", deadly(after))
-        try:
-            go(model, mine, resume_from_checkpoint=(mine / "apo.json").exists() or None)
-            alive = False
-        except Killed:
-            runs += 1
-        finally:
-            monkeypatch.setattr(Path, "rename", rename)
-    for number in (1, 2, 3):
-        assert equal(weights(mine / f"round-{number}" / "output"), weights(finished / f"round-{number}" / "output"))
-    assert equal(weights(mine), weights(finished))
-    assert len(moved) == len(set(moved)), "something finished was made again"
-    assert len(set(begun)) == 6 and len(begun) <= 12  # each is at most once cut off before it has its name
+    options, settings = {"rounds": 2, "held_out": 2}, {"save_strategy": "steps", "save_steps": 1}
+    whole = go(model, tmp_path / "whole", options, **settings)
+    folder, diary, kills = tmp_path / "run", tmp_path / "diary", 0
+    while True:
+        worker = processes.start(mortal, model, folder, diary, options, settings, log=str(tmp_path / "log"))
+        message = worker.hear()
+        if isinstance(message, processes.Result):
+            break
+        assert isinstance(message, processes.Failure) and "SIGKILL" in message.message, message
+        kills += 1
+    lines = diary.read_text().splitlines()
+    assert kills == len({line for line in lines if line.startswith("before")}) > 20
+    done = [line for line in lines if line.startswith("did") and "trl_ext_rounds.json" not in line]
+    assert len(done) == len(set(done)), "something finished was made again"
+    assert sum("did step" in line for line in done) == 4
+    sampled = [line for line in lines if line.startswith("sample")]
+    assert len(set(sampled)) == 8 and len(sampled) <= 16  # each is at most once cut off before it has its name
+    for name in ("round-1/output", "round-2/start", "round-2/output", "."):
+        assert equal(weights(folder / name), weights(whole / name)), name
+    assert (folder / "trl_ext_rounds.json").read_text() == (whole / "trl_ext_rounds.json").read_text()
 
 
 class Bomb(TrainerCallback):
@@ -534,6 +573,39 @@ def test_a_round_without_pairs_does_not_count(
     assert equal(weights(folder), weights(folder / "round-3" / "output"))
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_outputs_are_scored_on_prompts_that_no_round_sees(
+    model: str, tmp_path: Path, lora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trl_ext import sampling
+
+    extra: dict[str, Any] = {"peft_config": LoraConfig(r=2, target_modules="all-linear")} if lora else {}
+    extra |= {"learning_rate": 1e-2}
+    folder = go(model, tmp_path / "run", {"rounds": 2, "held_out": 4}, **extra)
+    history = json.loads((folder / "trl_ext_rounds.json").read_text())
+    assert [entry["step"] for entry in history] == [1, 2]
+    prompts = tiny_data("grpo", 12)["prompt"]
+    for number, entry in enumerate(history, 1):
+        read = {}
+        for part in ("samples", "held-out-samples"):
+            files = sorted((folder / f"round-{number}" / part).glob("*.json"))
+            read[part] = [found for file in files for found in json.loads(file.read_text())]
+        assert [found["prompt"] for found in read["samples"]] == prompts[4 * (number - 1) : 4 * number]
+        assert [found["prompt"] for found in read["held-out-samples"]] == prompts[8:]
+        for part, name in (("samples", "apo/start_reward"), ("held-out-samples", "apo/reward")):
+            scores = [score for found in read[part] for score in found["scores"]]
+            assert entry[name] == pytest.approx(sum(scores) / len(scores)) and len(scores) == 16
+        assert entry["apo/pairs"] == len(pairs_of(folder, number))
+    released = AutoModelForCausalLM.from_pretrained(folder)
+    options = {"num": 4, "temperature": 1.0, "top_p": 1.0, "max_tokens": 6}
+    again = sampling.sampler(released, AutoTokenizer.from_pretrained(model), torch.device("cpu"), **options)  # type: ignore[arg-type]
+    found = again(prompts[8:10], (42 * 1009 + 1008) * 1_000_003)
+    assert found == [entry["completions"] for entry in read["held-out-samples"][:2]]
+    monkeypatch.setattr(sampling, "sampler", None)  # a run that goes on has all of it
+    go(model, folder, {"rounds": 2, "held_out": 4}, resume_from_checkpoint=True, **extra)
+    assert json.loads((folder / "trl_ext_rounds.json").read_text()) == history
+
+
 @pytest.mark.parametrize("name", ["same", "none"])
 def test_a_run_without_any_pair_is_an_error(model: str, tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match="no round had a pair with a better side"):
@@ -612,6 +684,14 @@ def test_settings_are_refused_before_anything_is_loaded(
     assert not (tmp_path / "run" / "round-1").exists()
 
 
+@pytest.mark.parametrize("command", [["plugins"], ["show", "apo"]])
+def test_the_other_method_of_that_name_is_named(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    from trl_ext import cli
+
+    assert cli.main(command) == 0
+    assert "not TRL's Anchored apo_zero and apo_down" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -620,6 +700,7 @@ def test_settings_are_refused_before_anything_is_loaded(
         ({"rounds": 4, "betas": [0.1, 0.2, 0.3]}, "one for each of the 4 rounds"),
         ({"betas": [0.0]}, "greater than 0"),
         ({"num_samples": 1}, "num_samples must be at least 2"),
+        ({"held_out": -1}, "held_out at least 0"),
         ({"judge": "x.y"}, "exclude each other"),
         ({"reward_weights": [1.0, 2.0]}, "one value per reward function"),
     ],
@@ -646,6 +727,8 @@ def test_odd_options_are_told(model: str, tmp_path: Path, watch: str) -> None:
         ({"reward_funcs": ["apo_rewards.many"]}, trl_ext.ConfigError, "has no 'many'"),
         ({"reward_funcs": [], "judge": "apo_rewards.No"}, UsageError, "apo.judge='apo_rewards.No'"),
         ({"rounds": 20}, UsageError, "12 prompts are too few for 20 rounds"),
+        ({"held_out": 11}, UsageError, "1 prompts are too few for 3 rounds"),
+        ({"held_out": 13, "prompts_per_round": 2}, UsageError, "0 prompts are too few for 3 rounds"),
     ],
 )
 def test_what_is_missing_is_told_first(

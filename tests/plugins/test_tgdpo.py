@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import types
 from pathlib import Path
@@ -200,6 +201,18 @@ def test_a_guide_changes_the_run_and_stays_as_it_is(build: Any, train: Any, guid
     # a guide that learned the pairs likes the chosen tokens more and the rejected ones less than the reference does
     assert min(logged(ours, "tgdpo/factor/chosen")) > 1 and min(logged(ours, "tgdpo/factor/rejected")) > 1
     assert logged(ours, "loss")[-1] < logged(plain, "loss")[-1]
+    for entry in ours.state.log_history[:-1]:  # the loss without factors falls with its margin
+        assert entry["tgdpo/dpo_loss"] == pytest.approx(math.log(2), abs=1e-6) or entry["step"] > 1
+    assert 0 < logged(ours, "tgdpo/dpo_loss")[-1] < math.log(2)
+
+
+def test_the_guide_runs_once_per_batch(build: Any, guide: str) -> None:
+    with trl_ext.enable(tgdpo={"guide": guide}):
+        trainer = build("dpo", max_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+        runs: list[int] = []
+        trainer._trl_ext.plugins["tgdpo"]._guide.model.register_forward_hook(lambda *_: runs.append(1))
+        trainer.train()
+    assert len(runs) == 4
 
 
 def test_the_guide_has_its_own_beta(train: Any, guide: str) -> None:
@@ -340,6 +353,16 @@ def test_another_guide_is_another_cache(build: Any, guide: str, model: str, tmp_
         with trl_ext.enable(tgdpo={"guide": name, "precompute": True}):
             found.append(build("dpo", data=data).train_dataset[0]["chosen_guide_logps"])
     assert len(found[0]) == len(found[1]) and found[0] != found[1]
+
+
+def test_scoring_ahead_shows_its_progress(
+    build: Any, guide: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TQDM_DISABLE")
+    with trl_ext.enable(tgdpo={"guide": guide, "precompute": True}):
+        build("dpo", trainer={"eval_dataset": tiny_data("dpo", 4)})
+    shown = capfd.readouterr().err
+    assert all(f"Computing guide_logps for the {name} data: 100%" in shown for name in ("train", "eval"))
 
 
 def test_iterable_data_cannot_be_scored_ahead(build: Any, guide: str) -> None:

@@ -155,9 +155,7 @@ def build(
     return seams.trainer_class(kind)(args=parsed[1], **_arguments(task, kind, parsed, sizes, say))
 
 
-def on_task(
-    task: str, parsed: scripts.Parsed, sizes: Mapping[str, int], say: Callable[[str], None]
-) -> owned.LocalJob:
+def on_task(task: str, parsed: scripts.Parsed, sizes: Mapping[str, int], say: Callable[[str], None]) -> owned.LocalJob:
     """A run that a plugin owns on a task of the lab; it starts with the task's model and takes the training rows.
 
     Raises:

@@ -209,7 +209,7 @@ class APO(Plugin):
         return {"first_loss": (losses.sum().item(), len(losses))}
 
     def _check(self, job: Job) -> tuple[list[list[int]], list[int]]:
-        """What must hold before anything is loaded; returns the numbers of the rows of each round, and held-out ones."""
+        """What must hold before anything is loaded; returns the numbers of each round's rows, and of held-out ones."""
         options = self.options
         if not hasattr(job.data, "select") or "prompt" not in (job.data.column_names or ()):
             raise UsageError("apo needs data with a column 'prompt' that can be read in any order, not a stream")
