@@ -248,7 +248,7 @@ class LocalJob:
             trainer = rounds.trainer(str(model), self.args, data, output, settings, **self._objects)
             checkpoint = [rounds.last_checkpoint(output, STATE_FILE) if self.is_main else None]
             checkpoint = self._shared(checkpoint)
-            trainer.train(resume_from_checkpoint=checkpoint[0])
+            rounds.train(trainer, checkpoint[0])
             trainer.save_model(str(folder))
             trainer.accelerator.free_memory()
             del trainer

@@ -96,7 +96,7 @@ def test_rollout_edits_prompts_and_the_first_plugin_is_outermost(kind: str, buil
         trainer.train()
     ids = trainer._buffered_inputs[0]["prompt_ids"]
     texts = trainer.processing_class.batch_decode(ids)
-    tail = "userZ<|im_end|><|im_start|>userQ<|im_end|><|im_start|>assistant"  # the tokenizer drops new lines
+    tail = "user\nZ<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
     assert all(text.endswith(tail) for text in texts)
     assert all(len(prompt) == 1 for prompt in prompts_of_rewards)  # reward functions keep the prompt of the data
 

@@ -401,7 +401,12 @@ def mortal(model: str, folder: Path, diary: Path, options: dict[str, Any], setti
             os.kill(os.getpid(), signal.SIGKILL)
 
     def move(self: Path, target: Path) -> Path:
-        if folder not in Path(target).parents:
+        released = target.parent == folder and target.name not in (
+            "apo.json",
+            "trl_ext_rounds.json",
+            "model.safetensors",
+        )
+        if folder not in target.parents or released:  # one of the files that are copied at the end is enough
             return rename(self, target)
         at(f"before {target}")
         rename(self, target)
@@ -438,7 +443,7 @@ def test_a_kill_anywhere_repeats_nothing(model: str, tmp_path: Path) -> None:
         assert isinstance(message, processes.Failure) and "SIGKILL" in message.message, message
         kills += 1
     lines = diary.read_text().splitlines()
-    assert kills == len({line for line in lines if line.startswith("before")}) > 20
+    assert kills == len({line for line in lines if line.startswith("before")}) >= 18
     done = [line for line in lines if line.startswith("did") and "trl_ext_rounds.json" not in line]
     assert len(done) == len(set(done)), "something finished was made again"
     assert sum("did step" in line for line in done) == 4

@@ -122,7 +122,8 @@ def test_tool_results_and_a_late_branch(train, plugin):
             mask = [[1] * 4 + [0] * 3 + [1] * 2 for _ in prompts]
             return Generation(plain.prompt_ids, ids, plain.completions, tool_mask=mask, extra=plain.extra)
 
-    dense, shared = pair(train, "grpo", plugins=(plugin(Turns),), max_steps=3)
+    sgd = {"optim": "sgd", "learning_rate": 1.0}  # Adam makes a step of the rounding of a gradient that is almost 0
+    dense, shared = pair(train, "grpo", plugins=(plugin(Turns),), max_steps=3, **sgd)
     assert_same(dense, shared)
     assert min(metric(shared, "shared-prefix/token_ratio")) > 3
 

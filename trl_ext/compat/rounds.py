@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..errors import ConfigError
 from .scripts import Parsed
@@ -60,6 +62,26 @@ def trainer(model: str, args: Any, data: Any, output: Path, settings: dict[str, 
     explicit = objects.get("peft_config") is None and not own.precompute_ref_log_probs
     reference = load(model, own) if explicit else None
     return DPOTrainer(model=model, ref_model=reference, args=own, train_dataset=data, **objects)
+
+
+class _AtTheEndError(BaseException):
+    """Leaves a training that has nothing more to do."""
+
+
+class _NoStepMore(TrainerCallback):
+    """Leaves a training that goes on from its own last step: transformers' loop would do one more before it looks."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise _AtTheEndError
+
+
+def train(made: Any, checkpoint: str | None) -> None:
+    """Trains, from a checkpoint on if there is one; from one of the last step it takes the weights alone."""
+    if checkpoint is not None:
+        made.add_callback(_NoStepMore())
+    with contextlib.suppress(_AtTheEndError):
+        made.train(resume_from_checkpoint=checkpoint)
 
 
 def last_checkpoint(folder: Path, state_file: str) -> str | None:
