@@ -126,7 +126,7 @@ def finish(recipe: Recipe, jobs: Sequence[Job], at_once: int, console: Console) 
     """Does the runs that have no record yet; returns the records of all."""
     found = {job: record for job in jobs if (record := records.load(job)) is not None}
     for job, record in found.items():
-        check_names(recipe.metrics, job.arm, {name for entry in record["history"] for name in entry})
+        check_record(recipe.metrics, job.arm, record)
     pending = [job for job in jobs if job not in found]
     if found:
         console.print(f"{len(found)} of {len(jobs)} runs are there already", highlight=False)
@@ -168,7 +168,7 @@ def _listen(worker: Worker, job: Job, names: set[str], recipe: Recipe, status: S
         case Result():
             record = records.load(job)
             assert record is not None
-            check_names(recipe.metrics, job.arm, {name for entry in record["history"] for name in entry})
+            check_record(recipe.metrics, job.arm, record)
             job.file(".log").unlink(missing_ok=True)
             return record
     return None
@@ -186,6 +186,12 @@ def check_names(metrics: Sequence[Metric], arm: str, logged: set[str]) -> None:
                 f"no metric called {metric.name!r} is logged by arm {arm!r}.{near(metric.name, logged)}\n"
                 f"Correct `experiment.metrics` and start again; runs that have ended are not repeated."
             )
+
+
+def check_record(metrics: Sequence[Metric], arm: str, record: dict[str, Any]) -> None:
+    """The same of a run that has ended; one that diverged may have logged nothing yet, and its numbers do not count."""
+    if record["status"] == "finished":
+        check_names(metrics, arm, {name for entry in record["history"] for name in entry})
 
 
 def default_metrics(kind: str) -> tuple[Metric, ...]:
