@@ -49,7 +49,6 @@ matrix: setup
 # Every tiny recipe, about ten minutes each, then the table of results in plugins/README.md and the tests marked slow.
 # Runs that have ended are not repeated. An expectation that is not met shows in the table and fails the target.
 experiments: setup
-	$(BIN)/trl_ext train --config recipes/tiny/tgdpo.yaml --set tgdpo.alpha=0 --max_steps 60 --output_dir runs/tgdpo-guide
 	@failed=; for recipe in recipes/tiny/*.yaml; do \
 		$(BIN)/trl_ext compare $$recipe --record recipes/tiny/results/$$(basename $$recipe .yaml).json \
 			|| failed="$$failed $$recipe"; \
