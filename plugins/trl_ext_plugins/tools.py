@@ -29,12 +29,17 @@ class ToolsOptions:
     environment: str | None = option(
         None, help="dotted path of a class whose methods are tools, one instance per rollout", source="ours"
     )
+    environment_options: dict[str, Any] = option(  # noqa: RUF009
+        {}, help="if given, the class is what `environment` returns when called with these", source="ours"
+    )
     rollout_func: str | None = option(None, help="dotted path of a function that makes rollouts", source="ours")
 
     def __post_init__(self) -> None:
         for path in (*self.functions, self.environment, self.rollout_func):
             if path is not None:
                 load(path)  # a wrong path is told before anything else is loaded
+        if self.environment_options and self.environment is None:
+            raise ValueError("environment_options are for an environment, and none is named")
 
 
 def load(path: str) -> Callable[..., Any]:
@@ -84,7 +89,8 @@ class Tools(Plugin):
         if chosen.functions:
             given["tools"] = [load(path) for path in chosen.functions]
         if chosen.environment:
-            given["environment_factory"] = load(chosen.environment)
+            found = load(chosen.environment)
+            given["environment_factory"] = found(**chosen.environment_options) if chosen.environment_options else found
         if chosen.rollout_func:
             given["rollout_func"] = load(chosen.rollout_func)
         return given

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from trl_ext import lab
-from trl_ext.lab.builtin import calculator, checks, letters, lookup, loud_quiet, modes, walks
+from trl_ext.lab.builtin import calculator, checks, gymnasium_games, letters, lookup, loud_quiet, modes, walks
 from trl_ext.lab.builtin.chains import Chain
 from trl_ext.lab.model import _tokenized
+from trl_ext.lab.pictures import as_json
 from trl_ext.lab.text import assistant, call, calls_made, drawn, final_text, result
 from trl_ext.lab.tokenizer import Vocabulary
 
@@ -37,16 +38,17 @@ def question(row: dict[str, Any]) -> str:
 @every_task
 def test_rows_and_traces_depend_on_their_arguments_only(task: lab.Task) -> None:
     random.seed(1)
-    first = json.dumps([task.rows("train", 30, 0), task.rows("test", 30, 0), task.traces(30, 0)])
+    first = json.dumps([task.rows("train", 30, 0), task.rows("test", 30, 0), task.traces(30, 0)], default=as_json)
     random.seed(2)
-    assert json.dumps([task.rows("train", 30, 0), task.rows("test", 30, 0), task.traces(30, 0)]) == first
+    again = [task.rows("train", 30, 0), task.rows("test", 30, 0), task.traces(30, 0)]
+    assert json.dumps(again, default=as_json) == first
     assert (
         [len(task.rows("train", size, 3)) for size in (0, 7, 100)]
         == [0, 7, 100]
         == [len(task.traces(size, 3)) for size in (0, 7, 100)]
     )
     assert task.traces(30, 1) != task.traces(30, 0)
-    if task.name not in ("right-letter", "line-walk"):  # the same few questions in any order
+    if task.name not in ("right-letter", "line-walk", "frozen-lake"):  # the same few questions in any order
         assert task.rows("train", 30, 1) != task.rows("train", 30, 0)
 
 
@@ -65,7 +67,7 @@ def test_traces_fit_the_task(task: lab.Task) -> None:
     """Every character is a token, nothing is too long, and the model is as small as promised."""
     vocabulary = Vocabulary.of(task)
     tokenizer = vocabulary.build()
-    rows = _tokenized(task, tokenizer, task.traces(200, 0))
+    rows = _tokenized(task, tokenizer, json.loads(json.dumps(task.traces(200, 0), default=as_json)))
     assert len(tokenizer) < 200
     for row, trace in zip(rows, task.traces(200, 0), strict=True):
         learnt = tokenizer.decode([token for token in row["labels"] if token != -100])
@@ -221,3 +223,32 @@ def test_last_words() -> None:
     assert final_text([]) == "" == final_text([call("calculate", expression="1+1")])
     assert final_text([call("calculate", expression="1+1"), result("calculate", 2)]) == ""
     assert final_text([{"role": "assistant", "content": None}]) == ""
+
+
+@pytest.mark.parametrize("name", ["frozen-lake", "minigrid", "minigrid-view"])
+def test_walks_in_real_environments(name: str) -> None:
+    task = TASKS[name]
+    traces = task.traces(300, 0)
+    ends = [trace["completion"][-2]["content"] for trace in traces]
+    texts = [end if isinstance(end, str) else end[-1]["text"] for end in ends]
+    assert all(text.endswith(gymnasium_games.OVER) for text in texts)
+    environment = task.environment() if task.environment else None
+    rows = task.rows("train", 300, 0)
+    reached = 0
+    for row, trace in zip(rows, traces, strict=True):
+        environment.reset(**row)
+        for message in trace["completion"]:
+            for made in message.get("tool_calls") or ():
+                environment.act(**made["function"]["arguments"])
+        assert environment.done or environment.truncated
+        reached += environment.success
+    assert 0.05 < reached / 300 < 0.4, "walks at random get there now and then"
+    late = gymnasium_games.played([environment])
+    environment.act("left")
+    assert gymnasium_games.played([environment]) == [pytest.approx(late[0] - 0.1)]
+
+
+def test_held_out_starts_are_others() -> None:
+    rows = gymnasium_games.room_rows
+    train = {row["seed"] for seed in range(5) for row in rows("train", 256, seed)}
+    assert len(train) == 5 * 256 and not train & {row["seed"] for row in rows("test", 64, 0)}

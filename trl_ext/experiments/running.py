@@ -203,11 +203,18 @@ def as_text(value: Any) -> str:
     if isinstance(value, str):
         return value
     if len(value) == 1 and not value[0].get("tool_calls"):
-        return str(value[0].get("content") or "")
+        return _written(value[0].get("content"))
     return "\n".join(f"{message.get('role')}: {_said(message)}" for message in value)
 
 
 def _said(message: Mapping[str, Any]) -> str:
     calls = [call["function"] for call in message.get("tool_calls") or ()]
-    parts = [str(message.get("content") or ""), *(f"{call['name']}({call['arguments']})" for call in calls)]
+    parts = [_written(message.get("content")), *(f"{call['name']}({call['arguments']})" for call in calls)]
     return " ".join(part for part in parts if part)
+
+
+def _written(content: Any) -> str:
+    """The content of a message: a text, or blocks of which some are images."""
+    if isinstance(content, list):
+        return "".join(f"[{part['type']}]" if part["type"] != "text" else part["text"] for part in content)
+    return str(content or "")

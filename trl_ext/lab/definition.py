@@ -12,7 +12,7 @@ from trl_ext_hooks import TrainerKind
 from ..errors import ConfigError, near
 
 Row = dict[str, Any]
-Architecture = Literal["qwen3", "llama"]
+Architecture = Literal["qwen3", "llama", "gemma3"]
 
 
 def _at_least_one(settings: Any, *names: str) -> None:
@@ -26,12 +26,14 @@ class Shape:
     """The size of a task's model, a causal language model made from a configuration of transformers.
 
     Attributes:
-        architecture: `"qwen3"` or `"llama"`.
+        architecture: `"qwen3"` or `"llama"`; `"gemma3"`, with a vision tower, for a task with pictures.
         width: Size of the hidden states, a multiple of twice the number of heads.
         layers: Number of layers.
         heads: Number of attention heads.
         feed_forward: Size of the inner layer of the feed-forward blocks.
         positions: The longest sequence that it takes.
+        picture: Width and height of pictures in pixels; 0 where there are none.
+        patch: Width and height of the part of a picture that is one token.
     """
 
     architecture: Architecture = "qwen3"
@@ -40,15 +42,22 @@ class Shape:
     heads: int = 4
     feed_forward: int = 192
     positions: int = 256
+    picture: int = 0
+    patch: int = 8
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "width", "layers", "heads", "feed_forward", "positions")
+        _at_least_one(self, "width", "layers", "heads", "feed_forward", "positions", "patch")
         if self.architecture not in get_args(Architecture):
             raise ConfigError(
                 f"Shape: `architecture` is {self.architecture!r}.{near(self.architecture, get_args(Architecture))}"
             )
         if self.width % (2 * self.heads):
             raise ConfigError(f"Shape: `width` ({self.width}) must be a multiple of twice `heads` ({self.heads}).")
+        if (self.architecture == "gemma3") != (self.picture > 0) or self.picture % self.patch:
+            raise ConfigError(
+                f"Shape: pictures are for `architecture` gemma3, and their size is a multiple of `patch`; got "
+                f"{self.architecture!r}, `picture` {self.picture} and `patch` {self.patch}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

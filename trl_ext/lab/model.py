@@ -16,8 +16,8 @@ from typing import Any
 
 from .. import cache
 from ..errors import ConfigError
+from . import pictures, warmup
 from . import tokenizer as tokenizers
-from . import warmup
 from .definition import Row, Shape, Task
 from .tokenizer import UNKNOWN, Vocabulary, tools_of
 
@@ -48,6 +48,8 @@ def model_folder(task: Task, say: Callable[[str], None] = print) -> Path:
         say(f"{task.name}: making the model once, into {target}" + (f" ({steps} steps of warm-up)" if steps else ""))
         tokenizer = vocabulary.build()
         tokenizer.save_pretrained(work)
+        if vocabulary.sees:
+            pictures.processor(task.shape, tokenizer).save_pretrained(work)
         model = _untrained(task, tokenizer)
         model.config.save_pretrained(work)
         warmup.write_weights(model, work)
@@ -61,6 +63,8 @@ def configuration(shape: Shape, tokenizer: Any) -> Any:
     """The configuration of transformers for a shape and a tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+    if shape.picture:
+        return pictures.configuration(shape, tokenizer)
     kinds = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
     config, model = kinds[shape.architecture]
     return config(
@@ -82,11 +86,12 @@ def configuration(shape: Shape, tokenizer: Any) -> Any:
 
 def _untrained(task: Task, tokenizer: Any) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    kind = AutoModelForImageTextToText if task.shape.picture else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(task.warm_up.seed)
-        return AutoModelForCausalLM.from_config(configuration(task.shape, tokenizer), dtype=torch.float32)
+        return kind.from_config(configuration(task.shape, tokenizer), dtype=torch.float32)
 
 
 def _digest(task: Task, vocabulary: Vocabulary, traces: str) -> str:
@@ -96,7 +101,9 @@ def _digest(task: Task, vocabulary: Vocabulary, traces: str) -> str:
         "shape": dataclasses.asdict(task.shape),
         "warm_up": dataclasses.asdict(task.warm_up),
         "traces": traces,
-        "code": [Path(str(file)).read_text() for file in (__file__, tokenizers.__file__, warmup.__file__)],
+        "code": [
+            Path(str(part.__file__)).read_text() for part in (sys.modules[__name__], tokenizers, warmup, pictures)
+        ],
         "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers", "trl")},
     }
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
@@ -104,9 +111,9 @@ def _digest(task: Task, vocabulary: Vocabulary, traces: str) -> str:
 
 def _json(traces: list[Row], task: Task) -> str:
     try:
-        return json.dumps(traces)
+        return json.dumps(traces, default=pictures.as_json)
     except TypeError as error:
-        raise task.broken(f"traces must be made of texts, numbers, lists and dictionaries: {error}") from error
+        raise task.broken(f"traces must be made of texts, numbers, lists, dictionaries and images: {error}") from error
 
 
 def _tokenized(task: Task, tokenizer: Any, traces: list[Row]) -> list[Row]:
@@ -124,6 +131,9 @@ def _tokenized(task: Task, tokenizer: Any, traces: list[Row]) -> list[Row]:
             trace["prompt"] + trace["completion"], tools=tools, return_dict=True, return_assistant_tokens_mask=True
         )
         ids, learnt = whole["input_ids"], whole["assistant_masks"]
+        if task.shape.picture:
+            prompt, _ = pictures.expanded(prompt, prompt, task.shape, tokenizer)
+            ids, learnt = pictures.expanded(ids, learnt, task.shape, tokenizer)
         if unknown in ids:
             raise task.broken(
                 f"trace {number} has characters that are no tokens; put them into `words`: "
@@ -145,6 +155,8 @@ def _tokenized(task: Task, tokenizer: Any, traces: list[Row]) -> list[Row]:
             for index, (token, learn) in enumerate(zip(ids, learnt, strict=True))
         ]
         rows.append({"input_ids": ids, "labels": labels})
+        if task.shape.picture:
+            rows[-1]["pictures"] = pictures.in_order(trace["prompt"] + trace["completion"])
     return rows
 
 

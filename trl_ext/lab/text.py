@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def user(text: str) -> list[dict[str, Any]]:
-    """A prompt: one message of the user."""
+def user(text: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A prompt: one message of the user, of a text or of blocks with images."""
     return [{"role": "user", "content": text}]
 
 
@@ -25,8 +25,8 @@ def call(tool: str, **arguments: Any) -> dict[str, Any]:
 
 
 def result(tool: str, text: Any) -> dict[str, Any]:
-    """The message with what a tool returned."""
-    return {"role": "tool", "name": tool, "content": str(text)}
+    """The message with what a tool returned: a text, or a list of blocks with images."""
+    return {"role": "tool", "name": tool, "content": text if isinstance(text, list) else str(text)}
 
 
 def final_text(completion: str | Sequence[dict[str, Any]]) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..errors import ConfigError
+from . import pictures
 from .definition import Task
 
 PAD, UNKNOWN, END = "<|pad|>", "<|unknown|>", "<|end|>"
@@ -21,6 +22,11 @@ CHARACTERS = ("\n", *map(chr, range(32, 127)))
 
 # A message is its role, its text and END. The tools of a run are listed with their parameters, as short as can be.
 CHAT_TEMPLATE = """\
+{%- macro shown(content) %}
+{%- if content is string %}{{ content }}
+{%- else %}{% for part in content or [] %}{{ '<|vision|>' if part.type == 'image' else part.text }}{% endfor %}
+{%- endif %}
+{%- endmacro %}
 {%- if tools %}{{ '<|tools|>' }}
 {%- for tool in tools %}
 {%- set called = tool.function if tool.function is defined else tool %}
@@ -32,7 +38,7 @@ CHAT_TEMPLATE = """\
 {%- if message.role == 'assistant' %}
 {{- message.prefix | default('', true) }}
 {%- generation %}
-{{- message.content | default('', true) }}
+{{- shown(message.content) }}
 {%- for call in message.tool_calls | default([], true) %}
 {%- set called = call.function if call.function is defined else call %}
 {{- '<tool_call>\\n{"name": "' + called.name + '", "arguments": ' }}
@@ -42,7 +48,7 @@ CHAT_TEMPLATE = """\
 {{- '<|end|>' }}
 {%- endgeneration %}
 {%- else %}
-{{- message.content }}{{ '<|end|>' }}
+{{- shown(message.content) }}{{ '<|end|>' }}
 {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
@@ -71,22 +77,24 @@ class Vocabulary:
         words: Texts of more than one character that are one token, the longest first.
         characters: All other tokens.
         calls: Whether the tokenizer reads tool calls.
+        sees: Whether there are tokens for pictures.
     """
 
     words: tuple[str, ...]
     characters: tuple[str, ...]
     calls: bool
+    sees: bool = False
 
     @classmethod
     def of(cls, task: Task) -> Vocabulary:
         tools = tools_of(task)
         words = {*task.words, *_words_of_calls(tools)}
         for word in words:
-            if not word or any(special in word for special in (PAD, UNKNOWN, END, *ROLES)):
+            if not word or any(special in word for special in (PAD, UNKNOWN, END, *ROLES, *pictures.NAMES.values())):
                 raise task.broken(f"`words` holds {word!r}; a word is a text without the tokens of the chat template.")
         characters = {*CHARACTERS, *(letter for word in words for letter in word)}
         longest_first = sorted((word for word in words if len(word) > 1), key=lambda word: (-len(word), word))
-        return cls(tuple(longest_first), tuple(sorted(characters)), bool(tools))
+        return cls(tuple(longest_first), tuple(sorted(characters)), bool(tools), task.shape.picture > 0)
 
     def build(self) -> Any:
         """The tokenizer, of transformers' fast kind."""
@@ -98,7 +106,8 @@ class Vocabulary:
         spelled = [
             "".join(part for part, _ in spell.pre_tokenize_str(text)) for text in (*self.characters, *self.words)
         ]
-        tokens = [PAD, UNKNOWN, END, *ROLES, *spelled]
+        marks = pictures.NAMES if self.sees else {}
+        tokens = [PAD, UNKNOWN, END, *ROLES, *marks.values(), *spelled]
         backend = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token=UNKNOWN))
         pieces = Regex("|".join([*map(_escape, self.words), r"[\s\S]"]))
         backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"), spell])
@@ -108,7 +117,8 @@ class Vocabulary:
             pad_token=PAD,
             unk_token=UNKNOWN,
             eos_token=END,
-            additional_special_tokens=list(ROLES),
+            additional_special_tokens=[*ROLES, *marks.values()],
+            extra_special_tokens=marks,
         )
         tokenizer.chat_template = CHAT_TEMPLATE
         if self.calls:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cache import system_error
+from . import pictures
 
 NOT_WRITTEN = 74
 """Exit code: the weights could not be written. The last line of the errors is then the number of the system's error."""
@@ -23,7 +24,15 @@ def train(job: dict[str, Any], scratch: str) -> Any:
     """Trains with TRL's SFTTrainer and returns the model."""
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoProcessor,
+        AutoTokenizer,
+        PrinterCallback,
+        ProgressCallback,
+        Trainer,
+    )
     from trl import SFTConfig, SFTTrainer
 
     torch.set_num_threads(1)  # sums in another order would give other weights
@@ -50,12 +59,21 @@ def train(job: dict[str, Any], scratch: str) -> Any:
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    trainer = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32),
-        args=config,
-        train_dataset=Dataset.from_list(job["rows"]),
-        processing_class=AutoTokenizer.from_pretrained(job["model"]),
-    )
+    if "pictures" in job["rows"][0]:  # SFTTrainer takes pictures with messages only, not with tokens and labels
+        config.remove_unused_columns = False
+        trainer = Trainer(
+            model=AutoModelForImageTextToText.from_pretrained(job["model"], dtype=torch.float32),
+            args=config,
+            train_dataset=Dataset.from_list(job["rows"]),
+            data_collator=pictures.collator(AutoProcessor.from_pretrained(job["model"])),
+        )
+    else:
+        trainer = SFTTrainer(
+            model=AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32),
+            args=config,
+            train_dataset=Dataset.from_list(job["rows"]),
+            processing_class=AutoTokenizer.from_pretrained(job["model"]),
+        )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_reporter())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..definition import Task
 from .calculator import CALCULATOR
 from .checks import CHECKS
+from .gymnasium_games import FROZEN_LAKE, MINIGRID, MINIGRID_VIEW
 from .letters import LETTERS, RIGHT_LETTER
 from .lookup import LOOKUP
 from .loud_quiet import LOUD_QUIET
@@ -21,4 +22,7 @@ BUILTINS: tuple[Task, ...] = (
     LOOKUP,
     LINE_WALK,
     GRID_WALK,
+    FROZEN_LAKE,
+    MINIGRID,
+    MINIGRID_VIEW,
 )

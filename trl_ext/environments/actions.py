@@ -1,0 +1,98 @@
+"""What a model writes as an action, and what the environment takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..errors import ConfigError
+from .player import Spaces, installed
+
+Actions = Mapping[str, Any] | Sequence[str] | Callable[[str], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """From the argument of a tool call to an action.
+
+    Attributes:
+        read: Takes the text, returns the action, raises ValueError with what is wrong.
+        words: All texts that it takes, where they are few.
+        form: What an action looks like, for the model.
+    """
+
+    read: Callable[[str], Any]
+    words: tuple[str, ...]
+    form: str
+
+
+def reader(spaces: Spaces, actions: Actions | None) -> Reader:
+    """The reader of an environment.
+
+    Args:
+        spaces: Of the environment.
+        actions: A mapping of words to actions, which may leave actions out; a list with a word for every action of a
+            Discrete space; a function that reads a text; or None for the environment's own names, numbers, or JSON.
+
+    Raises:
+        ConfigError: The actions do not fit the space, or the space needs a function.
+    """
+    space, kind = spaces.actions, type(spaces.actions).__name__
+    if callable(actions):
+        return Reader(_checked(actions, space), (), "one action")
+    if isinstance(actions, Mapping):
+        return _words(actions, space)
+    if actions is not None:
+        count = getattr(space, "n", None) if kind == "Discrete" else None
+        if count != len(actions):
+            raise ConfigError(
+                f"`actions` is a list of {len(actions)} words, and the action space is {space}. A list names every "
+                f"action of a Discrete space in order; a mapping of words to actions may leave some out."
+            )
+        return _words({word: space.start + index for index, word in enumerate(actions)}, space)
+    if kind == "Discrete":
+        numbers = {str(number): number for number in range(int(space.start), int(space.start + space.n))}
+        return _words(spaces.names or numbers, space)
+    if kind in ("Box", "MultiDiscrete", "MultiBinary"):
+        numpy = installed("numpy")
+        form = f"a JSON list of numbers of the shape {list(space.shape)}"
+        return Reader(_checked(lambda text: numpy.asarray(json.loads(text), space.dtype), space), (), form)
+    if kind == "Text":
+        return Reader(_checked(str, space), (), f"a text of at most {space.max_length} characters")
+    raise ConfigError(
+        f"the action space is {space}, for which there is no text by default. Give `actions`: a mapping of words to "
+        f"actions, or a function that turns a text into an action and raises ValueError where it cannot."
+    )
+
+
+def _words(named: Mapping[str, Any], space: Any) -> Reader:
+    known = {word.strip().casefold(): action for word, action in named.items()}
+    if not known or len(known) != len(named):
+        raise ConfigError(f"`actions` needs words that differ in more than case; got {list(named)}.")
+    for word, action in known.items():
+        if not space.contains(action):
+            raise ConfigError(f"`actions` maps {word!r} to {action!r}, which is not in the action space {space}.")
+    listed = ", ".join(named)
+
+    def read(text: str) -> Any:
+        try:
+            return known[text.strip().casefold()]
+        except KeyError:
+            raise ValueError(f"{text!r} is none of {listed}") from None
+
+    return Reader(read, tuple(named), f"one of {listed}")
+
+
+def _checked(read: Callable[[str], Any], space: Any) -> Callable[[str], Any]:
+    def checked(text: str) -> Any:
+        try:
+            action = read(text)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise ValueError(f"{text!r}: {error}") from error
+        if not space.contains(action):
+            raise ValueError(f"{text!r} is not in {space}")
+        return action
+
+    return checked
