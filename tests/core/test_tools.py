@@ -305,3 +305,11 @@ def test_the_reward_reads_the_answer_and_no_tool_s_result(monkeypatch: pytest.Mo
     rollouts = [[call, result, answer], [call, result], [answer], [call, result, call], []]
     assert answer_accuracy(rollouts, solution=["42"] * 5, index=[0] * 5) == [1, 0, 1, 0, 0]
     assert judged == ["42", "", "42", "", ""]
+
+
+def test_options_of_an_environment_that_is_not_named() -> None:
+    with (
+        pytest.raises(OptionError, match="environment_options are for an environment, and none is named"),
+        trl_ext.enable("tools", tools={"functions": ["trl_ext.tools.calculator"], "environment_options": {"env": "x"}}),
+    ):
+        pass

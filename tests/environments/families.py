@@ -30,7 +30,7 @@ VISION = {
 }
 SPECIAL = [
     *("<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "<image>", "<start_of_image>", "<end_of_image>"),
-    *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<image_soft_token>"),
+    *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<image_soft_token>"),
     *("<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<IMG_CONTEXT>", "<img>", "</img>"),
 ]
 TEMPLATE = """\
@@ -62,13 +62,14 @@ def tokenizer(image: str, **named: str) -> Any:
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
     backend.decoder = decoders.Fuse()
     backend.add_tokens([AddedToken(mark, normalized=False) for mark in marks])
+    special = [token for token in SPECIAL[2:] if token != "<|im_end|>"]
     made = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
         unk_token="<unk>",
         eos_token="<|im_end|>",
-        additional_special_tokens=[token for token in SPECIAL[2:] if token != "<|im_end|>"],
-        extra_special_tokens=named,
+        additional_special_tokens=special,
+        **named,
     )
     made.chat_template = TEMPLATE.replace("IMAGE", image)
     made.response_template = _RESPONSE
@@ -146,7 +147,7 @@ def qwen2_vl(version: str = "2") -> tuple[Any, Any]:
     name = {"2": "Qwen2VL", "2.5": "Qwen2_5_VL", "3": "Qwen3VL"}[version]
     config_class = getattr(transformers, f"{name}Config")
     model_class = getattr(transformers, f"{name}ForConditionalGeneration")
-    processor_class = getattr(transformers, f"{name}Processor")
+    processor_class = getattr(transformers, f"{name}Processor")  # type: ignore
     made = tokenizer("<|vision_start|><|image_pad|><|vision_end|>")
     vision: dict[str, Any] = {"depth": 1, "num_heads": 4, "patch_size": PATCH, "spatial_merge_size": 1}
     if version == "2":
@@ -172,9 +173,14 @@ def qwen2_vl(version: str = "2") -> tuple[Any, Any]:
     images = transformers.Qwen2VLImageProcessorPil(
         patch_size=PATCH, merge_size=1, size={"shortest_edge": SIDE * SIDE, "longest_edge": SIDE * SIDE}
     )
-    videos = transformers.Qwen2VLVideoProcessor() if version != "3" else transformers.Qwen3VLVideoProcessor()
-    processor = processor_class(images, made, videos, chat_template=made.chat_template)
-    return model_class(config), processor
+
+    class WithoutVideo(processor_class):  # the video processor, and it alone, needs torchvision
+        def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
+            self.image_token, self.video_token = "<|image_pad|>", None
+            self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(self.image_token), None
+            transformers.ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    return model_class(config), WithoutVideo(images, made, chat_template=made.chat_template)
 
 
 def idefics3() -> tuple[Any, Any]:
@@ -206,13 +212,6 @@ def idefics3() -> tuple[Any, Any]:
     return Idefics3ForConditionalGeneration(config), processor
 
 
-def smolvlm() -> tuple[Any, Any]:
-    from transformers import SmolVLMProcessor
-
-    made = tokenizer("<image>")
-    return SmolVLMProcessor(None, made, None), made
-
-
 FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava": llava,
     "gemma3": gemma3,
@@ -220,18 +219,16 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "qwen2.5-vl": lambda: qwen2_vl("2.5"),
     "qwen3-vl": lambda: qwen2_vl("3"),
     "idefics3": idefics3,
-    "smolvlm": smolvlm,
 }
 
 
-def save(family: str, folder: Path) -> str:
-    """Makes a model and its processor and saves both."""
+def save(family: str, folder: Path) -> tuple[str, Any]:
+    """Makes a model and its processor; saves the model and returns its folder and the processor."""
     import torch
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model, processor = FAMILIES[family]()
     model.save_pretrained(folder)
-    processor.save_pretrained(folder)
     processor.tokenizer.save_pretrained(folder)
-    return str(folder)
+    return str(folder), processor

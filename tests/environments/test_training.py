@@ -133,7 +133,7 @@ def test_a_run_goes_on_where_an_environment_fails(
 
 
 def test_a_run_stops_where_every_episode_fails(play: Any, games: Any, tool_model: str) -> None:
-    always = calls(tool_model, "act", likelihood=100.0, end=-100.0, action="0")
+    always = calls(tool_model, "act", likelihood=30.0, end=-30.0, action="0")
     with pytest.raises(RuntimeError, match=r"failed in every episode of this round, at last: KeyError"):
         play(gym(games.Raising), [1, 1], generation_kwargs=always)
 

@@ -128,7 +128,10 @@ def test_many_ask_and_one_makes(untrained: Untrained, tmp_path: Path, monkeypatc
         ({"prompt": user("1" * 40), "completion": assistant("1")}, r"more than `shape.positions` \(32\)"),
         ({"prompt": user("code 1")}, r"trace 1 must have `prompt` and `completion`; it has \['prompt'\]"),
         ({"prompt": user("code 1"), "completion": user("1")}, "begins with a message of the assistant"),
-        ({"prompt": user("code 1"), "completion": {1, 2}}, "must be made of texts, numbers, lists and dictionaries"),
+        (
+            {"prompt": user("code 1"), "completion": {1, 2}},
+            "must be made of texts, numbers, lists, dictionaries and images",
+        ),
     ],
 )
 def test_traces_that_do_not_fit_are_refused(trace: dict[str, Any], message: str) -> None:

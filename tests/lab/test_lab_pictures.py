@@ -28,10 +28,7 @@ def folder() -> Path:
 
 
 def test_tokens_of_traces_are_those_of_the_processor(folder: Path) -> None:
-    from transformers import AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(folder)
-    assert type(processor.image_processor).__name__ == "Gemma3ImageProcessorPil", "torchvision is not needed"
+    processor = pictures.processor_of(str(folder), TASK.shape)
     traces = TASK.traces(3, 0)
     rows = _tokenized(TASK, Vocabulary.of(TASK).build(), json.loads(json.dumps(traces, default=pictures.as_json)))
     for trace, row in zip(traces, rows, strict=True):
@@ -49,31 +46,31 @@ def test_tokens_of_traces_are_those_of_the_processor(folder: Path) -> None:
         learnt = processor.tokenizer.decode([token for token in row["labels"] if token != -100])
         assert pictures.PICTURE not in learnt and "act" in learnt and learnt.endswith("<|end|>")
         batch = pictures.collator(processor)([row])
-        assert torch.equal(batch["token_type_ids"][0], torch.tensor(whole["token_type_ids"][0]))
+        assert torch.equal(batch["mm_token_type_ids"][0], torch.tensor(whole["mm_token_type_ids"][0]))
         assert torch.allclose(batch["pixel_values"], torch.as_tensor(whole["pixel_values"]))
 
 
 def test_the_model_sees(folder: Path) -> None:
     """Another picture gives other probabilities, also behind tokens that come later."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(folder)
-    collate = pictures.collator(AutoProcessor.from_pretrained(folder))
+    collate = pictures.collator(pictures.processor_of(str(folder), TASK.shape))
     rows = _tokenized(
         TASK, Vocabulary.of(TASK).build(), json.loads(json.dumps(TASK.traces(2, 0), default=pictures.as_json))
     )
     batch = collate(rows[:1])
     with torch.no_grad():
         plain = model(**batch).logits[0, -1]
-        other = model(**batch | {"pixel_values": batch["pixel_values"].flip(-1)}).logits[0, -1]
+        other = model(**batch | {"pixel_values": batch["pixel_values"].flip(0)}).logits[0, -1]
     assert not torch.allclose(plain, other, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "change", [{"picture": 40}, {"architecture": "gemma3"}, {"architecture": "gemma3", "picture": 41}]
+    "change", [{"picture": 40}, {"architecture": "qwen2-vl"}, {"architecture": "qwen2-vl", "picture": 41}]
 )
 def test_shapes_that_cannot_see(change: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"pictures are for `architecture` gemma3, and their size is a multiple"):
+    with pytest.raises(ConfigError, match=r"pictures are for `architecture` qwen2-vl, and their size is a multiple"):
         lab.Shape(**change)
 
 

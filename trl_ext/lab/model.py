@@ -48,8 +48,6 @@ def model_folder(task: Task, say: Callable[[str], None] = print) -> Path:
         say(f"{task.name}: making the model once, into {target}" + (f" ({steps} steps of warm-up)" if steps else ""))
         tokenizer = vocabulary.build()
         tokenizer.save_pretrained(work)
-        if vocabulary.sees:
-            pictures.processor(task.shape, tokenizer).save_pretrained(work)
         model = _untrained(task, tokenizer)
         model.config.save_pretrained(work)
         warmup.write_weights(model, work)
@@ -164,7 +162,8 @@ def _train(task: Task, folder: Path, rows: list[Row], say: Callable[[str], None]
     """Runs `trl_ext.lab.warmup` on the folder, with one thread, on the CPU, outside any process group."""
     with tempfile.TemporaryDirectory(prefix="trl_ext-warm-up-") as scratch:
         job = Path(scratch) / "job.json"
-        job.write_text(json.dumps({"settings": dataclasses.asdict(task.warm_up), "rows": rows, "model": str(folder)}))
+        told = {"settings": dataclasses.asdict(task.warm_up), "shape": dataclasses.asdict(task.shape)}
+        job.write_text(json.dumps(told | {"rows": rows, "model": str(folder)}))
         with (Path(scratch) / "errors.txt").open("w+") as errors:
             child = subprocess.Popen(
                 [sys.executable, "-m", warmup.__name__, str(job)],

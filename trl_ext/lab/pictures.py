@@ -1,6 +1,6 @@
-"""Pictures: what a task whose tools show images has besides tokens. The model is a small Gemma 3 with a vision tower.
+"""Pictures: what a task whose tools show images has besides tokens. The model is a small Qwen2-VL.
 
-Gemma 3 is a family whose images TRL's tool loop carries; `trl_ext/environments/README.md` lists them.
+TRL's tool loop carries images for this family; `trl_ext/environments/README.md` lists others, with the reasons.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 from .definition import Shape
 
-BEGIN, PICTURE, END = "<|vision|>", "<|image|>", "<|/vision|>"
-"""Tokens before, for the patches of, and behind a picture; TRL looks for the middle one by its name."""
-NAMES = {"boi_token": BEGIN, "image_token": PICTURE, "eoi_token": END}
+BEGIN, PICTURE, END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
+"""Tokens before a picture, of its patches, and behind it; TRL looks for the middle one by its name."""
+MARKS = (BEGIN, PICTURE, END)
 
 
 def patches(shape: Shape) -> int:
@@ -23,55 +23,79 @@ def patches(shape: Shape) -> int:
     return (shape.picture // shape.patch) ** 2
 
 
-def processor(shape: Shape, tokenizer: Any) -> Any:
-    """The tokenizer with an image processor that works without torchvision."""
-    from transformers import Gemma3ImageProcessorPil, Gemma3Processor
+@functools.cache
+def _processor_class() -> Any:
+    from transformers import ProcessorMixin, Qwen2VLProcessor
 
-    images = Gemma3ImageProcessorPil(size={"height": shape.picture, "width": shape.picture})
-    return Gemma3Processor(images, tokenizer, image_seq_length=patches(shape), chat_template=tokenizer.chat_template)
+    class PictureProcessor(Qwen2VLProcessor):
+        """Qwen2-VL's processor without the part for videos, which alone needs torchvision."""
+
+        def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
+            self.image_token, self.video_token = PICTURE, None
+            self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(PICTURE), None
+            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    return PictureProcessor
+
+
+def processor(shape: Shape, tokenizer: Any) -> Any:
+    """The tokenizer with an image processor, for TRL's `processing_class`."""
+    from transformers import Qwen2VLImageProcessorPil
+
+    pixels = shape.picture**2
+    images = Qwen2VLImageProcessorPil(
+        patch_size=shape.patch, merge_size=1, size={"shortest_edge": pixels, "longest_edge": pixels}
+    )
+    return _processor_class()(images, tokenizer, chat_template=tokenizer.chat_template)
+
+
+def processor_of(folder: str, shape: Shape) -> Any:
+    """The processor for a model of the lab."""
+    from transformers import PreTrainedTokenizerFast
+
+    return processor(shape, PreTrainedTokenizerFast.from_pretrained(folder))
 
 
 def configuration(shape: Shape, tokenizer: Any) -> Any:
-    """A Gemma 3 of this shape; the vision tower has one layer of the same width."""
-    from transformers import Gemma3Config, Gemma3TextConfig, SiglipVisionConfig
+    """A Qwen2-VL of this shape; the vision tower has one layer of the same width."""
+    from transformers import Qwen2VLConfig
 
-    ids = dict(zip(NAMES, tokenizer.convert_tokens_to_ids(list(NAMES.values())), strict=True))
-    text = Gemma3TextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=shape.width,
-        intermediate_size=shape.feed_forward,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
-        head_dim=shape.width // shape.heads,
-        query_pre_attn_scalar=shape.width // shape.heads,
-        max_position_embeddings=shape.positions,
-        sliding_window=shape.positions,
+    begin, picture, end = tokenizer.convert_tokens_to_ids(list(MARKS))
+    half = shape.width // shape.heads // 2  # rotary frequencies of a head: for time, height and width
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return Qwen2VLConfig(
+        architectures=["Qwen2VLForConditionalGeneration"],
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": shape.width,
+            "intermediate_size": shape.feed_forward,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.heads,
+            "max_position_embeddings": shape.positions,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [half - 2 * (half // 3), half // 3, half // 3],
+            },
+            "tie_word_embeddings": True,
+            **ids,
+        },
+        vision_config={
+            "depth": 1,
+            "embed_dim": shape.width,
+            "hidden_size": shape.width,
+            "num_heads": shape.heads,
+            "mlp_ratio": 2,
+            "patch_size": shape.patch,
+            "spatial_merge_size": 1,
+        },
+        image_token_id=picture,
+        video_token_id=tokenizer.unk_token_id,  # there are no videos; TRL would let the model sample their token
+        vision_start_token_id=begin,
+        vision_end_token_id=end,
         tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    vision = SiglipVisionConfig(
-        hidden_size=shape.width,
-        intermediate_size=shape.feed_forward,
-        num_hidden_layers=1,
-        num_attention_heads=shape.heads,
-        image_size=shape.picture,
-        patch_size=shape.patch,
-    )
-    return Gemma3Config(
-        architectures=["Gemma3ForConditionalGeneration"],
-        text_config=text,
-        vision_config=vision,
-        mm_tokens_per_image=patches(shape),
-        boi_token_index=ids["boi_token"],
-        image_token_index=ids["image_token"],
-        eoi_token_index=ids["eoi_token"],
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **ids,
     )
 
 
@@ -95,14 +119,14 @@ def in_order(messages: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def expanded(tokens: Sequence[int], learnt: Sequence[int], shape: Shape, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Token ids and marks with every `BEGIN` replaced by what the processor makes of it."""
-    begin = tokenizer.convert_tokens_to_ids(BEGIN)
-    whole = tokenizer.encode(processor(shape, tokenizer).full_image_sequence, add_special_tokens=False)
+    """Token ids and marks with one `PICTURE` for every patch, as the processor writes them."""
+    picture, count = tokenizer.convert_tokens_to_ids(PICTURE), patches(shape)
     ids: list[int] = []
     marks: list[int] = []
     for token, mark in zip(tokens, learnt, strict=True):
-        ids += whole if token == begin else [token]
-        marks += [mark] * (len(whole) if token == begin else 1)
+        repeated = count if token == picture else 1
+        ids += [token] * repeated
+        marks += [mark] * repeated
     return ids, marks
 
 
@@ -113,9 +137,10 @@ def collator(processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]
     from torch.nn.utils.rnn import pad_sequence
 
     @functools.cache
-    def pixels(picture: str) -> Any:
+    def pixels(picture: str) -> tuple[Any, Any]:
         image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
-        return processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+        found = processor.image_processor(images=[image], return_tensors="pt")
+        return found["pixel_values"], found["image_grid_thw"]
 
     tokenizer = processor.tokenizer
     image = tokenizer.convert_tokens_to_ids(PICTURE)
@@ -123,12 +148,14 @@ def collator(processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         ids = pad_sequence([torch.tensor(row["input_ids"]) for row in rows], True, padding_value=tokenizer.pad_token_id)
         labels = pad_sequence([torch.tensor(row["labels"]) for row in rows], True, padding_value=-100)
+        values, grids = zip(*(pixels(picture) for row in rows for picture in row["pictures"]), strict=True)
         return {
             "input_ids": ids,
             "attention_mask": (ids != tokenizer.pad_token_id).long(),
-            "token_type_ids": (ids == image).long(),
+            "mm_token_type_ids": (ids == image).long(),
             "labels": labels,
-            "pixel_values": torch.cat([pixels(picture) for row in rows for picture in row["pictures"]]),
+            "pixel_values": torch.cat(values),
+            "image_grid_thw": torch.cat(grids),
         }
 
     return collate

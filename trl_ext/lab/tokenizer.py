@@ -24,7 +24,10 @@ CHARACTERS = ("\n", *map(chr, range(32, 127)))
 CHAT_TEMPLATE = """\
 {%- macro shown(content) %}
 {%- if content is string %}{{ content }}
-{%- else %}{% for part in content or [] %}{{ '<|vision|>' if part.type == 'image' else part.text }}{% endfor %}
+{%- else %}
+{%- for part in content or [] %}
+{{- '<|vision_start|><|image_pad|><|vision_end|>' if part.type == 'image' else part.text }}
+{%- endfor %}
 {%- endif %}
 {%- endmacro %}
 {%- if tools %}{{ '<|tools|>' }}
@@ -90,7 +93,7 @@ class Vocabulary:
         tools = tools_of(task)
         words = {*task.words, *_words_of_calls(tools)}
         for word in words:
-            if not word or any(special in word for special in (PAD, UNKNOWN, END, *ROLES, *pictures.NAMES.values())):
+            if not word or any(special in word for special in (PAD, UNKNOWN, END, *ROLES, *pictures.MARKS)):
                 raise task.broken(f"`words` holds {word!r}; a word is a text without the tokens of the chat template.")
         characters = {*CHARACTERS, *(letter for word in words for letter in word)}
         longest_first = sorted((word for word in words if len(word) > 1), key=lambda word: (-len(word), word))
@@ -106,8 +109,8 @@ class Vocabulary:
         spelled = [
             "".join(part for part, _ in spell.pre_tokenize_str(text)) for text in (*self.characters, *self.words)
         ]
-        marks = pictures.NAMES if self.sees else {}
-        tokens = [PAD, UNKNOWN, END, *ROLES, *marks.values(), *spelled]
+        marks = pictures.MARKS if self.sees else ()
+        tokens = [PAD, UNKNOWN, END, *ROLES, *marks, *spelled]
         backend = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token=UNKNOWN))
         pieces = Regex("|".join([*map(_escape, self.words), r"[\s\S]"]))
         backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"), spell])
@@ -117,8 +120,7 @@ class Vocabulary:
             pad_token=PAD,
             unk_token=UNKNOWN,
             eos_token=END,
-            additional_special_tokens=[*ROLES, *marks.values()],
-            extra_special_tokens=marks,
+            additional_special_tokens=[*ROLES, *marks],
         )
         tokenizer.chat_template = CHAT_TEMPLATE
         if self.calls:

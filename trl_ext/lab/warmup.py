@@ -15,6 +15,7 @@ from typing import Any
 
 from ..cache import system_error
 from . import pictures
+from .definition import Shape
 
 NOT_WRITTEN = 74
 """Exit code: the weights could not be written. The last line of the errors is then the number of the system's error."""
@@ -27,7 +28,6 @@ def train(job: dict[str, Any], scratch: str) -> Any:
     from transformers import (
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
-        AutoProcessor,
         AutoTokenizer,
         PrinterCallback,
         ProgressCallback,
@@ -65,7 +65,7 @@ def train(job: dict[str, Any], scratch: str) -> Any:
             model=AutoModelForImageTextToText.from_pretrained(job["model"], dtype=torch.float32),
             args=config,
             train_dataset=Dataset.from_list(job["rows"]),
-            data_collator=pictures.collator(AutoProcessor.from_pretrained(job["model"])),
+            data_collator=pictures.collator(pictures.processor_of(job["model"], Shape(**job["shape"]))),
         )
     else:
         trainer = SFTTrainer(

@@ -25,7 +25,7 @@ HELD_OUT = 1_000_000
 @functools.cache
 def lake() -> type[GymEnvironment]:
     """Four by four fields of ice that is not slippery, with four holes; a field is a number."""
-    return gym("FrozenLake-v1", actions=list(LAKE_MOVES), is_slippery=False, max_steps=10, over=OVER)
+    return gym("FrozenLake-v1", actions=list(LAKE_MOVES), is_slippery=False, max_steps=12, over=OVER)
 
 
 @functools.cache
@@ -92,11 +92,11 @@ def room_rows(split: str, size: int, seed: int) -> list[Row]:
 
 
 def lake_traces(size: int, seed: int) -> list[Row]:
-    """Random walks that go down or right more often, and see a hole in two of three cases."""
+    """Random walks that go down or right more often, and see nine holes of ten."""
 
     def move(draw: random.Random, seen: str) -> str:
-        choice = draw.choices(list(LAKE_MOVES), (1, 2, 2, 1))[0]
-        if int(seen) + LAKE_MOVES[choice] in HOLES and draw.random() < 2 / 3:
+        choice = draw.choices(list(LAKE_MOVES), (1, 3, 3, 1))[0]
+        if int(seen) + LAKE_MOVES[choice] in HOLES and draw.random() < 0.9:
             return move(draw, seen)
         return choice
 
@@ -150,8 +150,8 @@ FROZEN_LAKE = Task(
     behaviour=behaviour,
     words=("at ", *LAKE_MOVES, *_NUMBERS, f"\n{OVER}", OVER, BYE),
     shape=Shape(width=48, layers=2, heads=4, feed_forward=96, positions=160),
-    warm_up=WarmUp(traces=2048, steps=200, batch_size=32, learning_rate=5e-3),
-    max_completion_length=112,
+    warm_up=WarmUp(traces=2048, steps=400, batch_size=32, learning_rate=5e-3),
+    max_completion_length=136,
     train_size=256,
     test_size=32,
 )
@@ -183,9 +183,9 @@ MINIGRID_VIEW = Task(
     environment=make_pictured_room,
     behaviour=behaviour,
     words=("see ", *ROOM_MOVES, OVER, BYE),
-    shape=Shape(architecture="gemma3", width=48, layers=2, heads=4, feed_forward=96, positions=512, picture=40),
+    shape=Shape(architecture="qwen2-vl", width=48, layers=2, heads=4, feed_forward=96, positions=512, picture=40),
     warm_up=WarmUp(traces=1024, steps=150, batch_size=32, learning_rate=5e-3),
-    max_completion_length=440,
+    max_completion_length=400,
     train_size=256,
     test_size=64,
 )
