@@ -1,7 +1,7 @@
 """Rewards of episodes, for TRL's `reward_funcs`; in YAML `trl_ext.environments.episode_return`.
 
 An episode whose environment failed has no reward: TRL leaves a None out of its group. A round in which every episode
-failed stops the run.
+of a process failed stops the run.
 """
 
 from __future__ import annotations
