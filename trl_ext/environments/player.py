@@ -93,9 +93,8 @@ def failed(error: Exception) -> Failed:
 def spaces_of(env: Any) -> Spaces:
     """Reads the spaces, the names of the actions where the environment has them as an enum, and its step limit."""
     names = getattr(env.unwrapped, "actions", None)
-    known = (
-        {name: member.value for name, member in names.__members__.items()} if isinstance(names, enum.EnumMeta) else {}
-    )
+    members: Mapping[str, Any] = names.__members__ if isinstance(names, enum.EnumMeta) else {}
+    known = {name: member.value for name, member in members.items()}
     most = getattr(env.spec, "max_episode_steps", None) or getattr(env.unwrapped, "max_steps", None)  # MiniGrid's own
     return Spaces(env.action_space, env.observation_space, known, most)
 

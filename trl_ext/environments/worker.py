@@ -117,9 +117,9 @@ def serve(connection: Connection) -> None:
             if command == "spaces":
                 answer = player.spaces_of(env)
             elif command == "reset":
-                answer = player.reset(env, *arguments, pictures)
+                answer = player.reset(env, arguments[0], pictures)
             else:
-                answer = player.step(env, *arguments, pictures)
+                answer = player.step(env, arguments[0], pictures)
             faulthandler.cancel_dump_traceback_later()
             connection.send(answer)
     except (EOFError, BrokenPipeError):
