@@ -96,7 +96,10 @@ def test_definitions_that_cannot_work(change: dict[str, Any], message: str) -> N
     [
         (lambda: lab.Shape(width=30, heads=4), r"Shape: `width` \(30\) must be a multiple of twice `heads` \(4\)"),
         (lambda: lab.Shape(layers=0), r"Shape: `layers` must be 1 or more; got 0"),
-        (lambda: lab.Shape(architecture="qwen"), r"Shape: `architecture` is 'qwen'\. Did you mean 'qwen3'\?"),
+        (
+            lambda: lab.Shape(architecture="qwen"),
+            r"Shape: `architecture` is 'qwen'\. Did you mean 'qwen3' or 'qwen2-vl'\?",
+        ),
         (lambda: lab.WarmUp(batch_size=0), r"WarmUp: `batch_size` must be 1 or more; got 0"),
         (lambda: lab.WarmUp(steps=-1), r"WarmUp: `steps` \(-1\) must not be negative"),
         (lambda: lab.WarmUp(learning_rate=0), r"`learning_rate` \(0\) positive"),
