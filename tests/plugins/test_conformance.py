@@ -23,7 +23,8 @@ EVERY = [
 
 @pytest.mark.parametrize(("name", "kind"), EVERY)
 def test_a_built_in_conforms(name: str, kind: str, smoke: Any, tmp_path: Path) -> None:
-    if kind == "dpo" and "logps" in registry.implemented(CLASSES[name]) and trl_version() < Version("1.15"):
+    forwards = {"logps", "pair_logps", "pair_metrics"} & set(registry.implemented(CLASSES[name]))
+    if kind == "dpo" and forwards and trl_version() < Version("1.15"):
         pytest.skip("DPO's forward can be owned from TRL 1.15 on")
     requests, settings = smoke(kind, name)
     checks = conformance(name, tmp_path / "runs", requests[name], kinds=(kind,), **settings)

@@ -6,6 +6,7 @@ the rows travel with the batch under one key, which is taken out before anything
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -162,7 +163,8 @@ def _with_hooks(
 ) -> Any:
     pairs = dataclasses.replace(batch_of(session, inputs), batch=batch)
     current = _MicroBatch(session, pairs, _fields(session, pairs))
-    with access.pair_forwards(session.trainer, current.forward):
+    watched = session.has("logps", "pair_logps", "pair_metrics")  # before TRL 1.15 the forward cannot be
+    with access.pair_forwards(session.trainer, current.forward) if watched else contextlib.nullcontext():
         if session.has("pair_logps"):
             reference(batch)
         result = stock(batch)
