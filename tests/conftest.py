@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import sys
 import types
@@ -75,6 +76,102 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Callable[[type], str]:
         return f"{module.__name__}:Made"
 
     return publish
+
+
+class Track:
+    """An environment that pays what its moves say; rewards and ends are known turn by turn."""
+
+    resets = 0
+    """Of all instances since the run began: the rows of a round are reset in their order."""
+    rows = 1
+
+    def __init__(self) -> None:
+        self.step_rewards: list[float] = []
+        self.done = self.truncated = False
+
+    def reset(self, **row: Any) -> str:
+        self.step_rewards, self.done, self.truncated = [], False, False
+        Track.resets += 1
+        return f"#{(Track.resets - 1) % Track.rows}#"
+
+    def go(self, pay: float) -> str:
+        """
+        Makes a step.
+
+        Args:
+            pay: The reward of the step
+
+        Returns:
+            What there is to see
+        """
+        self.step_rewards.append(float("nan") if pay == 77 else float(pay))
+        return "ok"
+
+    def end(self, pay: float) -> str:
+        """
+        Makes the last step.
+
+        Args:
+            pay: The reward of the step
+
+        Returns:
+            What there is to see
+        """
+        self.step_rewards.append(float(pay))
+        self.done = True
+        return "over"
+
+    def stop(self) -> str:
+        """
+        Runs into a limit.
+
+        Returns:
+            What there is to see
+        """
+        self.step_rewards.append(0.0)
+        self.truncated = True
+        return "over"
+
+    def crash(self) -> str:
+        """
+        Fails.
+
+        Returns:
+            Nothing
+        """
+        raise RuntimeError("the simulator is gone")
+
+
+def tool_call(name: str, **arguments: Any) -> str:
+    """A call as the tiny model with tools writes it."""
+    return "<tool_call>" + json.dumps({"name": name, "arguments": arguments}) + "</tool_call>"
+
+
+@pytest.fixture
+def play(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[list[str]]], type[Track]]:
+    """`play(script)` lets the model of a GRPO trainer say `script[row][turn]`, and "." when a row has said everything.
+
+    Only the sampler is replaced: the tool loop, environments and everything behind them are TRL's. Returns the
+    environment, which numbers its rows.
+    """
+    from trl import GRPOTrainer
+
+    def start(script: list[list[str]]) -> type[Track]:
+        monkeypatch.setattr(Track, "resets", 0)
+        monkeypatch.setattr(Track, "rows", len(script))
+
+        def say(self: Any, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple[list[list[int]], None]:
+            answers = []
+            for text in self.processing_class.batch_decode(prompt_ids):
+                row, turn = int(text.split("#")[1]), text.count("<|im_start|>assistant") - 1
+                said = script[row][turn] if turn < len(script[row]) else "."
+                answers.append(self.processing_class(said + "<|im_end|>", add_special_tokens=False)["input_ids"])
+            return answers, None
+
+        monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", say)
+        return Track
+
+    return start
 
 
 WORDS = ["Wait", "But", "Let", "Therefore", "Alternatively", "so", "the", "answer", "is", "four", "check"]

@@ -18,13 +18,15 @@ BUILDING = ("trainer_arguments", "configure")
 LIFECYCLE = (*BUILDING, "setup", "teardown", "state_dict", "load_state_dict")
 NO_STAGE = (*LIFECYCLE, "inspect")
 """Hooks that are no stage of training: a printed plan leaves them out, and they prove nothing."""
+ELSEWHERE = ("run", "optimizer_step")
+"""Hooks that run before there is a trainer, or after the training step by which every other one must have run."""
 _COMMON = tuple(hook for hook in LIFECYCLE if hook != "trainer_arguments")
 _PAIRS = ("pair_batch", "pair_logps", "pair_metrics")
 _ROUNDS = tuple(hook for hook in HOOKS if hook not in (*_PAIRS, "run"))
 SERVED: dict[TrainerKind, tuple[str, ...]] = {
     "grpo": _ROUNDS,
     "rloo": tuple(hook for hook in _ROUNDS if hook != "trainer_arguments"),
-    "dpo": (*_COMMON, "run", "loss_inputs", "logps", *_PAIRS),
+    "dpo": (*_COMMON, "run", "loss_inputs", "logps", "optimizer_step", *_PAIRS),
 }
 """The hooks that each trainer calls."""
 TOOL_SOURCES = ("tools", "environment_factory", "rollout_func")
@@ -108,6 +110,13 @@ def compose(specs: Sequence[PluginSpec]) -> tuple[PluginSpec, ...]:
             raise ConfigError(
                 f"plugins {without!r} and {spec.name!r} cannot be combined: {spec.name!r} makes advantages, and the "
                 f"loss of {without!r} uses none. Leave one out."
+            )
+    forward = owners.get("logps")
+    for spec in specs:
+        if forward not in (None, spec.name) and "hidden_positions" in spec.hooks:
+            raise ConfigError(
+                f"plugins {forward!r} and {spec.name!r} cannot be combined: {spec.name!r} reads hidden states of the "
+                f"policy's forward, and {forward!r} runs a forward of its own. Leave one out."
             )
     return tuple(sorted(specs, key=lambda spec: "estimator" not in spec.claims))
 
@@ -311,6 +320,8 @@ def _check_need(need: str, names: list[str], config: Config) -> list[str]:
             f"{who}: rollouts must be able to call tools; give the trainer `tools`, `environment_factory` or "
             f"`rollout_func`, or add a plugin that does, such as `tools`"
         ]
+    if need == "turns" and config.kind != "grpo":
+        return [f"{who}: environments are stepped in GRPO's tool loop, which {config.kind.upper()} has not; use GRPO"]
     if need == "whole_groups":
         # processes and micro-batches get their rows in runs of these sizes, so multiples keep groups whole on both
         phases = [("per_device_train_batch_size", "num_generations")]

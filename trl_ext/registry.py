@@ -33,6 +33,7 @@ BUILTINS: dict[str, str] = {
     "thinkless": "trl_ext_plugins.thinkless:Thinkless",
     "tools": "trl_ext_plugins.tools:Tools",
     "trpa": "trl_ext_plugins.trpa:TRPA",
+    "vl-dac": "trl_ext_plugins.vl_dac:VLDAC",
 }
 HOOKS: tuple[str, ...] = tuple(name for name, value in vars(specs).items() if hasattr(value, "trl_ext_spec"))
 IMPLIED = {"policy_loss", "logps", "run"}

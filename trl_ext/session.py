@@ -13,18 +13,19 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from trl_ext_hooks import Pairs, Plugin, Refuse, Rollout, Scored, TrainerKind, TrainerView
+from trl_ext_hooks import Pairs, Plugin, Refuse, Rollout, Scored, TrainerKind, TrainerView, Turns
 from trl_ext_hooks.types import Role
 
 from .compat import access, frozen, reference
 from .compat.seams import overrides
 from .errors import ConfigError, PluginError
-from .plan import NO_STAGE, SERVED, Plan
+from .plan import ELSEWHERE, NO_STAGE, SERVED, Plan
 from .registry import build_manager
 from .stages import pairs, precompute
 
 if TYPE_CHECKING:
     from .inspection.recorder import Recorder, RoundRecord
+    from .stages.turns import Poll
 
 STATE_FILE = "trl_ext_state.pt"
 
@@ -80,6 +81,9 @@ class View:
 
         return cast(list[Any], gather_object(values))
 
+    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, self._trainer.accelerator.reduce(tensor, reduction="sum"))
+
     def add_callback(self, callback: Any) -> None:
         self._trainer.add_callback(callback)
         self.callbacks.append(callback)
@@ -101,6 +105,9 @@ class RoundState:
 
     columns: access.RewardColumns
     tool_mask: list[list[int]] | None = None
+    polls: list[list[Poll]] | None = None  # of the environments, while a generation runs
+    turns: Turns | None = None
+    hidden: dict[str, torch.Tensor] | None = None
     logps: dict[Role, torch.Tensor] = dataclasses.field(default_factory=dict)
     rollout: Rollout | None = None
     scored: Scored | None = None
@@ -130,11 +137,14 @@ class Session:
         self.recorder: Recorder | None = None
         self.in_loss = False
         self.policy_logps: Any = None
+        self.policy_mask: torch.Tensor | None = None
+        self.policy_hidden: dict[str, torch.Tensor] = {}
         self.reference: Any = None  # a frozen copy of the policy, where a plugin needs one and TRL has none
         self.keeps_groups = bool({"whole_groups", "grouped_order"} & set(plan.needs))
         self.wants_loss = self.has("policy_loss", "loss_terms", "loss_metrics")
         self.columns: list[str] = plan.columns() if self.has(*pairs.HOOKS) else []
-        self.watches_logps = self.wants_loss or self.has("logps") or bool({"old_logps", "ref_logps"} & set(plan.needs))
+        wanted = {"old_logps", "ref_logps"} & set(plan.needs)
+        self.watches_logps = self.wants_loss or self.has("logps", "hidden_positions") or bool(wanted)
         self._verified = False
         self._check_trainer()
 
@@ -236,6 +246,8 @@ class Session:
         with untouched_random_state():
             if "ref_logps" in self.plan.needs and not reference.known(self.trainer):
                 self.reference = reference.load(self.trainer, self.plan.needs["ref_logps"][0])
+            if self.has("optimizer_step"):
+                self.view.add_callback(access.optimizer_callback(self._stepped))
             for name, found in self.each("setup", trainer=self.view):
                 for refusal in found:
                     if not isinstance(refusal, Refuse):
@@ -243,6 +255,10 @@ class Session:
                     refusals.append(f"  - {name}: {refusal.what} {refusal.fix}")
         if refusals:
             raise ConfigError("this run cannot work:\n" + "\n".join(refusals))
+
+    def _stepped(self) -> None:
+        for name, caller in self.chain("optimizer_step"):
+            self.call(name, "optimizer_step", caller, trainer=self.view)
 
     def teardown(self) -> None:
         with contextlib.ExitStack() as stack:  # runs everything, whatever one of them raises
@@ -294,7 +310,7 @@ class Session:
         silent = [
             f"{name}.{hook}"
             for hook, callers in self._callers.items()
-            if hook not in (*NO_STAGE, "run")  # that one ran before there was a trainer
+            if hook not in (*NO_STAGE, *ELSEWHERE)
             for name, _ in callers
             if not self.calls[name, hook]
         ]

@@ -32,6 +32,7 @@ from .types import (
     Span,
     TrainerKind,
     TrainerView,
+    Turns,
     Views,
     Warn,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "Span",
     "TrainerKind",
     "TrainerView",
+    "Turns",
     "UsageError",
     "Views",
     "Warn",

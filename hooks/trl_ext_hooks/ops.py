@@ -126,6 +126,20 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor, dim: int | None = None
     return (values * mask).sum(dims) / mask.sum(dims).clamp(min=1)
 
 
+def predicting(hidden_states: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The hidden states from which the last `tokens` tokens of each row are predicted: those one position before.
+
+    Args:
+        hidden_states: (B, L, H) with L > tokens.
+
+    Returns:
+        (B, tokens, H): entry t is about the t-th of these tokens.
+    """
+    if hidden_states.shape[1] <= tokens:
+        raise ValueError(f"{hidden_states.shape[1]} positions do not hold {tokens} tokens and the one before them")
+    return hidden_states[:, -tokens - 1 : -1]
+
+
 def align_tokens(values: Sequence[Sequence[float]], mask: torch.Tensor, *, truncation: str) -> torch.Tensor:
     """Lays one value per completion token out like the log-probabilities of a batch of pairs.
 

@@ -29,6 +29,7 @@ NEEDS: dict[str, str] = {
     "ref_logps": "`ref_per_token_logps` in every micro-batch; with beta = 0 they come from the policy without its "
     "adapters, or from a frozen copy loaded from where the policy was loaded",
     "tools": "rollouts that can call tools: `tools`, `environment_factory` or `rollout_func` of the trainer",
+    "turns": "`Rollout.turns`: rewards and ends that environments tell, turn by turn",
     "column:NAME": "the column NAME in the training data",
     "reward:NAME": "a reward function of that name",
 }

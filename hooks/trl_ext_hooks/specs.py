@@ -277,6 +277,35 @@ def batch_fields(round: Round) -> Mapping[str, torch.Tensor] | None:
 
 
 @hookspec
+def hidden_positions(loss_mask: torch.Tensor) -> torch.Tensor:
+    """Names the tokens for which the plugin reads hidden states, such as those at which a value is learned. All plugins.
+
+    The hidden state of a token is that of the last layer one position before, from which the token is predicted. Runs
+    inside every forward of the policy that scores completions: once after sampling, and in each loss. Gets `loss_mask`
+    (B, T) of its rows and returns (B, T) booleans. The n states come back detached, in the order of the rows, in the
+    dtype of the model, as `hidden_states[name of the plugin]` of `Round` and of `Loss`; the loss costs no forward more.
+
+    Old log-probabilities are computed as with the need `old_logps`. Refused beside a plugin that owns the forward
+    (hook `logps`), whose rows need not be those of the model. GRPO and RLOO.
+
+    ```python
+    class FirstState(Plugin):
+        name = "first-state"
+        trainers = ("grpo", "rloo")
+
+        @hookimpl
+        def hidden_positions(self, loss_mask):
+            return (loss_mask != 0) & (loss_mask.cumsum(1) == 1)  # the first token that the loss counts
+
+        @hookimpl
+        def loss_metrics(self, loss):
+            states = loss.hidden_states[self.name].float()  # (n, H)
+            return {"norm": (states.norm(dim=1).sum().item(), len(states))}
+    ```
+    """
+
+
+@hookspec
 def logps(call: LogpsCall, compute: Compute) -> Logps:
     """Owns the forward that gives log-probabilities, in all three roles. One owner. All trainers; DPO from TRL 1.15.
 
@@ -356,6 +385,45 @@ def loss_terms(loss: Loss) -> Mapping[str, torch.Tensor | PolicyLoss] | None:
             drift = loss.per_token_logps - loss.old_per_token_logps
             entropy = (loss.entropies * loss.mask).sum() / loss.mask.sum().clamp(min=1)
             return {"drift": PolicyLoss(0.1 * drift**2), "entropy_floor": torch.relu(0.5 - entropy)}
+    ```
+    """
+
+
+@hookspec
+def optimizer_step(trainer: TrainerView) -> None:
+    """Runs right after each step of the trainer's optimizer, for plugins that train something of their own. All plugins.
+
+    What `loss_terms` sends a gradient to besides the model has it now, added up over the micro-batches of this process.
+    Average it over processes (`trainer.reduce`), step, and clear it. Collective. All trainers.
+
+    ```python
+    class Temperature(Plugin):
+        name = "temperature"
+        trainers = ("grpo", "rloo")
+
+        @hookimpl
+        def setup(self, trainer):
+            self.log_scale = torch.zeros((), device=trainer.device, requires_grad=True)
+            self.optimizer = torch.optim.SGD([self.log_scale], lr=0.1)
+
+        @hookimpl
+        def loss_terms(self, loss):
+            surprise = -(loss.per_token_logps.detach() * loss.mask).sum() / loss.mask.sum().clamp(min=1)
+            return {"fit": (surprise - self.log_scale.exp()) ** 2}
+
+        @hookimpl
+        def optimizer_step(self, trainer):
+            self.log_scale.grad = trainer.reduce(self.log_scale.grad) / trainer.num_processes
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+        @hookimpl
+        def state_dict(self):
+            return {"log_scale": self.log_scale.detach()}
+
+        @hookimpl
+        def load_state_dict(self, state):
+            self.log_scale.data.copy_(state["log_scale"])
     ```
     """
 

@@ -128,6 +128,9 @@ class TrainerView(Protocol):
     def gather_objects(self, values: list[Any]) -> list[Any]:
         """The same for a list of picklable values."""
 
+    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor of one shape over processes, on all of them. Collective."""
+
     def add_callback(self, callback: Any) -> None:
         """Add a transformers `TrainerCallback`; it is removed again when the plugin is switched off."""
 
@@ -182,6 +185,30 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Turns:
+    """What environments gave between the turns of the model: for plugins with the need `turns`.
+
+    Turn j of a row is what the model wrote in the j-th generation of the round and the tool calls that this led to, up to
+    the next generation or the end: the j-th run of ones in its `tool_mask`. J is the largest number of turns of a row on
+    this process; a row that stopped earlier stays as it was. Environments are read before every generation and at the
+    end, so this holds with several calls in a turn, with calls that fail, and where a result was dropped for its length.
+
+    An environment tells its cumulative reward as a number `total_reward`, or the rewards of its steps as a list
+    `step_rewards`; that it has ended by itself as `done`, and by a limit as `truncated`. None of them has to exist.
+
+    Attributes:
+        rewards: (b, J) float64: how much the cumulative reward grew in the turn; NaN where it is not finite.
+        done, truncated: (b, J + 1) bool: as they were before turn j, and at the end.
+        rewarded: (b,) bool: whether the environment tells rewards at all; `rewards` is 0 where it does not.
+    """
+
+    rewards: torch.Tensor
+    done: torch.Tensor
+    truncated: torch.Tensor
+    rewarded: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Rollout:
     """A generated round before scoring. Lists have the b local rows.
 
@@ -196,6 +223,7 @@ class Rollout:
         group_ids: (N,) which rows share a prompt: equal numbers, equal group.
         offset: Index of this process's first row among the N.
         trainer: The trainer.
+        turns: What the environments gave turn by turn, with the need `turns`; None where there are none.
     """
 
     mode: Mode
@@ -209,6 +237,7 @@ class Rollout:
     group_ids: torch.Tensor
     offset: int
     trainer: TrainerView
+    turns: Turns | None = field(default=None, kw_only=True)
 
     @property
     def local(self) -> slice:
@@ -263,15 +292,18 @@ class Round(Scored):
         batch: The tensors that go to the loss, by TRL's names, b rows, still in group order: `prompt_ids` (b, P),
             `completion_ids`, `completion_mask` (b, T), and where they exist `tool_mask`, `old_per_token_logps`,
             `ref_per_token_logps`.
+        hidden_states: By plugin, (n, H) detached: the hidden states that it named in `hidden_positions`, under the
+            policy that sampled the round.
     """
 
     advantages: torch.Tensor
     batch: Mapping[str, Any]
+    hidden_states: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def loss_mask(self) -> torch.Tensor:
         """(b, T): 1 on the tokens that the loss counts."""
-        return _loss_mask(self.batch)
+        return loss_mask(self.batch)
 
     @property
     def kept(self) -> torch.Tensor:
@@ -345,6 +377,7 @@ class Loss:
         batch: The micro-batch by TRL's names (m rows), with every field that `batch_fields` added.
         per_token_logps: (m, T) with gradient.
         entropies: (m, T) or None. TRL's own carry a gradient from TRL 1.15 on.
+        hidden_states: By plugin, (n, H) detached: what it named in `hidden_positions`, from this very forward.
     """
 
     mode: Mode
@@ -353,11 +386,12 @@ class Loss:
     batch: Mapping[str, Any]
     per_token_logps: torch.Tensor
     entropies: torch.Tensor | None
+    hidden_states: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def mask(self) -> torch.Tensor:
         """(m, T): 1 on the tokens that the loss counts."""
-        return _loss_mask(self.batch)
+        return loss_mask(self.batch)
 
     @property
     def advantages(self) -> torch.Tensor:
@@ -454,7 +488,8 @@ class PairLogps:
     ref_per_token_logps: torch.Tensor
 
 
-def _loss_mask(batch: Mapping[str, Any]) -> torch.Tensor:
+def loss_mask(batch: Mapping[str, Any]) -> torch.Tensor:
+    """1 on the tokens that the loss counts: those of completions that the model wrote."""
     mask: torch.Tensor = batch["completion_mask"]
     tool_mask = batch.get("tool_mask")
     return mask if tool_mask is None else mask * tool_mask

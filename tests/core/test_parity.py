@@ -87,6 +87,10 @@ class Observer(Plugin):
         return None
 
     @hookimpl
+    def optimizer_step(self, trainer: Any) -> None:
+        return None
+
+    @hookimpl
     def round_metrics(self, round: Any) -> None:
         return None
 
@@ -229,7 +233,7 @@ def test_an_idle_plugin_changes_no_bit(
 
 def test_the_observer_has_every_hook() -> None:
     missing = [hook for hook in HOOKS if not hasattr(getattr(Observer, hook, None), "trl_ext_impl")]
-    assert missing == ["trainer_arguments", "policy_loss", "run"]
+    assert missing == ["trainer_arguments", "hidden_positions", "policy_loss", "run"]
 
 
 def test_the_comparison_notices_a_small_change(build: Callable[..., Any], plugin: Callable[[type], str]) -> None:
@@ -273,5 +277,5 @@ def test_hooks_were_called(name: str, build: Callable[..., Any], plugin: Callabl
         trainer.train()
         assert handle.trainers == [trainer]
         calls = trainer._trl_ext.calls
-    stages = set(SERVED[RUNS[name][0]]) - set(NO_STAGE) - {"policy_loss", "run"}
+    stages = set(SERVED[RUNS[name][0]]) - set(NO_STAGE) - {"policy_loss", "hidden_positions", "run"}
     assert {hook for _, hook in calls} >= stages | {"setup"}

@@ -85,6 +85,22 @@ def renders_tool_calls(arguments: Mapping[str, Any]) -> bool:
     return bool(supports_tool_calling(processor))
 
 
+def environments(trainer: Any) -> list[Any] | None:
+    """The environment of each row of the current round; None without any."""
+    return getattr(trainer, "environments", None)
+
+
+def optimizer_callback(run: Callable[[], None]) -> Any:
+    """A callback that runs after every step of the trainer's optimizer."""
+    from transformers import TrainerCallback
+
+    class Stepped(TrainerCallback):
+        def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            run()
+
+    return Stepped()
+
+
 def reward_weights(trainer: Any) -> torch.Tensor:
     return trainer.reward_weights.to(trainer.accelerator.device)
 
@@ -268,6 +284,26 @@ def scoring(trainer: Any) -> Iterator[None]:
 
     with torch.no_grad(), disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs):
         yield
+
+
+@contextlib.contextmanager
+def last_hidden_states(trainer: Any, see: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """Inside the block, `see` gets the last hidden states (B, L, H) of every forward of the policy, detached.
+
+    TRL calls the backbone as a module, with its fused head and without, and generation does too, so the block must be no
+    larger than the forward that is meant. Gradient checkpointing runs layers again, and never the backbone.
+    """
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    policy = policy.get_base_model() if hasattr(policy, "peft_config") else policy
+
+    def seen(module: Any, args: Any, output: Any) -> None:
+        see(getattr(output, "last_hidden_state", output[0]).detach())
+
+    handle = policy.base_model.register_forward_hook(seen)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 _VISION = (

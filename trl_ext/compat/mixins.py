@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from trl_ext_hooks import Logps, LogpsCall, TrainerKind
 from trl_ext_hooks.types import Role
 
-from ..stages import advantage, loss, pairs, reward, rollout
+from ..stages import advantage, loss, pairs, reward, rollout, turns
 from .access import RewardColumns, adapters_off, pack_generation, row_order, unpack_generation
 
 if TYPE_CHECKING:
@@ -54,9 +54,14 @@ class RoundMixin(TrainerMixin):
         session, stock = self._trl_ext, super()._generate
 
         def generate(prompts: list[Any]) -> Any:
-            return unpack_generation(session.kind, stock(prompts))
+            with turns.reading(session):
+                return unpack_generation(session.kind, stock(prompts))
 
         return pack_generation(session.kind, rollout.generate(session, prompts, generate))
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        turns.read(self._trl_ext)
+        return super()._generate_single_turn(*args, **kwargs)
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
         return reward.score(

@@ -59,13 +59,14 @@ _LOSS = frozenset({"policy_loss", "loss_terms", "loss_metrics"})
 _PAIR_FORWARDS = frozenset({"logps", "pair_logps", "pair_metrics"})
 
 SEAMS: tuple[Seam, ...] = (
-    Seam("_generate", _ROUND, ("prompts",), frozenset({"rollout"}) | _SCORING),
+    Seam("_generate", _ROUND, ("prompts",), frozenset({"rollout", "turns", "hidden_positions"}) | _SCORING),
+    Seam("_generate_single_turn", ("grpo",), ("prompt_ids",), frozenset({"turns"})),
     Seam("_calculate_rewards", _ROUND, ("inputs", "prompts", "completions", "completion_ids_list"), _SCORING),
     Seam(
         "_generate_and_score_completions",
         _ROUND,
         ("inputs",),
-        _SCORING | {"select_rows", "rollout", "old_logps", "ref_logps"},
+        _SCORING | {"select_rows", "rollout", "old_logps", "ref_logps", "hidden_positions"},
     ),
     Seam("_prepare_inputs", _ROUND, ("generation_batch",), frozenset({"grouped_order", "whole_groups"})),
     Seam(
@@ -75,7 +76,7 @@ SEAMS: tuple[Seam, ...] = (
         "_get_per_token_logps_and_entropies",
         _ROUND,
         ("model", "input_ids", "attention_mask", "logits_to_keep"),
-        _LOSS | {"logps", "old_logps", "ref_logps"},
+        _LOSS | {"logps", "old_logps", "ref_logps", "hidden_positions"},
     ),
     Seam("create_model_from_path", _ROUND, ("model_id",), frozenset({"ref_logps"}), module_level=True),
     Seam("prepare_deepspeed", _ROUND, ("model", "accelerator"), frozenset({"ref_logps"}), module_level=True),

@@ -42,7 +42,7 @@ def finish(session: Session, output: dict[str, Any]) -> dict[str, Any]:
             + (f"plugins {', '.join(users)} cannot act." if users else "it cannot be recorded.")
         )
     advantages = session.view.gather(output["advantages"])  # (N,)
-    round = Round(**vars(scored), advantages=advantages, batch=output)
+    round = Round(**vars(scored), advantages=advantages, batch=output, hidden_states=state.hidden or {})
     session.seen("TRL", round)
     metrics: dict[str, tuple[float, float]] = {}
     stock = round.advantages
@@ -96,6 +96,8 @@ def _provide_logps(session: Session, output: dict[str, Any]) -> None:
     needs, trainer, known = set(session.plan.needs), session.trainer, session.current().logps
     if session.kind == "rloo" and session.wants_loss:
         needs.add("old_logps")  # RLOO keeps their sum only, which loss hooks cannot use
+    if session.has("hidden_positions"):
+        needs.add("old_logps")  # their forward is the one that hidden states are read in
     if "old_logps" in needs and output.get("old_per_token_logps") is None:
         old = known.get("old")
         output["old_per_token_logps"] = access.completion_logps(trainer, output) if old is None else old

@@ -10,10 +10,11 @@ import torch
 
 from trl_ext_hooks import Logps, LogpsCall, Loss, PolicyLoss
 from trl_ext_hooks.ops import masked_mean
+from trl_ext_hooks.types import loss_mask
 
 from ..compat import access
 from ..errors import PluginError
-from . import selection
+from . import hidden, selection
 
 if TYPE_CHECKING:
     from ..session import Session
@@ -22,8 +23,12 @@ if TYPE_CHECKING:
 def logps(session: Session, call: LogpsCall, dense: Callable[[], Logps]) -> Logps:
     """Runs the owner of the forward, or TRL's, and keeps the result for the loss hooks."""
     result: Logps | None = None
+
+    def compute() -> Logps:
+        return hidden.during(session, call, dense)
+
     for name, caller in session.chain("logps"):
-        result = session.call(name, "logps", caller, call=call, compute=dense)
+        result = session.call(name, "logps", caller, call=call, compute=compute)
         shape = (call.input_ids.size(0), call.logits_to_keep)
         if not isinstance(result, Logps) or tuple(result.per_token_logps.shape) != shape:
             got = tuple(result.per_token_logps.shape) if isinstance(result, Logps) else type(result).__name__
@@ -35,7 +40,7 @@ def logps(session: Session, call: LogpsCall, dense: Callable[[], Logps]) -> Logp
                 f"plugin {name!r} returned no entropies from 'logps', which the {call.role} forward asked for."
             )
     if result is None:
-        result = dense()
+        result = compute()
     if call.role == "policy":
         session.policy_logps = result
     elif session.round is not None:
@@ -65,12 +70,12 @@ def compute(session: Session, inputs: Mapping[str, Any], stock: Callable[[Mappin
     batch = edited(session, inputs)
     replaced = session.has("policy_loss")
     keep = access.only_metrics(session.trainer, ("entropy", "kl", "aux_loss")) if replaced else contextlib.nullcontext()
-    session.in_loss, session.policy_logps = True, None
+    session.in_loss, session.policy_logps, session.policy_mask = True, None, loss_mask(batch)
     try:
         with keep:
             total = stock(batch)
     finally:
-        session.in_loss = False
+        session.in_loss, session.policy_mask = False, None
     if not replaced:
         total = _weighted(total, batch, access.loss_unit(session.trainer, session.kind))
     if not session.wants_loss:
@@ -87,9 +92,10 @@ def compute(session: Session, inputs: Mapping[str, Any], stock: Callable[[Mappin
         batch=batch,
         per_token_logps=session.policy_logps.per_token_logps,
         entropies=session.policy_logps.entropies,
+        hidden_states=session.policy_hidden,
     )
     aux_loss = session.policy_logps.aux_loss
-    session.policy_logps = None
+    session.policy_logps, session.policy_hidden = None, {}
     metrics: dict[str, tuple[float, float]] = {}
     for name, result in session.each("policy_loss", loss=loss):
         if not isinstance(result, PolicyLoss):

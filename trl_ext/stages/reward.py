@@ -73,6 +73,7 @@ def _rollout(
         group_ids=torch.arange(total, device=view.device) // group,
         offset=view.process_index * len(rows),
         trainer=view,
+        turns=session.current().turns,
     )
 
 
