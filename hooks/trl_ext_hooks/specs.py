@@ -278,7 +278,7 @@ def batch_fields(round: Round) -> Mapping[str, torch.Tensor] | None:
 
 @hookspec
 def hidden_positions(loss_mask: torch.Tensor) -> torch.Tensor:
-    """Names the tokens for which the plugin reads hidden states, such as those at which a value is learned. All plugins.
+    """Names the tokens for which the plugin reads hidden states, such as where a value is learned. All plugins.
 
     The hidden state of a token is that of the last layer one position before, from which the token is predicted. Runs
     inside every forward of the policy that scores completions: once after sampling, and in each loss. Gets `loss_mask`
@@ -391,7 +391,7 @@ def loss_terms(loss: Loss) -> Mapping[str, torch.Tensor | PolicyLoss] | None:
 
 @hookspec
 def optimizer_step(trainer: TrainerView) -> None:
-    """Runs right after each step of the trainer's optimizer, for plugins that train something of their own. All plugins.
+    """Runs right after each step of the trainer's optimizer, for plugins that train something themselves. All plugins.
 
     What `loss_terms` sends a gradient to besides the model has it now, added up over the micro-batches of this process.
     Average it over processes (`trainer.reduce`), step, and clear it. Collective. All trainers.

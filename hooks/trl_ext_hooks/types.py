@@ -188,10 +188,10 @@ class Generation:
 class Turns:
     """What environments gave between the turns of the model: for plugins with the need `turns`.
 
-    Turn j of a row is what the model wrote in the j-th generation of the round and the tool calls that this led to, up to
-    the next generation or the end: the j-th run of ones in its `tool_mask`. J is the largest number of turns of a row on
-    this process; a row that stopped earlier stays as it was. Environments are read before every generation and at the
-    end, so this holds with several calls in a turn, with calls that fail, and where a result was dropped for its length.
+    Turn j of a row is what the model wrote in the j-th generation of a round, the j-th run of ones in its `tool_mask`,
+    and the tool calls that this led to, up to the next generation or the end. J is the largest number of turns of a row
+    on this process; a row that stopped earlier stays as it was. Environments are read before every generation and at
+    the end, so this holds with several calls in a turn, with calls that fail, and where an answer was too long to keep.
 
     An environment tells its cumulative reward as a number `total_reward`, or the rewards of its steps as a list
     `step_rewards`; that it has ended by itself as `done`, and by a limit as `truncated`. None of them has to exist.

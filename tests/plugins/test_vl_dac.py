@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import trl_ext
 from trl_ext import ConfigError, OptionError
-from trl_ext.testing import Scripted, digits, metrics_of, reported, tiny_data
+from trl_ext.testing import Scripted, digits, metrics_of, reported, tiny_data, tiny_model
 from trl_ext_hooks import Plugin, Turns, hookimpl
 from trl_ext_hooks.ops import group_normalize
 from trl_ext_plugins.vl_dac.critic import Critic, ValueHead
@@ -57,7 +57,13 @@ def buffer(seed: int, rows: int = 4, most: int = 6) -> dict[str, torch.Tensor]:
     last = torch.arange(most) == (lengths - 1).unsqueeze(1)
     values = torch.randn(2, rows, most, generator=draw, dtype=torch.float64)
     limits = last & (torch.rand(rows, 1, generator=draw) < 0.4)
-    return {"rewards": values[0], "values": values[1], "done": last, "truncated": limits, "bootstrap": torch.zeros(rows)}
+    return {
+        "rewards": values[0],
+        "values": values[1],
+        "done": last,
+        "truncated": limits,
+        "bootstrap": torch.zeros(rows),
+    }
 
 
 @settings(max_examples=50, deadline=None)
@@ -286,7 +292,11 @@ def rows_of(*runs: int, width: int = 12) -> torch.Tensor:
 
 def made(mask: torch.Tensor, found: Turns | None, **changes: Any) -> Any:
     rows = len(mask)
-    settings = {"cut": torch.zeros(rows, dtype=torch.bool), "outcome": torch.zeros(rows).double(), "outcome_weight": None}
+    settings = {
+        "cut": torch.zeros(rows, dtype=torch.bool),
+        "outcome": torch.zeros(rows).double(),
+        "outcome_weight": None,
+    }
     return episodes(mask, found, **settings | changes)
 
 
@@ -338,7 +348,11 @@ def test_the_outcome_is_paid_at_the_last_step() -> None:
     found = made(rows_of(2, 1, 3), turns([[1, 0, 0]] * 3), outcome=outcome)
     assert found.rewards.tolist() == [[1, 0, 0], [1, 0, 0], [1, 0, 0]] and not found.unscored.any()  # weight 0
     found = made(rows_of(2, 1, 3), turns([[1, 0, 0]] * 3), outcome=outcome, outcome_weight=2.0)
-    assert found.rewards.tolist() == [[1, 1, 0], [0, 0, 0], [1, 0, 4]] and found.unscored.tolist() == [False, True, False]
+    assert found.rewards.tolist() == [[1, 1, 0], [0, 0, 0], [1, 0, 4]] and found.unscored.tolist() == [
+        False,
+        True,
+        False,
+    ]
     found = made(rows_of(2, 1, 3), None, outcome=outcome)  # nobody tells step rewards
     assert found.rewards.tolist() == [[0, 0.5, 0], [0, 0, 0], [0, 0, 2]]
     mixed = dataclasses.replace(turns([[1, 0, 0]] * 3), rewarded=torch.tensor([True, True, False]))
@@ -372,7 +386,7 @@ SCRIPT = [
     [call("go", pay=1)] * 6,  # more calls than the loop allows
     [call("go", pay=1) + call("go", pay=1), "done"],
 ]
-"""An episode per row: long, without a step of the environment, ..., one whose rewards become NaN, cut, two calls at once."""
+"""An episode per row: a long one, one without any step of the environment, ..., one that loses its rewards, and so on."""
 
 
 class Watch(Plugin):
@@ -449,7 +463,16 @@ def test_a_round_from_end_to_end(run: Any) -> None:
     found = scored.episodes
     assert found.counts.tolist() == [3, 1, 2, 3, 2, 0, 5, 2]
     assert found.truncated.tolist() == [False, False, False, False, True, False, True, False]
-    assert found.unscored.tolist() == [row == 5 for row in range(8)] and found.dropped.tolist() == [1, 0, 0, 0, 1, 0, 0, 0]
+    assert found.unscored.tolist() == [row == 5 for row in range(8)] and found.dropped.tolist() == [
+        1,
+        0,
+        0,
+        0,
+        1,
+        0,
+        0,
+        0,
+    ]
     pays = [[1, 0, 2], [0], [0.5, 0], [0, 3, 0], [1, 0], [], [1, 1, 1, 1, 0], [2, 0]]
     for row, own in enumerate(pays):
         assert found.rewards[row, : len(own)].tolist() == own
@@ -472,7 +495,9 @@ def test_a_round_from_end_to_end(run: Any) -> None:
     for row, part in enumerate(raw):
         for k in range(len(part)):
             own = tokens[row][found.step[row] == k]
-            assert len(own) > 0 and (own == own[0]).all() and own[0].item() == pytest.approx(normal[at].item(), abs=1e-5)
+            assert (
+                len(own) > 0 and (own == own[0]).all() and own[0].item() == pytest.approx(normal[at].item(), abs=1e-5)
+            )
             at += 1
     assert (tokens[found.step < 0] == 0).all() and (tokens * (1 - round.loss_mask) == 0).all()
     assert logged(trainer, "steps") == [18 / 8] and logged(trainer, "dropped_turns") == [2 / 8]
@@ -524,7 +549,9 @@ def test_the_loss_is_the_mean_over_steps(run: Any) -> None:
     lp, old, ref = loss.per_token_logps.detach(), batch["old_per_token_logps"], batch["ref_per_token_logps"]
     assert not torch.equal(lp, old)
     total, errors = [], []
-    values = torch.zeros(lp.shape).masked_scatter(first_tokens(loss.mask), torch.zeros(int(first_tokens(loss.mask).sum())))
+    values = torch.zeros(lp.shape).masked_scatter(
+        first_tokens(loss.mask), torch.zeros(int(first_tokens(loss.mask).sum()))
+    )
     for row in range(len(step)):
         for k in range(int(step[row].max()) + 1):
             own = step[row] == k
@@ -576,7 +603,7 @@ def test_warm_up_leaves_the_policy_as_it_is(run: Any) -> None:
 
 
 def test_policy_and_value_have_no_gradient_of_each_other(run: Any) -> None:
-    """The policy's loss leaves the value network alone (it is the same with and without), and the reverse by warm-up."""
+    """The policy's loss leaves the value network alone, and the reverse by warm-up."""
     both, alone = run(), run(value_warmup_iterations=1)
     heads = [list(trainer.method.critic.head.parameters()) for trainer in (both, alone)]
     assert same(*heads)
@@ -585,12 +612,13 @@ def test_policy_and_value_have_no_gradient_of_each_other(run: Any) -> None:
     assert same(small.watch.policies[-1], large.watch.policies[-1])
 
 
-def test_the_value_learns_what_episodes_are_worth(run: Any) -> None:
+def test_the_value_learns_what_episodes_are_worth(run: Any, tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "wide", tools=True, initializer_range=0.4)  # states that tell transcripts apart
     script = [[call("go", pay=1), call("end", pay=1), "bye"], [call("go", pay=-1), call("end", pay=0), "bye"]]
-    trainer = run(script * 4, max_steps=40, learning_rate=0.0, value_lr=0.01, value_clip=False, kl_beta=0.0)
-    explained = logged(trainer, "explained_variance")
-    assert explained[0] < 0.3 and explained[-1] > 0.9
-    losses = logged(trainer, "value_loss")
+    settings = {"per_device_train_batch_size": 2, "max_steps": 60, "num_iterations": 2, "learning_rate": 0.0}
+    trainer = run(script, model=model, value_lr=0.01, value_clip=False, kl_beta=0.0, **settings)
+    explained, losses = logged(trainer, "explained_variance"), logged(trainer, "value_loss")
+    assert explained[0] < 0.5 and explained[-1] > 0.95
     assert losses[-1] < 0.05 * losses[0]
     assert "vl-dac/kl" not in metrics_of(trainer)[0]
 
@@ -633,7 +661,13 @@ def test_a_value_that_diverged_stops_the_run(run: Any) -> None:
 
 
 def test_a_resumed_run_has_the_same_value_network_and_optimizer(run: Any) -> None:
-    settings = {"max_steps": 4, "value_warmup_iterations": 3, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+    settings = {
+        "max_steps": 4,
+        "value_warmup_iterations": 3,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "optim": "adamw_torch",
+    }
     whole = run(**settings)
     again = run(resume=f"{whole.args.output_dir}/checkpoint-2", **settings)
     assert same(whole.watch.policies[-1], again.watch.policies[-1])
@@ -667,7 +701,13 @@ def test_evaluation_counts_no_iteration(run: Any) -> None:
 
 def test_a_rollout_func_tells_step_rewards(build: Any, tool_model: str) -> None:
     rows = [
-        {"completion_ids": [40, 41, 42, 43], "env_mask": [1, 0, 1, 1], "step_rewards": [0.5, 1.0], "done": True, "score": 3.0},
+        {
+            "completion_ids": [40, 41, 42, 43],
+            "env_mask": [1, 0, 1, 1],
+            "step_rewards": [0.5, 1.0],
+            "done": True,
+            "score": 3.0,
+        },
         {"completion_ids": [40, 41], "env_mask": [1, 1], "step_rewards": [0.0], "done": False, "score": 3.0},
     ]
     rollouts = Scripted(rows * 2)
@@ -680,7 +720,10 @@ def test_a_rollout_func_tells_step_rewards(build: Any, tool_model: str) -> None:
         found = trainer._trl_ext.plugins["vl-dac"]._round.episodes
     assert found.counts.tolist() == [2, 1, 2, 1] and found.rewards.tolist() == [[0.5, 1], [0, 0]] * 2
     short = [{**row, "step_rewards": [1.0, 1.0]} for row in rows]
-    with trl_ext.enable({"vl-dac": SMALL}), pytest.raises(ValueError, match="row 1 of the rollout_func has 2 step_rewards"):
+    with (
+        trl_ext.enable({"vl-dac": SMALL}),
+        pytest.raises(ValueError, match="row 1 of the rollout_func has 2 step_rewards"),
+    ):
         build(
             model=tool_model, max_steps=1, per_device_train_batch_size=4, num_generations=2,
             rewards=[reported("score")], trainer={"rollout_func": Scripted(short * 2)},
@@ -698,9 +741,13 @@ def test_tools_without_an_environment_are_scored_by_their_outcome(build: Any, to
         )  # fmt: skip
         trainer.train()
         found = trainer._trl_ext.plugins["vl-dac"]._round.episodes
-    outcome = torch.tensor(list(trainer._logs["rewards"]["digits"])) + torch.tensor(list(trainer._logs["rewards"]["brevity"]))
+    outcome = torch.tensor(list(trainer._logs["rewards"]["digits"])) + torch.tensor(
+        list(trainer._logs["rewards"]["brevity"])
+    )
     assert found.counts.max() > 1
-    torch.testing.assert_close(found.rewards.sum(1), torch.where(found.counts > 0, outcome.double(), 0.0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        found.rewards.sum(1), torch.where(found.counts > 0, outcome.double(), 0.0), atol=1e-6, rtol=0
+    )
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

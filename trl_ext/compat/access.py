@@ -290,7 +290,7 @@ def scoring(trainer: Any) -> Iterator[None]:
 def last_hidden_states(trainer: Any, see: Callable[[torch.Tensor], None]) -> Iterator[None]:
     """Inside the block, `see` gets the last hidden states (B, L, H) of every forward of the policy, detached.
 
-    TRL calls the backbone as a module, with its fused head and without, and generation does too, so the block must be no
+    TRL calls the backbone as a module, with its fused head and without, and so does generation: the block must be no
     larger than the forward that is meant. Gradient checkpointing runs layers again, and never the backbone.
     """
     policy = trainer.accelerator.unwrap_model(trainer.model)

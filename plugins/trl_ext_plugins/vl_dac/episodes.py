@@ -139,5 +139,8 @@ def reported(rows: Sequence[Mapping[str, Any]], loss_mask: torch.Tensor) -> Turn
         done[number, -1], truncated[number, -1] = bool(row.get("done")), bool(row.get("truncated"))
     device = loss_mask.device
     return Turns(
-        rewards.to(device), done.to(device), truncated.to(device), torch.ones(len(rows), dtype=torch.bool, device=device)
+        rewards.to(device),
+        done.to(device),
+        truncated.to(device),
+        torch.ones(len(rows), dtype=torch.bool, device=device),
     )

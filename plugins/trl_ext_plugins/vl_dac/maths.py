@@ -1,7 +1,7 @@
 """Formulas of VL-DAC: GAE over steps, clipping per token, value loss, and means over steps.
 
-Axes: `R` rows (episodes), `K` steps of a row, padded right, `T` completion tokens. `step` (R, T) holds the number of each
-token's step in its row, -1 on tokens of none. Sources: arXiv 2508.04280 and the authors' code
+Axes: `R` rows (episodes), `K` steps of a row, padded right, `T` completion tokens. `step` (R, T) holds the number of
+each token's step in its row, -1 on tokens of none. Sources: arXiv 2508.04280 and the authors' code
 (a2c_ppo_acktr/storage.py, algo/ppo.py), where they differ as `trl_ext_plugins.vl_dac` says.
 """
 

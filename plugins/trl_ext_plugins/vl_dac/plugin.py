@@ -66,7 +66,9 @@ class VLDACOptions:
         1e-3, help="learning rate of the value network; useful: 1e-4 to 1e-3", source="ours; paper: one optimizer, 5e-5"
     )
     head_sizes: tuple[int, ...] = option((3072, 2048), help="inner layers of the value network", source="paper, code")
-    value_clip: bool = option(True, help="clip the value's change, as the ratio's", source="authors' code; not in paper")
+    value_clip: bool = option(
+        True, help="clip the value's change, as the ratio's", source="authors' code; not in paper"
+    )
     ratio_guard: float | None = option(
         10.0, help="steps with a larger ratio use the clipped term alone; null = off", source="authors' code"
     )
@@ -139,13 +141,17 @@ class VLDAC(Plugin):
         options, args = self.options, config.args
         if options.kl_beta:
             yield Need("ref_logps")
-        yield Require("loss_type", ("dapo",), why="the mean over steps is made from the mean over all tokens of a round")
+        yield Require(
+            "loss_type", ("dapo",), why="the mean over steps is made from the mean over all tokens of a round"
+        )
         yield Require(
             "mask_truncated_completions",
             (False,),
             why="an episode that a limit cuts still has steps to learn from; vl-dac.time_limits treats its last one",
         )
-        yield Require("fp16", (False,), why="its loss scale would multiply the gradients of the value network; use bf16")
+        yield Require(
+            "fp16", (False,), why="its loss scale would multiply the gradients of the value network; use bf16"
+        )
         yield Require("scale_rewards", ("group",), why="advantages come from the value network, not from groups")
         yield Require(
             "multi_objective_aggregation", ("sum_then_normalize",), why="advantages come from the value network"

@@ -91,7 +91,9 @@ def _update(inputs: dict[str, Any], outputs: dict[str, Any], settings: dict[str,
     errors = value_coef * value_loss(values, _tensor(inputs["values_old"]), returns, clip if clipped else None)
     loss = (weight * tokens).sum() / step.ge(0).sum() + errors.mean()  # the trainer's mean over all tokens
     _close(loss.detach(), outputs["loss_mean_over_steps"], "loss_mean_over_steps")
-    per_step = [(weight * tokens)[step == k].sum() * len(lengths) / step.ge(0).sum() + errors[k] for k in range(len(lengths))]
+    per_step = [
+        (weight * tokens)[step == k].sum() * len(lengths) / step.ge(0).sum() + errors[k] for k in range(len(lengths))
+    ]
     _close(torch.stack(per_step).detach(), outputs["loss_per_step"], "loss_per_step")
     by_logps, by_values = torch.autograd.grad(torch.stack(per_step).sum(), (logps, values))
     for k, expected in enumerate(outputs["grad_log_prob_per_step"]):
