@@ -64,6 +64,8 @@ def _mask(session: Session, call: LogpsCall) -> torch.Tensor | None:
     mask = call.attention_mask[:, -call.logits_to_keep :]
     if state.tool_mask is None:
         return mask
+    if len(mask) != len(state.tool_mask):  # a plugin scores something of its own
+        return None
     own = torch.zeros_like(mask)
     for row, written in enumerate(state.tool_mask):
         own[row, : len(written)] = torch.tensor(written, dtype=own.dtype)
