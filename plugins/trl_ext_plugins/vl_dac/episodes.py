@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trl_ext_hooks import Turns
+from trl_ext_hooks import Turns, UsageError
 
 from .maths import step_numbers
 
@@ -77,8 +77,7 @@ def episodes(
     turn = torch.arange(most, device=step.device).expand_as(turns.rewards)
     earned = torch.where(alive[:, :-1], turns.rewards, 0.0)
     rewards = torch.zeros_like(earned).scatter_add(1, torch.minimum(turn, last), earned)
-    told = turns.rewarded if outcome_weight is None else torch.ones_like(turns.rewarded)
-    weight = torch.where(told, outcome_weight or 0.0, 1.0).double()
+    weight = (~turns.rewarded).double() if outcome_weight is None else torch.full_like(outcome, outcome_weight)
     rewards = rewards.scatter_add(1, last, torch.where(weight == 0, 0.0, weight * outcome).unsqueeze(1))
     unscored = torch.isnan(rewards).any(dim=1) & (counts > 0)
     counts, ended = torch.where(unscored, 0, counts), ~alive[:, -1]
@@ -120,18 +119,18 @@ def reported(rows: Sequence[Mapping[str, Any]], loss_mask: torch.Tensor) -> Turn
     """Turns that a `rollout_func` returned: lists `step_rewards` per row, with `done` and `truncated` if there are any.
 
     Raises:
-        ValueError: A row has another number of rewards than of runs of its own tokens.
+        UsageError: A row has another number of rewards than of runs of its own tokens.
     """
     if not rows or any(row.get("step_rewards") is None for row in rows):
         return None
     runs = (step_numbers(loss_mask).amax(dim=1) + 1).tolist()
     for number, (row, count) in enumerate(zip(rows, runs, strict=True)):
         if len(row["step_rewards"]) != count:
-            raise ValueError(
+            raise UsageError(
                 f"row {number} of the rollout_func has {len(row['step_rewards'])} step_rewards for {count} runs of its "
                 f"own tokens in env_mask; return one reward per run"
             )
-    most = max(runs)
+    most = max(1, *runs)
     rewards = torch.zeros(len(rows), most, dtype=torch.float64)
     done, truncated = (torch.zeros(len(rows), most + 1, dtype=torch.bool) for _ in range(2))
     for number, row in enumerate(rows):

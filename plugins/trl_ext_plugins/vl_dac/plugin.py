@@ -22,6 +22,7 @@ from trl_ext_hooks import (
     Round,
     Span,
     TrainerView,
+    UsageError,
     Views,
     Warn,
     hookimpl,
@@ -44,6 +45,7 @@ from .maths import (
 )
 
 Metrics = dict[str, tuple[float, float]]
+DIVERGED = "The value network or the policy has diverged: lower vl-dac.value_lr or learning_rate."
 
 
 @dataclass(frozen=True)
@@ -173,12 +175,11 @@ class VLDAC(Plugin):
     def setup(self, trainer: TrainerView) -> list[Refuse]:
         model = trainer.unwrapped_model
         config = model.config.get_text_config()
-        ends = [trainer.processing_class, getattr(trainer.processing_class, "tokenizer", None), model.generation_config]
-        found: set[int] = set()
-        for source in ends:
-            own = getattr(source, "eos_token_id", None)
-            found |= set(own) if isinstance(own, list | tuple) else {own} - {None}
-        self._ends = frozenset(found)
+        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+        ends: set[int] = set()
+        for own in (tokenizer.eos_token_id, model.generation_config.eos_token_id):
+            ends.update(own if isinstance(own, list | tuple) else [] if own is None else [own])
+        self._ends = frozenset(ends)
         head = ValueHead(config.hidden_size, self.options.head_sizes, trainer.args.seed)
         self._critic = Critic(head, self.options.value_lr, trainer.device)
         if self.options.value_warmup_iterations and getattr(config, "output_router_logits", False):
@@ -246,7 +247,7 @@ class VLDAC(Plugin):
         if int(round.trainer.reduce(bad.long().sum())):
             rows = [round.rows[row] for row in bad.nonzero().flatten().tolist()]
             own = f" (here: {rows[0]})" if rows else " (on another process)"
-            raise ValueError(f"values of steps are not finite{own}; the value network or the policy has diverged")
+            raise UsageError(f"values of steps are not finite{own}. {DIVERGED}")
 
     @hookimpl
     def batch_fields(self, round: Round) -> dict[str, torch.Tensor]:
@@ -323,9 +324,9 @@ class VLDAC(Plugin):
         errors = torch.where(starts, errors, 0.0)
         if not torch.isfinite(errors).all():
             row = int((~torch.isfinite(errors)).any(dim=1).nonzero()[0])
-            raise ValueError(
+            raise UsageError(
                 f"the value loss is not finite: values {values[row][starts[row]].tolist()} for returns "
-                f"{batch['vl_dac_return'][row][starts[row]].tolist()}; the value network or the policy has diverged"
+                f"{batch['vl_dac_return'][row][starts[row]].tolist()}. {DIVERGED}"
             )
         share = batch["vl_dac_weight"] * token_counts(batch["vl_dac_step"])  # N / S: a mean over all steps
         return {"value_loss": PolicyLoss(options.value_coef * errors * share)}

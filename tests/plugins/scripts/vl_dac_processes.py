@@ -3,7 +3,7 @@
     ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 vl_dac_processes.py MODEL FOLDER
 
 Episodes are made from the number of the row among all processes' rows and from the round, so that they do not depend on
-how many processes share them. They have 0 to 4 steps, and processes differ in the longest one.
+how many processes share them. They have 0 to 4 steps, on the second of two processes at most 3.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROWS = 12
 
 def episode(row: int, turn: int) -> dict[str, Any]:
     """Row 7 says nothing, row 2 is cut, and a reward of row 4 is no number in the second round."""
-    steps = 0 if row == 7 else 1 + (5 * row + 3 * turn + row // 6) % 4
+    steps = 0 if row == 7 else 1 + (5 * row + 3 * turn) % (4 if row < 6 else 3)
     ids, mask = [30 + row], [0]
     for step in range(steps):
         length = 1 + (row + 2 * step + turn) % 3
