@@ -19,7 +19,7 @@ COMMANDS: dict[str, str] = {
     "compare": "compare plugin sets and plain TRL on one recipe, over seeds, with intervals and verdicts",
     "new": "write a package with a working plugin, its tests and its entry point",
     "doctor": "look at versions, devices and extras, and at every part of TRL that is used",
-    "bench": "measure: `overhead` of the host, `shared-prefix` forwards",
+    "bench": "measure: `overhead` of the host, `shared-prefix` forwards, `probes` of SPAE",
 }
 
 EXAMPLES = """\

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 from trl_ext import OptionError
-from trl_ext.bench import overhead, shared_prefix
+from trl_ext.bench import overhead, probes, shared_prefix
 from trl_ext.bench.turns import step_times
 from trl_ext.commands import bench
 
@@ -61,6 +61,16 @@ def test_overhead_compares_every_arm_with_plain_trl(capsys, monkeypatch):
     assert rows[0]["ratio"] == 1 and rows[0]["ratio_low"] == rows[0]["ratio_high"] == 1
     for row in rows:
         assert row["seconds"] > 0 and row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+
+
+def test_probes_are_compared_with_and_without_the_tree(capsys):
+    assert run("probes", "--steps", "1", "--length", "96", "--json") == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert list(rows) == list(probes.ARMS) and rows["plain GRPO"]["share"] == 0
+    for kind in ("answers forced", "5 answers drawn"):
+        shared, alone = rows[f"{kind}, prefix tree"], rows[f"{kind}, every probe for itself"]
+        assert shared["token_ratio"] > 1.5 > 1.01 > alone["token_ratio"] > 0.5  # padding
+        assert shared["seconds"] > 0 and shared["share"] < 1
 
 
 def test_the_interval_of_a_median():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from trl_ext.shared_prefix import PrefixTree, build_tree
 from trl_ext.shared_prefix.layout import layout_of
+from trl_ext.shared_prefix.tree import tree_of_neighbours
 
 letters = st.lists(st.lists(st.integers(0, 2), max_size=9), min_size=1, max_size=9)
 
@@ -145,3 +147,42 @@ def _is_below(tree: PrefixTree, node: int, above: int) -> bool:
         if node == above:
             return True
     return False
+
+
+# --- from neighbours --------------------------------------------------------------------------------------------------
+
+
+def agreement(left: list[int], right: list[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+def from_neighbours(rows: list[list[int]], min_run: int) -> PrefixTree:
+    common = [0, *(agreement(a, b) for a, b in pairwise(rows))]
+    return tree_of_neighbours([len(row) for row in rows], common, min_run)
+
+
+@given(rows=letters, min_run=st.integers(1, 4))
+def test_neighbours_make_a_tree_that_spells_every_row(rows: list[list[int]], min_run: int) -> None:
+    tree = from_neighbours(rows, min_run)
+    assert [spell(rows, tree, i) for i in range(len(rows))] == rows
+    for i, node in enumerate(tree.nodes):
+        assert node.parent < i and node.end > node.start
+        assert all(rows[row][: node.end] == rows[node.rows[0]][: node.end] for row in node.rows)
+        below = [j for j in range(len(tree.nodes)) if _is_below(tree, j, i)]
+        assert below == list(range(i + 1, i + 1 + len(below)))
+
+
+@given(rows=letters)
+def test_of_sorted_rows_neighbours_know_everything(rows: list[list[int]]) -> None:
+    rows = sorted(rows)
+    assert from_neighbours(rows, 1).tokens == build_tree(rows, 1).tokens
+
+
+@given(start=st.lists(st.integers(0, 9), min_size=30, max_size=60), cuts=st.sets(st.integers(1, 60), min_size=1))
+def test_steps_of_a_completion_are_shared(start: list[int], cuts: set[int]) -> None:
+    """Prefixes of one row with the same text behind each, in order: the row once, and the text behind each step."""
+    text = [10, 11, 12]
+    ends = sorted(cut for cut in cuts if cut <= len(start)) or [len(start)]
+    rows = [[*start[:end], *text] for end in ends]
+    assert from_neighbours(rows, 1).tokens == ends[-1] + 3 * len(ends)
+    assert from_neighbours(rows, 16).tokens <= ends[-1] + (3 + 15) * len(ends)

@@ -17,6 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=int, default=40, help="training steps of each trainer, four trainers an arm (default: 40)"
     )
     overhead.add_argument("--json", action="store_true", help="print a list of objects")
+    probes = benches.add_parser("probes", help="a step with SPAE's probes, with and without the prefix tree")
+    probes.add_argument("--steps", type=int, default=6, help="counted training steps of each trainer (default: 6)")
+    probes.add_argument("--length", type=int, default=512, help="tokens of a completion (default: 512)")
+    probes.add_argument("--json", action="store_true", help="print a list of objects")
     shared = benches.add_parser(
         "shared-prefix",
         help="forward and backward with shared prefixes against TRL's dense path and PrefixGrouper",
@@ -34,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return _overhead(args) if args.bench == "overhead" else _shared_prefix(args)
+    return {"overhead": _overhead, "probes": _probes, "shared-prefix": _shared_prefix}[args.bench](args)
 
 
 def _overhead(args: argparse.Namespace) -> int:
@@ -62,6 +66,26 @@ def _overhead(args: argparse.Namespace) -> int:
             for row in rows
         ],
     )
+    return 0
+
+
+def _probes(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ..bench.probes import measure
+
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("rounds", total=None)
+        rows = measure(args.steps, args.length, lambda done, total: bar.update(task, completed=done, total=total))
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    lines = []
+    for row in rows:
+        ratio = "" if row["token_ratio"] is None else f"{row['token_ratio']:.1f}"
+        lines.append((row["name"], f"{row['seconds']:.2f} s", f"{100 * row['share']:.0f}%", ratio))
+    print_table(("arm", "step, processor time", "probing", "tokens of probes per computed token"), lines)
     return 0
 
 

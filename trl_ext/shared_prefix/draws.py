@@ -48,7 +48,7 @@ def sample_answers(
         rows = list(range(len(contexts)))[batch]
         on_tree = shared != "never"
         if on_tree:
-            packing, _ = packed_rows(contexts[batch], [[0]] * len(rows), model_device(model))
+            packing = packed_rows(contexts[batch], [[0]] * len(rows), model_device(model))
             on_tree = usable(model, packing, shared, backend, cost)
         grow = _grown_on_the_tree if on_tree else _generated
         grow(model, contexts, rows, draws, temperature, frozenset(stop), found, cost, backend)

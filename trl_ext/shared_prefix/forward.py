@@ -23,7 +23,7 @@ from .enter import Entry, packed_attention
 from .errors import RefusedError, SharedPrefixError
 from .heads import log_probs
 from .models import compute_dtype, embedding, find_backbone, has_fused_head
-from .packing import Packing, pack
+from .packing import PackedRow, Packing, pack
 from .refusals import why_not
 from .tree import MIN_RUN
 
@@ -198,7 +198,7 @@ def packed_scores(
     return {name: packing.unpack(values) for name, values in fields.items()}, entry
 
 
-def packed_logits(model: nn.Module, packing: Packing, backend: str | None = None) -> torch.Tensor:
+def packed_logits(model: nn.Module, packing: PackedRow, backend: str | None = None) -> torch.Tensor:
     """The model's own logits (M, vocabulary) for the predictions of a packing, without checks.
 
     A fused head stays aside, and with it the temperature that it was added with.
@@ -208,7 +208,9 @@ def packed_logits(model: nn.Module, packing: Packing, backend: str | None = None
     return logits
 
 
-def _packed_forward(model: nn.Module, packing: Packing, backend: str | None, head: dict[str, Any]) -> tuple[Any, Entry]:
+def _packed_forward(
+    model: nn.Module, packing: PackedRow, backend: str | None, head: dict[str, Any]
+) -> tuple[Any, Entry]:
     inputs: dict[str, Any] = {"input_ids": packing.input_ids, "position_ids": packing.position_ids, "use_cache": False}
     rows = packing.predictors.unique()
     with packed_attention(model, packing.layout, backend, rows) as entry, _gathered(find_backbone(model), packing):
@@ -268,7 +270,7 @@ def _fields(
 
 
 @contextmanager
-def _gathered(backbone: nn.Module, packing: Packing) -> Iterator[None]:
+def _gathered(backbone: nn.Module, packing: PackedRow) -> Iterator[None]:
     """While open, the backbone returns only the hidden states that make predictions, (1, M, hidden)."""
     calls = 0
 

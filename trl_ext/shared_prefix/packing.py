@@ -21,26 +21,22 @@ from .tree import MIN_RUN, IntArray, PrefixTree, tree_of
 
 
 @dataclass(frozen=True)
-class Packing:
-    """A packed micro-batch.
+class PackedRow:
+    """Rows packed into one, and the places that predict something.
 
     Attributes:
         input_ids: (1, N) each node's tokens in depth-first order.
         position_ids: (1, N) depth of every token in its own rows.
-        predictors: (M,) the packed token whose hidden state makes each prediction, ascending within the shared part.
-        shift_labels: (1, M) the label of each prediction.
-        slots: (B, L) which prediction scores the token at this place; M where nothing is scored.
+        predictors: (M,) the packed token whose hidden state makes each prediction.
         layout: What the attention needs.
         tree: The prefix tree.
-        dense_tokens: `B * L`, the positions that the dense path computes, padding included.
+        dense_tokens: The positions that the dense path computes, padding included.
         row_tokens: Real tokens of all rows up to the last one that predicts, each row for itself.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     predictors: torch.Tensor
-    shift_labels: torch.Tensor
-    slots: torch.Tensor
     layout: CascadeLayout
     tree: PrefixTree
     dense_tokens: int
@@ -55,6 +51,21 @@ class Packing:
     def token_ratio(self) -> float:
         """Dense positions for each packed token; 1.0 if nothing is scored."""
         return self.dense_tokens / self.packed_tokens if self.packed_tokens else 1.0
+
+
+@dataclass(frozen=True)
+class Packing(PackedRow):
+    """A packed micro-batch.
+
+    Attributes:
+        predictors: As above, ascending within the shared part.
+        shift_labels: (1, M) the label of each prediction.
+        slots: (B, L) which prediction scores the token at this place; M where nothing is scored.
+        dense_tokens: `B * L`.
+    """
+
+    shift_labels: torch.Tensor
+    slots: torch.Tensor
 
     @property
     def dense_pairs(self) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -24,10 +25,11 @@ from . import selfcheck
 from .errors import RefusedError, SharedPrefixError
 from .forward import MIN_GAIN, packed_logits
 from .heads import log_probs
+from .layout import layout_of
 from .models import evaluating, find_causal_lm, model_device
-from .packing import Packing, pack
+from .packing import PackedRow
 from .refusals import why_not
-from .tree import MIN_RUN
+from .tree import tree_of_neighbours
 
 Tokens = Sequence[int]
 Sharing = Literal["auto", "always", "never"]
@@ -107,7 +109,8 @@ def force_answers(
     cost = ProbeCost()
     logps: list[torch.Tensor] = []
     entropies: list[torch.Tensor] = []
-    for batch in batches([[*c, *a] for c, a in zip(contexts, answers, strict=True)], batch_tokens, shared != "never"):
+    longest = max(map(len, answers), default=0)
+    for batch in batches(contexts, batch_tokens, shared != "never", spare=longest):
         wanted = answers[batch]
         logits = answer_logits(model, contexts[batch], wanted, shared, backend, cost)
         labels = torch.tensor([token for answer in wanted for token in answer], device=logits.device)
@@ -162,19 +165,35 @@ def _common(left: Tokens, right: Tokens) -> int:
     return equal
 
 
-def packed_rows(
-    contexts: Sequence[Tokens], answers: Sequence[Tokens], device: torch.device
-) -> tuple[Packing, torch.Tensor]:
-    """The tree of the rows, and which of its predictions belong to the answers, row after row."""
-    rows = [[*context, *answer] for context, answer in zip(contexts, answers, strict=True)]
-    width = max(map(len, rows))
-    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
-    lengths = torch.tensor([len(row) for row in rows]).unsqueeze(1)
-    starts = torch.tensor([len(context) for context in contexts]).unsqueeze(1)
-    position = torch.arange(width)
-    real, scored = position < lengths, (position >= starts) & (position < lengths)
-    packing = pack(ids.to(device), real.to(device), score_mask=scored.to(device), min_run=MIN_RUN)
-    return packing, packing.slots[scored.to(device)]
+def packed_rows(contexts: Sequence[Tokens], answers: Sequence[Tokens], device: torch.device) -> PackedRow:
+    """The tree of the rows, with a prediction for each token of the answers, row after row.
+
+    Thousands of tokens that rows share would make a large padded matrix, so neighbours are compared instead.
+    """
+    # the last token of a row predicts nothing
+    rows = [list(context) + list(answer[:-1]) for context, answer in zip(contexts, answers, strict=True)]
+    lengths = [len(row) for row in rows]
+    tree = tree_of_neighbours(lengths, [0, *(_common(a, b) for a, b in pairwise(rows))])
+    layout = layout_of(tree)
+    ids = [token for node in tree.nodes for token in rows[node.rows[0]][node.start : node.end]]
+    depths = [depth for node in tree.nodes for depth in range(node.start, node.end)]
+    predictors: list[int] = []
+    for row, (context, answer) in enumerate(zip(contexts, answers, strict=True)):
+        own, number = [], tree.row_node[row]
+        for depth in range(len(context) + len(answer) - 2, len(context) - 2, -1):
+            while depth < tree.nodes[number].start:
+                number = tree.nodes[number].parent
+            own.append(layout.bounds[number] + depth - tree.nodes[number].start)
+        predictors += own[::-1]
+    return PackedRow(
+        input_ids=torch.tensor([ids], device=device),
+        position_ids=torch.tensor([depths], device=device),
+        predictors=torch.tensor(predictors, device=device),
+        layout=layout,
+        tree=tree,
+        dense_tokens=len(rows) * (max(lengths) + 1),
+        row_tokens=sum(lengths),
+    )
 
 
 # --- one forward ------------------------------------------------------------------------------------------------------
@@ -191,10 +210,10 @@ def answer_logits(
     """(tokens of all answers, vocabulary): what predicts each of them."""
     tokens = sum(len(context) + len(answer) for context, answer in zip(contexts, answers, strict=True))
     if shared != "never":
-        packing, slots = packed_rows(contexts, answers, model_device(model))
+        packing = packed_rows(contexts, answers, model_device(model))
         if usable(model, packing, shared, backend, cost):
             with torch.no_grad(), evaluating(model):
-                logits = packed_logits(model, packing, backend)[slots]
+                logits = packed_logits(model, packing, backend)
             cost.count(tokens, packing.packed_tokens, dense=False)
             return logits
     logits, computed = _dense_logits(model, contexts, answers)
@@ -202,12 +221,12 @@ def answer_logits(
     return logits
 
 
-def usable(model: nn.Module, packing: Packing, shared: Sharing, backend: str | None, cost: ProbeCost) -> bool:
+def usable(model: nn.Module, packing: PackedRow, shared: Sharing, backend: str | None, cost: ProbeCost) -> bool:
     """Whether the tree is to be used; where it was refused, the reason is kept."""
     if shared == "auto" and packing.token_ratio < MIN_GAIN:
         return False
     with evaluating(model):  # as it will run: dropout does not count
-        reason = why_not(model, packing)
+        reason = why_not(model, longest=packing.layout.longest + 1)
     try:
         if reason is not None:
             raise RefusedError(f"Shared prefixes refused: {reason}")

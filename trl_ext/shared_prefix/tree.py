@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,6 +115,48 @@ def tree_of(tokens: IntArray, lengths: IntArray, min_run: int = MIN_RUN) -> Pref
             groups.setdefault(token, []).append(row)
         for members in reversed(groups.values()):
             todo.append((np.array(members, dtype=np.int64), start, end, parent))
+    return PrefixTree(tuple(nodes), tuple(row_node))
+
+
+def tree_of_neighbours(lengths: Sequence[int], common: Sequence[int], min_run: int = MIN_RUN) -> PrefixTree:
+    """The prefix tree of rows of which only neighbours are compared, without a matrix of all their tokens.
+
+    For rows that stand in order, such as the steps of a completion, it shares what `build_tree` shares. Of other rows
+    it shares less, and is exact as well.
+
+    Args:
+        lengths: Tokens of each row.
+        common: For each row how many tokens at its beginning are those of the row before; the first entry is not read.
+        min_run: As in `build_tree`.
+    """
+    nodes: list[Node] = []
+    row_node = [-1] * len(lengths)
+
+    def add(rows: range, start: int, end: int, parent: int) -> int:
+        level = nodes[parent].level + 1 if parent >= 0 else 0
+        nodes.append(Node(tuple(rows), start, end, parent, level))
+        return len(nodes) - 1
+
+    # Neighbouring rows that agree up to somewhere, of which the tokens from `start` on belong to no node yet.
+    todo = [(range(len(lengths)), 0, -1)]
+    while todo:
+        rows, start, parent = todo.pop()
+        if not rows:
+            continue
+        end = min((common[row] for row in rows[1:]), default=lengths[rows[0]])
+        ended = [row for row in rows if lengths[row] == end]
+        if len(ended) == len(rows) or end - start >= min_run:
+            if end > start:
+                parent = add(rows, start, end, parent)
+            for row in ended:
+                row_node[row] = parent
+            start = end
+        else:
+            for row in ended:  # the run is too short to be shared: each has its own
+                row_node[row] = add(range(row, row + 1), start, end, parent) if end > start else parent
+        cuts = [row for row in rows[1:] if common[row] == end]
+        parts = [range(a, b) for a, b in pairwise([rows.start, *cuts, rows.stop])]
+        todo += [(part, start, parent) for part in reversed(parts) if lengths[part.start] > end]
     return PrefixTree(tuple(nodes), tuple(row_node))
 
 
