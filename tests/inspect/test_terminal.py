@@ -110,5 +110,6 @@ def test_signed(value: float | None, expected: str) -> None:
 def test_sparkline() -> None:
     assert text.sparkline([0.0, 0.5, 1.0]) == "▁▅█" and text.sparkline([None, None]) == ""
     assert text.sparkline([1.0, None, 1.0]) == "▁ ▁"
+    assert text.sparkline([-2.4748, -2.4711]) == "▁▁" and text.sparkline([10000.4, 9999.6]) == "▁▁"
     assert len(text.sparkline([float(i) for i in range(1000)])) <= 60
     assert text.chain(["1", "1", "2", "2", "1"]) == "1 → 2 → 1"

@@ -48,7 +48,10 @@ def chain(values: Sequence[str]) -> str:
 
 
 def sparkline(values: Sequence[float | None], width: int = 60) -> str:
-    """Bars for the means of at most `width` equal stretches; a stretch without values is blank."""
+    """Bars for the means of at most `width` equal stretches; a stretch without values is blank.
+
+    Where the lowest and the highest are written alike, such as -2.4748 and -2.4711, all bars are.
+    """
     size = max(1, math.ceil(len(values) / width))
     parts = [[v for v in values[i : i + size] if v is not None] for i in range(0, len(values), size)]
     means = [sum(part) / len(part) if part else None for part in parts]
@@ -56,5 +59,5 @@ def sparkline(values: Sequence[float | None], width: int = 60) -> str:
     if not known:
         return ""
     low, high = min(known), max(known)
-    reach = (high - low) or 1.0
+    reach = high - low if number(low) != number(high) else math.inf
     return "".join(" " if m is None else _BARS[round((m - low) / reach * (len(_BARS) - 1))] for m in means)
