@@ -47,7 +47,7 @@ class Steps(Plugin):
         result = generate(prompts)
         start = trainer.process_index * len(prompts)
         texts = [text_of(row) for row in range(start, start + len(prompts))]
-        ids = [trainer.processing_class.convert_tokens_to_ids(list(text)) for text in texts]  # a token per letter
+        ids = [trainer.processing_class(text)["input_ids"] for text in texts]  # a token per letter
         return dataclasses.replace(
             result, completion_ids=ids, completions=[[{"role": "assistant", "content": text}] for text in texts]
         )
