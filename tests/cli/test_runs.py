@@ -93,6 +93,7 @@ def test_grpo_with_two_plugins_and_resume(script, config, record, tmp_path):
     assert content["hooks_fired"]["counter"]["load_state_dict"] == 1
 
 
+@pytest.mark.slow
 def test_rloo_and_bars_where_they_are_asked_for(script, config, record):
     done = script("train", "--trainer", "rloo", "--config", config(), "--disable_tqdm", "false", TQDM_DISABLE="")
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from trl_ext.testing import calls
 
 TOOLS = '''
@@ -37,6 +39,7 @@ def test_hdpo_with_a_tool_of_the_user(script, config, tool_model, tmp_path):
     assert "hdpo/tool_calls_mean" in text and "otc/r_tool_mean" in text and "tools/call_frequency" in text
 
 
+@pytest.mark.slow
 def test_hdpo_without_tools(script, config):
     done = script("train", "--config", config(plugins={"hdpo": {}}))
     assert done.returncode == 2, done.stderr[-2000:]

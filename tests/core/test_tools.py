@@ -269,6 +269,7 @@ def test_extend_gives_them_too(tool_model: str, tmp_path: Path, plugin: Any) -> 
     assert tiny_trainer("grpo", tool_model, tmp_path, cls=cls, data=tiny_data()).tools == [multiply]
 
 
+@pytest.mark.slow
 def test_the_conformance_checks_bring_tools_along(plugin: Any, tmp_path: Path) -> None:
     from trl_ext.conformance import conformance
 

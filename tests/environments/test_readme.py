@@ -32,6 +32,7 @@ def test_python_runs(code: str, tool_model: str, tmp_path: Path, monkeypatch: py
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_the_yaml_file_trains_on_the_rows_of_the_script(tool_model: str, tmp_path: Path) -> None:
     (script,) = [code for code in PYTHON if "to_json" in code]
     settings = yaml.safe_load(YAML) | {

@@ -152,6 +152,7 @@ def _processes_with(text: str) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_everything_and_keeps_what_is_done(recipe: Any, cache: str, tmp_path: Path) -> None:
     path = recipe(max_steps=12)
     environment = os.environ | {"TRL_EXT_CACHE": cache, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -16,6 +16,7 @@ from trl_ext.inspection.recording import Recording
 SCRIPT = Path(__file__).parent / "scripts" / "rounds.py"
 
 
+@pytest.mark.slow
 def test_one_and_two_processes_record_the_same(model: str, recorded: Recording, tmp_path: Path) -> None:
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]

@@ -501,6 +501,7 @@ def test_a_kill_in_the_middle_of_training_goes_on_from_a_checkpoint(
     assert equal(weights(whole), weights(cut))
 
 
+@pytest.mark.slow
 def test_sigkill_and_the_command_line(model: str, tmp_path: Path) -> None:
     """Real processes: killed without warning in round 2, then `--resume_from_checkpoint true`."""
     (tmp_path / "apo_rewards.py").write_text(

@@ -20,6 +20,7 @@ RUNS = ("decs", "decs-rows", "spae", "spae-rows")
 SEEN = ("rewards", "advantages", "kept", "items")
 
 
+@pytest.mark.slow
 def test_one_and_two_processes_agree(model: str, tmp_path: Path) -> None:
     one, two = core.here(model, tmp_path, SCRIPT), core.two_processes(model, tmp_path, SCRIPT)
     assert [report["world"] for report in (one, *two)] == [1, 2, 2]
