@@ -22,6 +22,7 @@ def finished(completions, **columns):
 '''
 
 
+@pytest.mark.slow
 def test_hdpo_with_a_tool_of_the_user(script, config, tool_model, tmp_path):
     (tmp_path / "my_tools.py").write_text(TOOLS)
     path = config(

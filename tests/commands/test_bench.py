@@ -20,6 +20,7 @@ def run(*argv):
     return bench.run(parser.parse_args(argv))
 
 
+@pytest.mark.slow
 def test_shared_prefix_reports_every_figure(model, tmp_path, capsys):
     picture = tmp_path / "speed.png"
     shapes = ["--shape", "24x3x8", "--shape", "40x4x8"]

@@ -114,6 +114,7 @@ def test_ended_runs_are_not_repeated(done: Path, compare: Any, recipe: Any, tmp_
     assert code == 0 and "there already" not in errors
 
 
+@pytest.mark.slow
 def test_a_kill_loses_only_what_ran(recipe: Any, cache: str, tmp_path: Path, compare: Any) -> None:
     path = recipe(max_steps=12)
     environment = os.environ | {"TRL_EXT_CACHE": cache, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

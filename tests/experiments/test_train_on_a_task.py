@@ -16,6 +16,7 @@ from trl_ext import cli, worker
 from .conftest import ROUNDS
 
 
+@pytest.mark.slow
 def test_it_trains_on_the_task(recipe: Any, cache: str, tmp_path: Path) -> None:
     path = recipe({"train_size": 16, "arms": {"a": None, "b": None}}, save_strategy="no", logging_steps=1)
     environment = os.environ | {"TRL_EXT_CACHE": cache, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

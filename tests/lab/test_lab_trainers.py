@@ -93,6 +93,7 @@ def caller() -> lab.Task:
     )
 
 
+@pytest.mark.slow
 def test_trl_carries_the_calls_out(caller: lab.Task, tmp_path: Path) -> None:
     """Calls of the model reach the function, what it returns reaches the model, and no result is trained on."""
     asked: list[str] = []

@@ -478,6 +478,7 @@ class Bombs(Plugin):
 
 
 @pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.slow
 def test_a_kill_in_the_middle_of_training_goes_on_from_a_checkpoint(
     model: str, tmp_path: Path, plugin: Any, lora: bool
 ) -> None:

@@ -20,6 +20,7 @@ _spec.loader.exec_module(core)
 Report = dict[str, Any]
 
 
+@pytest.mark.slow
 def test_one_and_two_processes_agree(tool_model: str, tmp_path: Path) -> None:
     one = core.here(tool_model, tmp_path, SCRIPT)
     two = core.two_processes(tool_model, tmp_path, SCRIPT)
