@@ -1,9 +1,9 @@
-"""Small helpers for defining tasks: messages, the text of completions, and draws that depend on a text alone."""
+"""Small helpers for defining tasks: messages, episodes, texts of completions, draws that depend on a text alone."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -27,6 +27,27 @@ def call(tool: str, **arguments: Any) -> dict[str, Any]:
 def result(tool: str, text: Any) -> dict[str, Any]:
     """The message with what a tool returned: a text, or a list of blocks with images."""
     return {"role": "tool", "name": tool, "content": text if isinstance(text, list) else str(text)}
+
+
+def episode(
+    environment: Any, row: Mapping[str, Any], choose: Callable[[Any], tuple[str, dict[str, Any]]], bye: str
+) -> dict[str, Any]:
+    """A trace: one episode of a row, played until it is `done` or `truncated`.
+
+    Args:
+        environment: With `reset`, its tools as methods, `done` and `truncated`.
+        row: Of the task; its prompt is followed by what `reset` returns.
+        choose: From what was seen last to the name of a tool and its arguments.
+        bye: What the assistant says in the end.
+    """
+    seen, text = environment.reset(**row), row["prompt"][-1]["content"]
+    prompt = user([{"type": "text", "text": text}, *seen] if isinstance(seen, list) else text + seen)
+    completion: list[dict[str, Any]] = []
+    while not (environment.done or environment.truncated):
+        tool, arguments = choose(seen)
+        seen = getattr(environment, tool)(**arguments)
+        completion += [call(tool, **arguments), result(tool, seen)]
+    return {"prompt": prompt, "completion": completion + assistant(bye)}
 
 
 def final_text(completion: str | Sequence[dict[str, Any]]) -> str:

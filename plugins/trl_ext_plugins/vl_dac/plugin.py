@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -355,7 +356,7 @@ class VLDAC(Plugin):
             "advantage_raw": (scored.raw[exists].abs().sum().item(), steps),
             "value_gradient": (self._gradient, 1),
         }
-        if explained == explained:
+        if not math.isnan(explained):
             metrics["explained_variance"] = (explained, 1)
         if round.mode == "train":
             metrics["iterations"] = (self.iterations, 1)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...environments import GymEnvironment, gym, minigrid_text
 from ..definition import Row, Shape, Task, WarmUp
-from ..text import assistant, call, result, user
+from ..text import episode, user
 
 OVER, BYE = "over", "bye"
 LAKE_MOVES = {"left": -1, "down": 4, "right": 1, "up": -4}
@@ -120,20 +120,8 @@ def _any_move(draw: random.Random, seen: Any) -> str:
 def _traces(
     kind: type[GymEnvironment], rows: list[Row], name: str, move: Callable[[random.Random, Any], str]
 ) -> list[Row]:
-    draw = random.Random(name)
-    episode: Any = kind()
-    found = []
-    for row in rows:
-        seen = episode.reset(**row)
-        text = row["prompt"][0]["content"]
-        begin = [{"type": "text", "text": text}, *seen] if isinstance(seen, list) else text + seen
-        completion: list[dict[str, Any]] = []
-        while not (episode.done or episode.truncated):
-            action = move(draw, seen)
-            seen = episode.act(action)
-            completion += [call("act", action=action), result("act", seen)]
-        found.append({"prompt": user(begin), "completion": completion + assistant(BYE)})
-    return found
+    draw, environment = random.Random(name), kind()
+    return [episode(environment, row, lambda seen: ("act", {"action": move(draw, seen)}), BYE) for row in rows]
 
 
 _NUMBERS = tuple(str(number) for number in range(10, 16))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..definition import Row, Shape, Task, WarmUp
-from ..text import assistant, call, result, user
+from ..text import episode, user
 
 GOAL, STOP, BYE = "goal", "stop", "bye"
 
@@ -157,16 +157,7 @@ def grid_rows(split: str, size: int, seed: int) -> list[Row]:
 def _random_walks(walk: Walk, moves: Sequence[tuple[str, dict[str, Any]]], rows: list[Row], seed: int) -> list[Row]:
     """Traces: every move equally likely, until the walk is over."""
     random_state = random.Random(f"walks {type(walk).__name__} {seed}")
-    found = []
-    for row in rows:
-        begin = walk.reset(**row)
-        completion = []
-        while not (walk.done or walk.truncated):
-            name, arguments = random_state.choice(moves)
-            completion += [call(name, **arguments), result(name, getattr(walk, name)(**arguments))]
-        prompt = user(row["prompt"][-1]["content"] + begin)
-        found.append({"prompt": prompt, "completion": completion + assistant(BYE)})
-    return found
+    return [episode(walk, row, lambda seen: random_state.choice(moves), BYE) for row in rows]
 
 
 def line_traces(size: int, seed: int) -> list[Row]:
