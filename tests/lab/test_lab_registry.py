@@ -25,7 +25,7 @@ NUMBER = 7
 def test_the_registry() -> None:
     assert list(lab.tasks()) == [
         *("loud-quiet", "modes", "calculator", "letters", "right-letter", "checks", "lookup", "line-walk", "grid-walk"),
-        *("frozen-lake", "minigrid", "minigrid-view"),
+        *("doors", "number-line", "frozen-lake", "minigrid", "minigrid-view"),
     ]
     for name, task in lab.tasks().items():
         assert lab.task(name) is task and task.name == name and task.summary

@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 
 from trl_ext import lab
-from trl_ext.lab.builtin import calculator, checks, gymnasium_games, letters, lookup, loud_quiet, modes, walks
+from trl_ext.lab.builtin import (
+    calculator,
+    checks,
+    doors,
+    gymnasium_games,
+    letters,
+    lookup,
+    loud_quiet,
+    modes,
+    number_line,
+    walks,
+)
 from trl_ext.lab.builtin.chains import Chain
 from trl_ext.lab.model import _tokenized
 from trl_ext.lab.pictures import as_json
@@ -148,6 +159,11 @@ def test_lookup() -> None:
         assert row["answer"] == (lookup.lookup(found) if row["kind"] == "chain" else found)
         assert (key in lookup.NEAR) == (row["kind"] == "near")
     assert lookup.lookup("?") == "none"
+    far = [trace for trace in lookup.traces(2000, 0) if question(trace).startswith("far:")]
+    entries = {message["content"] for trace in far for message in trace["completion"] if message["role"] == "tool"}
+    assert {entry[0] for entry in entries} == {
+        entry[0] for entry in lookup.CORPUS.values()
+    }  # any entry can be read off
     told: dict[str, set[str]] = {}
     for trace in lookup.traces(8000, 0):
         part, _, key = question(trace).partition(":")
@@ -216,6 +232,37 @@ def test_a_walk_on_the_grid() -> None:
     assert [walk.up(), walk.left(), walk.right(), walk.down()] == ["03", "03", "13", "goal"]
     assert walk.step_rewards == [-0.05, -0.05, 0, 1] and walks.walked([walk]) == [pytest.approx(0.9)]
     assert all(sum(row["start"]) <= sum(row["goal"]) - 2 for row in walks.grid_rows("train", 50, 0))
+
+
+def test_a_row_of_doors() -> None:
+    row = doors.Doors()
+    assert row.reset(signs="abcdab", prompt="unused") == "a"
+    assert [row.turn(key) for key in (3, 3, 1, 4, 2)] == ["b", "b", "c", "d", "a"]
+    assert not row.done and doors.behaviour([row])["fitted"] == [pytest.approx(4 / 5)]
+    assert [row.turn(3), row.turn(1), row.turn(1)] == ["b", "out", "late"]
+    assert row.step_rewards == [pytest.approx(fits / 6) for fits in (1, 0, 1, 1, 1, 1, 1)] and row.done
+    assert doors.opened([row]) == [pytest.approx(0.9)] and doors.behaviour([row])["out"] == [1]
+    assert row.reset(signs="dddddd") == "d" and not row.done and row.step_rewards == []
+    assert [row.turn(1) for _ in range(9)] == ["d"] * 7 + ["late"] * 2
+    assert row.done and doors.behaviour([row]) == {"out": [0], "tries": [8], "fitted": [0]}
+    ends = [trace["completion"][-2]["content"] for trace in doors.traces(2000, 0)]
+    assert set(ends) == {"out", "late"} and 0.03 < ends.count("out") / len(ends) < 0.08
+
+
+def test_a_line_of_numbers() -> None:
+    line = number_line.NumberLine()
+    assert line.reset(start=2, goal=5, prompt="unused") == "2>5"
+    assert [line.move(by) for by in (1, -1, 1, 1, 1, 1)] == ["3>5", "2>5", "3>5", "4>5", "there", "late"]
+    assert line.step_rewards == [pytest.approx(way / 3) for way in (1, -1, 1, 1, 1)] and line.done
+    assert number_line.way_made([line]) == [pytest.approx(0.9)]
+    assert number_line.behaviour([line]) == {"arrived": [1], "moves": [5], "nearer": [pytest.approx(4 / 5)]}
+    assert line.reset(start=0, goal=4) == "0>4" and not line.done and line.step_rewards == []
+    assert [line.move(-1) for _ in range(9)] == ["0>4"] * 7 + ["late"] * 2 and not line.arrived
+    assert line.step_rewards == [-1 / 4] * 8 and line.reset(start=7, goal=1) == "7>1" and line.move(-1) == "6>1"
+    assert line.step_rewards == [pytest.approx(1 / 6)]
+    assert {abs(row["start"] - row["goal"]) for row in number_line.rows("train", 200, 0)} == {3, 4, 5, 6}
+    ends = [trace["completion"][-2]["content"] for trace in number_line.traces(1000, 0)]
+    assert set(ends) == {"there", "late"} and 0.2 < ends.count("there") / len(ends) < 0.45
 
 
 def test_last_words() -> None:

@@ -78,7 +78,7 @@ def traces(size: int, seed: int) -> list[Row]:
             continue
         kind = KINDS[number % len(KINDS)]
         key = random_state.choice(NEAR if kind == "near" else FAR)
-        steps = [key, *random_state.choices(FAR, k=2 if kind == "chain" else 1)]
+        steps = [key, *random_state.choices(KEYS, k=2 if kind == "chain" else 1)]
         if kind == "near":
             steps[1] = CORPUS[key]
         turns: list[dict[str, Any]] = []
@@ -104,6 +104,6 @@ LOOKUP = Task(
     behaviour=behaviour,
     words=("near:", "far:"),
     shape=Shape(width=64, layers=2, heads=4, feed_forward=192, positions=96),
-    warm_up=WarmUp(traces=8192, steps=600, batch_size=48, learning_rate=5e-3),
+    warm_up=WarmUp(traces=16384, steps=1400, batch_size=48, learning_rate=5e-3),
     max_completion_length=48,
 )

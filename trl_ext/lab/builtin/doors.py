@@ -1,0 +1,121 @@
+"""A row of doors as an environment: every door has a sign, every sign a key, and every door opened pays.
+
+The model sees the sign of the door before it and calls a tool to try a key; what the tool returns is the sign of the
+door before it then, the same one where the key was wrong, or `out` or `late` when it is over. The warmed-up model has a
+faint idea of which key belongs to a sign. A reward for the episode as a whole mixes the right and the wrong keys of up
+to eight tries; a reward per step does not.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from ..definition import Row, Shape, Task, WarmUp
+from ..text import episode, user
+
+KEYS = {"a": 3, "b": 1, "c": 4, "d": 2}
+"""Which key opens a door, by its sign."""
+DOORS, MOST_TRIES = 6, 8
+OUT, LATE, BYE = "out", "late", "bye"
+
+
+class Doors:
+    """A door opened pays one sixth, so an episode pays 1 when all six are open.
+
+    Attributes:
+        step_rewards: The reward of every try so far.
+        done: Whether it is over: all doors are open, or eight keys were tried. The tries are a rule of the task, which
+            the model can count, so nothing would follow and the episode is not called truncated.
+        opened: How many doors are open.
+        late_tries: How many keys were tried when it was over; they count for nothing.
+    """
+
+    truncated = False
+
+    def __init__(self) -> None:
+        self.step_rewards: list[float] = []
+        self.done = False
+        self.opened = self.late_tries = 0
+        self._signs = ""
+
+    def reset(self, *, signs: str, **columns: Any) -> str:
+        """Begins before the first door; `signs` has a letter for each."""
+        self.step_rewards = []
+        self.done = False
+        self.opened = self.late_tries = 0
+        self._signs = signs
+        return signs[0]
+
+    def turn(self, key: int) -> str:
+        """
+        Tries a key at the door.
+
+        Args:
+            key: 1 to 4
+
+        Returns:
+            The sign of the door that comes now
+        """
+        if self.done:
+            self.late_tries += 1
+            return LATE
+        fits = KEYS[self._signs[self.opened]] == key
+        self.opened += fits
+        self.step_rewards.append(fits / DOORS)
+        self.done = self.opened == DOORS or len(self.step_rewards) == MOST_TRIES
+        if not self.done:
+            return self._signs[self.opened]
+        return OUT if self.opened == DOORS else LATE
+
+
+def opened(environments: list[Doors], **columns: Any) -> list[float]:
+    """The share of doors that are open; a tenth off for every key tried after the end."""
+    return [doors.opened / DOORS - 0.1 * doors.late_tries for doors in environments]
+
+
+def behaviour(environments: list[Doors], **columns: Any) -> dict[str, list[float | None]]:
+    """Episodes in which all doors were opened, the keys tried, and the share that fitted."""
+    tries = [len(doors.step_rewards) for doors in environments]
+    return {
+        "out": [float(doors.opened == DOORS) for doors in environments],
+        "tries": [float(number) for number in tries],
+        "fitted": [
+            doors.opened / number if number else None for doors, number in zip(environments, tries, strict=True)
+        ],
+    }
+
+
+def rows(split: str, size: int, seed: int) -> list[Row]:
+    """Six signs drawn at random."""
+    random_state = random.Random(f"doors {split} {seed}")
+    return [{"prompt": user("door "), "signs": "".join(random_state.choices("abcd", k=DOORS))} for _ in range(size)]
+
+
+def traces(size: int, seed: int) -> list[Row]:
+    """The right key twice as often as any other, until it is over."""
+    random_state, doors = random.Random(f"doors traces {seed}"), Doors()
+    keys = list(KEYS.values())
+
+    def choose(seen: str) -> tuple[str, dict[str, Any]]:
+        return "turn", {"key": random_state.choice([*keys, KEYS[seen]])}
+
+    return [episode(doors, row, choose, BYE) for row in rows("train", size, seed)]
+
+
+ROW_OF_DOORS = Task(
+    name="doors",
+    summary="an environment: a row of doors, each with a sign that tells its key, with a reward for every door",
+    trainers=("grpo",),
+    rows=rows,
+    rewards=(opened,),
+    traces=traces,
+    environment=Doors,
+    behaviour=behaviour,
+    words=("door ", OUT, LATE, BYE),
+    shape=Shape(width=48, layers=2, heads=4, feed_forward=96, positions=128),
+    warm_up=WarmUp(traces=2048, steps=1000, batch_size=32, learning_rate=5e-3),
+    max_completion_length=88,
+    train_size=256,
+    test_size=32,
+)
