@@ -19,6 +19,7 @@ import pytest
 from transformers.utils import get_json_schema
 
 from trl_ext import ConfigError
+from trl_ext.compat import seams
 from trl_ext.environments import GymEnvironment, episode_return, gym, minigrid_text, success
 from trl_ext.environments.actions import reader
 from trl_ext.environments.player import Spaces
@@ -216,6 +217,13 @@ def test_minigrid_with_doors_and_keys() -> None:
 
     env.carrying = Key("yellow")
     assert "carrying yellow key" in minigrid_text(env.gen_obs())
+
+
+def test_pictures_need_a_tool_loop_that_carries_them(games: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seams, "trl_version", lambda: seams.Version("1.14.0"))
+    with pytest.raises(ConfigError, match=r"pictures need TRL 1\.15 or later; .* of 1\.14\.0 .*`observe`"):
+        gym(games.Painted, render="image")
+    gym(games.Painted, observe=str)  # in words they do not
 
 
 def test_pictures(games: Any) -> None:

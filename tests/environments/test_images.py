@@ -16,9 +16,12 @@ from trl import GRPOTrainer
 
 import trl_ext.environments
 from trl_ext import lab
+from trl_ext.compat import seams
 from trl_ext.environments import episode_return, gym
+from trl_ext.environments.adapter import PICTURES
 from trl_ext.testing import metrics_of, tiny_args
 
+pytestmark = pytest.mark.skipif(seams.trl_version() < PICTURES, reason="pictures need TRL 1.15")
 README = (Path(trl_ext.environments.__file__).parent / "README.md").read_text()
 CARRIED = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl")
 REFUSED = {"llava": "token_type_ids", "idefics3": "token_type_ids", "gemma3": "num_crops"}

@@ -10,6 +10,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
+from packaging.version import Version
+
+from ..compat import seams
 from ..errors import ConfigError
 from .actions import Actions, Reader, reader
 from .player import Failed, Local, Player, Seen, installed, make
@@ -18,6 +21,7 @@ from .worker import Worker
 
 logger = logging.getLogger(__name__)
 
+PICTURES = Version("1.15")
 Shown = str | list[dict[str, Any]]
 """What a tool returns to TRL: a text, or blocks with an image."""
 
@@ -228,6 +232,11 @@ def gym(
         raise ConfigError(f"{sorted(options)} would go to gymnasium.make, but `env` is a function.")
     if render:
         installed("PIL.Image")
+        if seams.trl_version() < PICTURES:
+            raise ConfigError(
+                f"pictures need TRL {PICTURES} or later; the tool loop of {seams.trl_version()} loses count of them. "
+                f"Upgrade (pip install --upgrade trl), or turn observations into text with `observe`."
+            )
         if not callable(env):
             options.setdefault("render_mode", "rgb_array")
     made: Callable[[], Any] = env if callable(env) else functools.partial(make, env, options)
