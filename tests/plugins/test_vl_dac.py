@@ -377,12 +377,11 @@ def test_more_runs_than_turns_are_an_error() -> None:
 
 
 def test_what_counts_as_cut() -> None:
+    """A call or an answer that nothing follows; not what the model says last, however long it is."""
     said, asked = {"role": "assistant", "content": "x"}, {"role": "assistant", "tool_calls": [{}]}
     answered = {"role": "tool", "content": "y"}
-    ids = [[5, 2], [5, 2], [5, 5], [5, 5, 5], [5, 5, 2], []]
-    found = cut_short([[said], [said, asked], [asked, answered], [said], [said], "text"], ids, {2}, 3)
-    assert found == [False, True, True, True, False, False]
-    assert cut_short([[{**said, "tool_calls": None}]], [[5]], {2}, None) == [False]
+    found = cut_short([[said], [said, asked], [asked, answered], [asked, answered, {**said, "tool_calls": None}], []])
+    assert found == [False, True, True, False, False] and cut_short(["text"]) == [False]
 
 
 # --- real runs --------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,21 +97,19 @@ def _silent(rows: int, most: int, device: torch.device) -> Turns:
     return Turns(torch.zeros(rows, most, dtype=torch.float64, device=device), never, never, never[:, 0])
 
 
-def cut_short(
-    completions: Sequence[Any], completion_ids: Sequence[Sequence[int]], ends: Collection[int], longest: int | None
-) -> list[bool]:
-    """Whether a limit stopped the model: of tokens, or of turns.
+def cut_short(completions: Sequence[Any]) -> list[bool]:
+    """Whether a limit stopped the episode after a whole action: of calls, or of room for what the environment says.
 
-    A row ends with a call that the tool loop did not answer (the limit of calls, or an answer that would not have
-    fitted), with an answer of a tool to which nothing could be said, or at the longest length without an end token.
+    A row ends then with a call that the tool loop did not answer, or with an answer to which nothing could be said. A
+    model that writes on to the longest length without calling is not stopped but gives up: that is an end like saying
+    farewell, and has an advantage. Otherwise noise up to the limit would cost nothing, and episodes drift into it.
     """
     found = []
-    for completion, ids in zip(completions, completion_ids, strict=True):
-        full = longest is not None and len(ids) >= longest and bool(ids) and ids[-1] not in ends
+    for completion in completions:
         message: Mapping[str, Any] = {}
         if not isinstance(completion, str) and completion:
             message = completion[-1]
-        found.append(full or message.get("role") == "tool" or bool(message.get("tool_calls")))
+        found.append(message.get("role") == "tool" or bool(message.get("tool_calls")))
     return found
 
 

@@ -133,7 +133,6 @@ class VLDAC(Plugin):
         self.iterations = 0  # training rounds so far, the current one included
         self._critic: Critic | None = None
         self._round: _Scored | None = None
-        self._ends: frozenset[int] = frozenset()
         self._gradient = 0.0
         self._seen: Metrics = {}
 
@@ -176,11 +175,6 @@ class VLDAC(Plugin):
     def setup(self, trainer: TrainerView) -> list[Refuse]:
         model = trainer.unwrapped_model
         config = model.config.get_text_config()
-        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-        ends: set[int] = set()
-        for own in (tokenizer.eos_token_id, model.generation_config.eos_token_id):
-            ends.update(own if isinstance(own, list | tuple) else [] if own is None else [own])
-        self._ends = frozenset(ends)
         head = ValueHead(config.hidden_size, self.options.head_sizes, trainer.args.seed)
         self._critic = Critic(head, self.options.value_lr, trainer.device)
         if self.options.value_warmup_iterations and getattr(config, "output_router_logits", False):
@@ -218,10 +212,9 @@ class VLDAC(Plugin):
             self.iterations += 1
         outcome = (round.rewards.double() * round.reward_weights.double()).nansum(dim=1)  # (N,)
         outcome = torch.where(torch.isnan(round.rewards).all(dim=1), torch.nan, outcome)[round.local]
-        cut = cut_short(round.completions, round.completion_ids, self._ends, round.trainer.args.max_completion_length)
         turns = reported(round.rows, mask) if round.turns is None else round.turns
-        cut_tensor = torch.tensor(cut, device=mask.device)
-        found = episodes(mask, turns, cut_tensor, outcome, options.outcome_weight)
+        cut = torch.tensor(cut_short(round.completions), device=mask.device)
+        found = episodes(mask, turns, cut, outcome, options.outcome_weight)
         with torch.no_grad():
             at_starts = self._values(round.hidden_states[self.name], first_tokens(mask)).double()
         values = _of_steps(at_starts, found)
