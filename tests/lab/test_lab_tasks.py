@@ -241,10 +241,10 @@ def test_a_row_of_doors() -> None:
     assert not row.done and doors.behaviour([row])["fitted"] == [pytest.approx(4 / 5)]
     assert [row.turn(3), row.turn(1), row.turn(1)] == ["b", "out", "late"]
     assert row.step_rewards == [pytest.approx(fits / 6) for fits in (1, 0, 1, 1, 1, 1, 1)] and row.done
-    assert doors.opened([row]) == [pytest.approx(0.9)] and doors.behaviour([row])["out"] == [1]
+    assert doors.opened([row]) == [1] and row.late_tries == 1 and doors.behaviour([row])["out"] == [1]
     assert row.reset(signs="dddddd") == "d" and not row.done and row.step_rewards == []
     assert [row.turn(1) for _ in range(9)] == ["d"] * 7 + ["late"] * 2
-    assert row.done and doors.behaviour([row]) == {"out": [0], "tries": [8], "fitted": [0]}
+    assert row.done and doors.behaviour([row]) == {"out": [0], "tries": [8], "fitted": [0], "late": [1]}
     ends = [trace["completion"][-2]["content"] for trace in doors.traces(2000, 0)]
     assert set(ends) == {"out", "late"} and 0.03 < ends.count("out") / len(ends) < 0.08
 
@@ -254,8 +254,13 @@ def test_a_line_of_numbers() -> None:
     assert line.reset(start=2, goal=5, prompt="unused") == "2>5"
     assert [line.move(by) for by in (1, -1, 1, 1, 1, 1)] == ["3>5", "2>5", "3>5", "4>5", "there", "late"]
     assert line.step_rewards == [pytest.approx(way / 3) for way in (1, -1, 1, 1, 1)] and line.done
-    assert number_line.way_made([line]) == [pytest.approx(0.9)]
-    assert number_line.behaviour([line]) == {"arrived": [1], "moves": [5], "nearer": [pytest.approx(4 / 5)]}
+    assert number_line.way_made([line]) == [pytest.approx(1)]
+    assert number_line.behaviour([line]) == {
+        "arrived": [1],
+        "moves": [5],
+        "nearer": [pytest.approx(4 / 5)],
+        "late": [1],
+    }
     assert line.reset(start=0, goal=4) == "0>4" and not line.done and line.step_rewards == []
     assert [line.move(-1) for _ in range(9)] == ["0>4"] * 7 + ["late"] * 2 and not line.arrived
     assert line.step_rewards == [-1 / 4] * 8 and line.reset(start=7, goal=1) == "7>1" and line.move(-1) == "6>1"

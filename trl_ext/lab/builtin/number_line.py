@@ -75,18 +75,19 @@ class NumberLine:
 
 
 def way_made(environments: list[NumberLine], **columns: Any) -> list[float]:
-    """The sum of the rewards of all moves; a tenth off for every move after the end."""
-    return [sum(line.step_rewards) - 0.1 * line.late_moves for line in environments]
+    """The sum of the rewards of all moves and no more."""
+    return [sum(line.step_rewards) for line in environments]
 
 
 def behaviour(environments: list[NumberLine], **columns: Any) -> dict[str, list[float | None]]:
-    """Episodes that arrived, their moves, and the share of moves that led nearer."""
+    """Episodes that arrived, their moves, the share of moves that led nearer, and moves after the end."""
     moves = [len(line.step_rewards) for line in environments]
     nearer = [sum(reward > 0 for reward in line.step_rewards) for line in environments]
     return {
         "arrived": [float(line.arrived) for line in environments],
         "moves": [float(number) for number in moves],
         "nearer": [right / number if number else None for right, number in zip(nearer, moves, strict=True)],
+        "late": [float(line.late_moves) for line in environments],
     }
 
 
