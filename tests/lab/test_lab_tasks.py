@@ -249,6 +249,15 @@ def test_a_row_of_doors() -> None:
     assert set(ends) == {"out", "late"} and 0.03 < ends.count("out") / len(ends) < 0.08
 
 
+@pytest.mark.parametrize(
+    ("kind", "tools"),
+    [(walks.Line, {"move"}), (doors.Doors, {"turn"}), (number_line.NumberLine, {"move"})],
+)
+def test_an_environment_has_no_other_tools(kind: type, tools: set[str]) -> None:
+    """TRL makes every public method but `reset` one."""
+    assert {name for name, part in vars(kind).items() if callable(part) and name[0] != "_"} - {"reset"} == tools
+
+
 def test_a_line_of_numbers() -> None:
     line = number_line.NumberLine()
     assert line.reset(start=2, goal=5, prompt="unused") == "2>5"

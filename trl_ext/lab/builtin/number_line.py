@@ -66,10 +66,6 @@ class NumberLine:
         self.done = self.arrived or len(self.step_rewards) == MOST_MOVES
         return self._seen() if not self.done else THERE if self.arrived else LATE
 
-    def right_way(self) -> int:
-        """The move that leads nearer."""
-        return 1 if self._goal > self._at else -1
-
     def _seen(self) -> str:
         return f"{self._at}>{self._goal}"
 
@@ -107,7 +103,8 @@ def traces(size: int, seed: int) -> list[Row]:
     random_state, line = random.Random(f"number line traces {seed}"), NumberLine()
 
     def choose(seen: str) -> tuple[str, dict[str, Any]]:
-        right = line.right_way()
+        at, goal = seen.split(">")
+        right = 1 if goal > at else -1
         return "move", {"by": right if random_state.random() < RIGHT_WAY else -right}
 
     return [episode(line, row, choose, BYE) for row in rows("train", size, seed)]
