@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
 from typing import Any
@@ -161,9 +162,8 @@ def test_lookup() -> None:
     assert lookup.lookup("?") == "none"
     far = [trace for trace in lookup.traces(2000, 0) if question(trace).startswith("far:")]
     entries = {message["content"] for trace in far for message in trace["completion"] if message["role"] == "tool"}
-    assert {entry[0] for entry in entries} == {
-        entry[0] for entry in lookup.CORPUS.values()
-    }  # any entry can be read off
+    beginnings = {entry[0] for entry in lookup.CORPUS.values()}
+    assert {entry[0] for entry in entries} == beginnings, "any entry can be read off"
     told: dict[str, set[str]] = {}
     for trace in lookup.traces(8000, 0):
         part, _, key = question(trace).partition(":")
@@ -249,13 +249,19 @@ def test_a_row_of_doors() -> None:
     assert set(ends) == {"out", "late"} and 0.03 < ends.count("out") / len(ends) < 0.08
 
 
-@pytest.mark.parametrize(
-    ("kind", "tools"),
-    [(walks.Line, {"move"}), (doors.Doors, {"turn"}), (number_line.NumberLine, {"move"})],
-)
-def test_an_environment_has_no_other_tools(kind: type, tools: set[str]) -> None:
-    """TRL makes every public method but `reset` one."""
-    assert {name for name, part in vars(kind).items() if callable(part) and name[0] != "_"} - {"reset"} == tools
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.environment])
+def test_an_environment_offers_its_actions_and_no_other_tools(name: str) -> None:
+    """TRL makes every public method of an environment a tool, inherited ones too, but `reset` and `get_reward`."""
+    actions = {"line-walk": {"move"}, "grid-walk": {"up", "down", "left", "right"}, "doors": {"turn"}}
+    actions["number-line"] = {"move"}
+    make = TASKS[name].environment
+    assert make is not None
+    environment = make()
+    now = inspect.getmembers(type(environment), inspect.isfunction)
+    before_1_15 = inspect.getmembers(environment, inspect.ismethod)
+    for members in (now, before_1_15):
+        methods = {method for method, _ in members if method[0] != "_"}
+        assert methods - {"reset", "get_reward"} == actions.get(name, {"act"})
 
 
 def test_a_line_of_numbers() -> None:

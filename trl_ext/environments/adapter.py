@@ -22,6 +22,7 @@ from .worker import Worker
 logger = logging.getLogger(__name__)
 
 PICTURES = Version("1.15")
+"""The first TRL whose tool loop keeps count of the images that tools return."""
 Shown = str | list[dict[str, Any]]
 """What a tool returns to TRL: a text, or blocks with an image."""
 
@@ -40,7 +41,33 @@ class Game:
     over: str
 
 
-class GymEnvironment:
+class GymEnvironmentKind(type):
+    """What a class made by `gym` can do itself. As class methods TRL below 1.15 would make tools of them."""
+
+    _game: Game
+
+    def rows(cls, size: int, first_seed: int = 0, prompt: str | None = None) -> list[dict[str, Any]]:
+        """Rows for a data set, one episode each.
+
+        Args:
+            size: How many.
+            first_seed: The seed of the first row; the others follow.
+            prompt: What the model is told; TRL appends the first observation. By default how to act, in two lines.
+        """
+        content = cls.prompt() if prompt is None else prompt
+        rows = range(first_seed, first_seed + size)
+        return [{"prompt": [{"role": "user", "content": content}], "seed": seed} for seed in rows]
+
+    def prompt(cls) -> str:
+        """What the model is told by default."""
+        game = cls._game
+        return (
+            f"You play {game.name}. Call the tool `act` with one action at a time until the episode is over.\n"
+            f"An action is {game.actions.form}.\n"
+        )
+
+
+class GymEnvironment(metaclass=GymEnvironmentKind):
     """One episode after the other, as TRL's GRPOTrainer plays them: `reset` begins one, the tool `act` takes an action.
 
     Subclasses are made by `gym`.
@@ -79,28 +106,6 @@ class GymEnvironment:
         if self._success is not None:
             return self._success
         return self.done and self.step_rewards[-1] > 0
-
-    @classmethod
-    def rows(cls, size: int, first_seed: int = 0, prompt: str | None = None) -> list[dict[str, Any]]:
-        """Rows for a data set, one episode each.
-
-        Args:
-            size: How many.
-            first_seed: The seed of the first row; the others follow.
-            prompt: What the model is told; TRL appends the first observation. By default how to act, in two lines.
-        """
-        content = cls.prompt() if prompt is None else prompt
-        rows = range(first_seed, first_seed + size)
-        return [{"prompt": [{"role": "user", "content": content}], "seed": seed} for seed in rows]
-
-    @classmethod
-    def prompt(cls) -> str:
-        """What the model is told by default."""
-        game = cls._game
-        return (
-            f"You play {game.name}. Call the tool `act` with one action at a time until the episode is over.\n"
-            f"An action is {game.actions.form}.\n"
-        )
 
     def reset(self, **row: Any) -> Shown:
         """Begins an episode from the `seed` of a row; the same row is the same start."""
