@@ -149,7 +149,7 @@ class VLDAC(Plugin):
         yield Require(
             "mask_truncated_completions",
             (False,),
-            why="an episode that a limit cuts still has steps to learn from; vl-dac.time_limits treats its last one",
+            why="an episode that a limit cuts still has steps to learn from, the last one included",
         )
         yield Require(
             "fp16", (False,), why="its loss scale would multiply the gradients of the value network; use bf16"
