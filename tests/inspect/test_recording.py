@@ -14,11 +14,10 @@ import torch
 
 import trl_ext
 from trl_ext import ConfigError, PluginError
-from trl_ext.conformance import conformance
 from trl_ext.inspection import recording, terminal
 from trl_ext.inspection.recorder import kept_groups, number, plain, runs_of_zeros, tool_calls
 from trl_ext.inspection.recording import Recording
-from trl_ext.testing import metrics_of, tiny_data
+from trl_ext.testing import conformance, metrics_of, tiny_data
 from trl_ext_hooks import Curve, Plugin, Span, Views, hookimpl
 from trl_ext_plugins.gdpo import gdpo_advantages
 

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..tables import duration
+from ..support.tables import duration
 from . import charts
 from .curves import COLORS, levels
 from .records import plain

@@ -3,7 +3,8 @@
 import datasets
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_ext.compat import mixins
 from trl_ext.experiments import comparing, preparing
+
+from ..trl_internals import mixins
 
 __all__ = ["GRPOConfig", "GRPOTrainer", "comparing", "datasets", "mixins", "preparing"]

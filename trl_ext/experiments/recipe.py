@@ -14,8 +14,9 @@ from typing import Any, Literal, get_args
 
 from trl_ext_hooks import TrainerKind
 
-from .. import registry, request
+from ..catalog import declaration, find
 from ..errors import ConfigError, OptionError
+from ..train import command_line
 from .blocks import choice, count, mapping, number, typed
 from .measures import KINDS, Measure
 from .stats import Direction
@@ -133,16 +134,16 @@ def read(path: str) -> Recipe:
         ConfigError, OptionError: Naming the file, the key, what it holds and what is expected.
     """
     try:
-        settings = request.read_config(path)
+        settings = command_line.read_config(path)
     except ConfigError as error:
         raise ConfigError(str(error).removeprefix("--config ")) from error
-    plugins, block = (settings.pop(name, None) for name in request.BLOCKS)
+    plugins, block = (settings.pop(name, None) for name in command_line.BLOCKS)
     for name, why in _FIXED.items():
         if settings.get(name):
             raise ConfigError(f"{path}: leave out `{name}`: {why}.")
     try:
         found = mapping({} if block is None else block, "experiment", EXPERIMENT)
-        arms = _arms(found.get("arms"), registry.merge([], plugins, {}))
+        arms = _arms(found.get("arms"), find.merge([], plugins, {}))
         return Recipe(
             name=Path(path).stem,
             path=path,
@@ -151,7 +152,7 @@ def read(path: str) -> Recipe:
             seeds=_seeds(found.get("seeds", 5)),
             metrics=_metrics(found.get("metrics"), [arm.name for arm in arms]),
             task=typed(found.get("task"), str, "experiment.task"),
-            trainer=choice(found.get("trainer"), registry.KINDS, "experiment.trainer"),
+            trainer=choice(found.get("trainer"), declaration.KINDS, "experiment.trainer"),
             sizes={key: count(found[key], f"experiment.{key}") for key in ("train_size", "test_size") if key in found},
             claim=typed(found.get("claim"), str, "experiment.claim") or "",
             paper=typed(found.get("paper"), str, "experiment.paper") or "",
@@ -187,7 +188,7 @@ def _plugins_of_arm(value: Any, shared: Mapping[str, Any], where: str) -> dict[s
         raise ConfigError(f"{where}.plugins: expected a list or a mapping of plugins, got {value!r}; write [{value}].")
     if isinstance(value, Sequence):
         value = dict.fromkeys(map(str, value))
-    own = registry.merge([], mapping(value or {}, f"{where}.plugins"), {})
+    own = find.merge([], mapping(value or {}, f"{where}.plugins"), {})
     return {reference: {**shared.get(reference, {}), **options} for reference, options in own.items()}
 
 

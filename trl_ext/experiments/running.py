@@ -17,10 +17,12 @@ from trl import get_peft_config
 
 from trl_ext_hooks import TrainerKind
 
-from .. import api, lab, outcome
-from .. import job as owned
-from ..compat import access, scripts, seams
+from .. import api, lab
+from ..campaign import job as owned
 from ..errors import ConfigError
+from ..support import versions
+from ..trl_internals import arguments as trl_arguments
+from ..trl_internals import scripts, seams, trainer_state
 from . import records
 from .processes import Said, Step, Tell
 from .records import Job
@@ -64,7 +66,7 @@ class Watch(TrainerCallback):
             self.calls.update({f"{plugin}.{hook}": count for (plugin, hook), count in session.calls.items()})
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.last = sample(access.logged_round(self.trainer))
+        self.last = sample(trainer_state.logged_round(self.trainer))
         self.first = self.first or self.last
         if state.global_step >= state.max_steps:
             control.should_log = True
@@ -104,7 +106,7 @@ def train(job: Job, tell: Tell) -> None:
             "output_dir": stack.enter_context(tempfile.TemporaryDirectory(prefix="trl_ext-")),
         }
         handle = stack.enter_context(api.enable(job.plugins)) if job.plugins else None
-        parsed = scripts.parse(job.kind, [], settings)
+        parsed = trl_arguments.parse(job.kind, [], settings)
         whole = None
         if handle is not None and owned.owner(handle.specs) is not None:
             watch = Watch(tell, parts=True)
@@ -136,7 +138,7 @@ def train(job: Job, tell: Tell) -> None:
                 or Path(trainer.model.config.name_or_path if whole is None else whole.model).name,
                 "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
                 "hooks_fired": dict(watch.calls),
-                "versions": outcome.versions(),
+                "versions": versions.versions(),
                 "identity": job.identity,
                 "history": history,
                 "completions": {"first": watch.first, "last": watch.last},
@@ -145,7 +147,7 @@ def train(job: Job, tell: Tell) -> None:
 
 
 def build(
-    task: str, kind: TrainerKind, parsed: scripts.Parsed, sizes: Mapping[str, int], say: Callable[[str], None]
+    task: str, kind: TrainerKind, parsed: trl_arguments.Parsed, sizes: Mapping[str, int], say: Callable[[str], None]
 ) -> Any:
     """A TRL trainer with TRL's arguments on a task of the lab.
 
@@ -155,7 +157,9 @@ def build(
     return seams.trainer_class(kind)(args=parsed[1], **_arguments(task, kind, parsed, sizes, say))
 
 
-def on_task(task: str, parsed: scripts.Parsed, sizes: Mapping[str, int], say: Callable[[str], None]) -> owned.LocalJob:
+def on_task(
+    task: str, parsed: trl_arguments.Parsed, sizes: Mapping[str, int], say: Callable[[str], None]
+) -> owned.LocalJob:
     """A run that a plugin owns on a task of the lab; it starts with the task's model and takes the training rows.
 
     Raises:
@@ -166,7 +170,7 @@ def on_task(task: str, parsed: scripts.Parsed, sizes: Mapping[str, int], say: Ca
 
 
 def _arguments(
-    task: str, kind: TrainerKind, parsed: scripts.Parsed, sizes: Mapping[str, int], say: Callable[[str], None]
+    task: str, kind: TrainerKind, parsed: trl_arguments.Parsed, sizes: Mapping[str, int], say: Callable[[str], None]
 ) -> dict[str, Any]:
     for part in parsed:
         for name in _BROUGHT:

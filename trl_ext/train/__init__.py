@@ -1,0 +1,1 @@
+"""`trl_ext train`: command line, launch, worker, progress and summary."""
