@@ -56,6 +56,11 @@ def build_manager(plugins: Sequence[Plugin] | Sequence[type[Plugin]]) -> pluggy.
     return manager
 
 
+def instances(specs: Sequence[PluginSpec]) -> dict[str, Plugin]:
+    """Makes one instance of each plugin, by name."""
+    return {spec.name: spec.cls(spec.options) for spec in specs}
+
+
 def implemented(cls: type[Plugin]) -> tuple[str, ...]:
     return tuple(hook for hook in HOOKS if hasattr(getattr(cls, hook, None), "trl_ext_impl"))
 

@@ -19,7 +19,7 @@ from .. import api, lab
 from ..campaign import job
 from ..catalog import declaration, find
 from ..errors import ConfigError, near
-from ..plan import compose
+from ..plan import compose, ownership
 from ..support import reward_functions, versions
 from ..train import preflight
 from ..trl_internals import arguments, launch, seams
@@ -132,7 +132,7 @@ def _try(
     def say(text: str) -> None:
         tell(Said(text))
 
-    owner = job.owner(specs)
+    owner = ownership.owner(specs)
     if recipe.task is None:
         preflight.check(kind, parsed, say, columns=("prompt",) if owner else None)
         return parsed, None

@@ -20,6 +20,7 @@ from trl_ext_hooks import TrainerKind
 from .. import api, lab
 from ..campaign import job as owned
 from ..errors import ConfigError
+from ..plan import ownership
 from ..support import versions
 from ..trl_internals import arguments as trl_arguments
 from ..trl_internals import scripts, seams, trainer_state
@@ -108,7 +109,7 @@ def train(job: Job, tell: Tell) -> None:
         handle = stack.enter_context(api.enable(job.plugins)) if job.plugins else None
         parsed = trl_arguments.parse(job.kind, [], settings)
         whole = None
-        if handle is not None and owned.owner(handle.specs) is not None:
+        if handle is not None and ownership.owner(handle.specs) is not None:
             watch = Watch(tell, parts=True)
             whole = owned.from_script(parsed) if job.task is None else on_task(job.task, parsed, job.sizes, say)
             whole.listeners.append(lambda step, steps: tell(Step(step, steps)))

@@ -13,9 +13,10 @@ import torch
 from trl_ext_hooks import Curve, Round, Scored, Span, Views
 
 from .._version import __version__
-from ..engine.host import Session, untouched_random_state
+from ..engine.context import Context
 from ..engine.stages.kept_rows import KEPT
 from ..errors import ConfigError, PluginError
+from ..support.random_state import untouched_random_state
 from ..trl_internals import trainer_state
 from . import recording as files
 from .recording import Prompt, Recording, RewardStage, Row
@@ -29,17 +30,17 @@ class Recorder:
     """Records the first training rounds of one trainer.
 
     Args:
-        session: The trainer's session.
+        context: The plugins of the trainer.
         folder: Where the files go; recordings of an earlier run that lie there are replaced.
         rounds: How many rounds.
         max_rows: Rows of a round that are kept: whole groups from the start, and one group at least.
     """
 
-    def __init__(self, session: Session, folder: Path, rounds: int, max_rows: int) -> None:
-        self.session = session
+    def __init__(self, context: Context, folder: Path, rounds: int, max_rows: int) -> None:
+        self.context = context
         self.folder, self.rounds, self.max_rows = folder, rounds, max_rows
         self.begun = 0
-        if session.view.process_index == 0:
+        if context.view.process_index == 0:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -47,7 +48,7 @@ class Recorder:
 
     def begin(self) -> RoundRecord | None:
         """Starts a record where the round that begins is to be recorded; the same on every process."""
-        if self.begun == self.rounds or trainer_state.mode(self.session.trainer) != "train":
+        if self.begun == self.rounds or trainer_state.mode(self.context.trainer) != "train":
             return None
         self.begun += 1
         return RoundRecord(self)
@@ -65,10 +66,10 @@ class RoundRecord:
     """One round while it comes about."""
 
     def __init__(self, recorder: Recorder) -> None:
-        self.recorder, self.session, self.number = recorder, recorder.session, recorder.begun
+        self.recorder, self.context, self.number = recorder, recorder.context, recorder.begun
         self.rewards: list[tuple[RewardStage, torch.Tensor]] = []
         self.advantages: list[tuple[str, torch.Tensor]] = []
-        self._decode = decoder(self.session.view.processing_class)
+        self._decode = decoder(self.context.view.processing_class)
         self._prompts: dict[tuple[int, ...], Prompt] = {}
 
     def after(self, by: str, state: Scored) -> None:
@@ -88,8 +89,8 @@ class RoundRecord:
             for index in range(len(round.rows))
             if int(round.group_ids[round.offset + index]) in kept
         ]
-        gathered = self.session.view.gather_objects(local)
-        if self.session.view.process_index == 0:
+        gathered = self.context.view.gather_objects(local)
+        if self.context.view.process_index == 0:
             self.recorder.write(self._recording(round, sorted(gathered, key=lambda row: row["row"])))
 
     def _views(self, round: Round) -> list[dict[str, list[dict[str, Any]]]]:
@@ -101,7 +102,7 @@ class RoundRecord:
                 for start, end in runs_of_zeros(written)
             ]
         with untouched_random_state(), torch.no_grad():
-            for name, views in self.session.each("inspect", round=round):
+            for name, views in self.context.calls.each("inspect", round=round):
                 _expect(name, views, Views)
                 for span in views.spans:
                     _expect(name, span, Span)
@@ -122,7 +123,7 @@ class RoundRecord:
             wide = values.dim() == 2
             advantages.append(numbers(values[index, : len(ids)]) if wide else number(values[place].item()))
         kept = round.batch.get(KEPT)
-        owned = {field for plugin in self.session.plugins.values() for field in plugin.fields}
+        owned = {field for plugin in self.context.plan.plugins.values() for field in plugin.fields}
         fields: dict[str, Any] = {name: plain(values[index]) for name, values in round.fields.items()}
         per_token: dict[str, Any] = {}
         for name, values in round.batch.items():
@@ -166,14 +167,14 @@ class RoundRecord:
                 places[key] = len(prompts)
                 prompts.append(row["prompt"])
             row["prompt"] = places[key]
-        model = self.session.view.unwrapped_model
+        model = self.context.view.unwrapped_model
         return Recording(
             trl_ext=__version__,
             model=str(getattr(model.config, "_name_or_path", "")) or type(model).__name__,
-            trainer=self.session.kind,
+            trainer=self.context.kind,
             round=self.number,
             step=round.step,
-            processes=self.session.view.num_processes,
+            processes=self.context.view.num_processes,
             num_generations=round.num_generations,
             left_out=len(round.group_ids) - len(rows),
             plugins=[
@@ -184,7 +185,7 @@ class RoundRecord:
                     "hooks": list(spec.hooks),
                     "claims": sorted(spec.claims),
                 }
-                for spec in self.session.plan.specs
+                for spec in self.context.plan.specs
             ],
             prompts=prompts,
             reward_stages=[stage for stage, _ in self.rewards],

@@ -10,17 +10,21 @@ from typing import Any
 
 from trl_ext_hooks import NEEDS, Config, Need, Plugin, Recommend, Refuse, Require, Warn
 
-from ..catalog.declaration import PluginSpec, build_manager
+from ..catalog.declaration import PluginSpec, build_manager, instances
 from ..errors import ConfigError, PluginError, near
 from .compose import Plan, check_kind, compose
 from .settings import _dropped_settings, _setting
 from .stages import TOOL_SOURCES
 
 
-def provided_arguments(specs: Sequence[PluginSpec], given: Mapping[str, Any]) -> dict[str, Any]:
+def provided_arguments(
+    specs: Sequence[PluginSpec], plugins: Mapping[str, Plugin], given: Mapping[str, Any]
+) -> dict[str, Any]:
     """What plugins add to the arguments with which a trainer is constructed.
 
     Args:
+        specs: The plugins that were asked for.
+        plugins: Their instances by name.
         given: The arguments of the caller by name.
 
     Raises:
@@ -32,7 +36,7 @@ def provided_arguments(specs: Sequence[PluginSpec], given: Mapping[str, Any]) ->
     for spec in compose(specs):
         if "trainer_arguments" not in spec.hooks:
             continue
-        plugin = spec.cls(spec.options)
+        plugin = plugins[spec.name]
         with _blamed(plugin, "trainer_arguments"):
             results = build_manager([plugin]).hook.trainer_arguments()
         for result in results:
@@ -53,14 +57,20 @@ def provided_arguments(specs: Sequence[PluginSpec], given: Mapping[str, Any]) ->
     return found
 
 
-def make_plan(specs: Sequence[PluginSpec], config: Config) -> Plan:
+def make_plan(specs: Sequence[PluginSpec], config: Config, plugins: Mapping[str, Plugin] | None = None) -> Plan:
     """Runs every check that needs no model.
+
+    Args:
+        specs: The plugins that were asked for.
+        config: The trainer that is about to be built.
+        plugins: Their instances by name, which then serve the trainer; new ones by default.
 
     Raises:
         ConfigError: With all refusals of all plugins, each with the way out.
     """
     ordered = compose(specs)
     check_kind(ordered, config.kind)
+    plugins = instances(ordered) if plugins is None else plugins
     config = dataclasses.replace(config, args=copy.copy(config.args), plugins=tuple(s.name for s in ordered))
     refusals: list[str] = []
     notes: list[str] = []
@@ -68,8 +78,7 @@ def make_plan(specs: Sequence[PluginSpec], config: Config) -> Plan:
     for spec in ordered:
         for need in spec.cls.needs:
             needs.setdefault(need, []).append(spec.name)
-        plugin = spec.cls(spec.options)
-        for requirement in _configure(plugin, config):
+        for requirement in _configure(plugins[spec.name], config):
             match requirement:
                 case Require(setting, allowed, why):
                     value = _setting(config.args, setting, spec.name)
@@ -102,7 +111,13 @@ def make_plan(specs: Sequence[PluginSpec], config: Config) -> Plan:
         refusals += _check_need(need, names, config)
     if refusals:
         raise ConfigError("this run cannot work:\n" + "\n".join(f"  - {refusal}" for refusal in refusals))
-    return Plan(config.kind, ordered, {need: tuple(names) for need, names in needs.items()}, tuple(notes))
+    return Plan(
+        kind=config.kind,
+        specs=ordered,
+        plugins={spec.name: plugins[spec.name] for spec in ordered},
+        needs={need: tuple(names) for need, names in needs.items()},
+        notes=tuple(notes),
+    )
 
 
 def _configure(plugin: Plugin, config: Config) -> list[Any]:

@@ -33,6 +33,7 @@ def _train(argv: list[str]) -> None:
 
     from .. import api
     from ..campaign import job
+    from ..plan import ownership
     from ..trl_internals import arguments, scripts
     from . import preflight
     from .progress import Progress
@@ -41,7 +42,7 @@ def _train(argv: list[str]) -> None:
     with contextlib.ExitStack() as stack:
         handle = stack.enter_context(api.enable(asked.plugins)) if asked.plugins else None
         parsed = arguments.parse(asked.kind, asked.arguments, asked.settings)
-        owner = job.owner(asked.specs)
+        owner = ownership.owner(asked.specs)
         if first:
             fields = {name for spec in asked.specs for name in spec.cls.fields}
             columns = ("prompt",) if owner else None
