@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -41,7 +42,7 @@ def stock_afterwards() -> Iterator[None]:
 
 
 def in_a_row(groups: list[int]) -> bool:
-    return sum(left != right for left, right in zip(groups, groups[1:], strict=False)) == len(set(groups)) - 1
+    return sum(left != right for left, right in itertools.pairwise(groups)) == len(set(groups)) - 1
 
 
 def test_the_order_is_the_permutation_with_groups_moved_together() -> None:
