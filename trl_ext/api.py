@@ -316,7 +316,7 @@ def _resolve(
 
 
 def _users(specs: tuple[PluginSpec, ...]) -> set[str]:
-    return {entry for spec in specs for entry in (*spec.hooks, *spec.cls.needs)}
+    return {entry for spec in specs for entry in spec.uses}
 
 
 def _config_of_arguments(kind: TrainerKind, bound: Mapping[str, Any]) -> Config:

@@ -13,7 +13,6 @@ import yaml
 
 from trl_ext.cli import main
 from trl_ext.testing import tiny_data
-from trl_ext.trl_internals import launch
 
 SETTINGS = {
     "reward_funcs": ["trl_ext.testing.digits", "trl_ext.testing.brevity"],
@@ -87,7 +86,7 @@ def refused(monkeypatch, capsys):
     def launched(args):
         raise AssertionError(f"launched {args.training_script_args}")
 
-    monkeypatch.setattr(launch, "launch", launched)
+    monkeypatch.setattr(scripts, "launch", launched)
 
     def run(*argv) -> str:
         code = main.main([*map(str, argv)])

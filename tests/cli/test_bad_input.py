@@ -9,7 +9,6 @@ from trl_ext import ConfigError
 from trl_ext.cli import train
 from trl_ext.support import reward_functions
 from trl_ext.train import preflight, worker
-from trl_ext.trl_internals import arguments
 
 
 @pytest.mark.parametrize(
@@ -270,7 +269,7 @@ def test_wants_demo():
 
 def test_a_worker_without_a_parent_tells_its_error(capsys, monkeypatch):
     monkeypatch.delenv("TRL_EXT_FAILURES", raising=False)
-    monkeypatch.setattr(arguments, "parse", lambda *args: 1 / 0)
+    monkeypatch.setattr(scripts, "parse", lambda *args: 1 / 0)
     assert worker.main(["--trainer", "grpo"]) == 1
     text = capsys.readouterr().err
     assert "Traceback" in text and text.endswith("error: ZeroDivisionError: division by zero\n")

@@ -72,7 +72,7 @@ def test_every_setting_is_trls_and_gives_way_to_the_users(tmp_path, monkeypatch)
     monkeypatch.setattr(model, "folder", lambda say: tmp_path / "model")
     monkeypatch.setenv("TRL_EXT_CACHE", str(tmp_path))
     launched = []
-    monkeypatch.setattr(launch, "launch", lambda args: launched.append(args.training_script_args) or 0)
+    monkeypatch.setattr(scripts, "launch", lambda args: launched.append(args.training_script_args) or 0)
     for name in ("TRL_EXT_COMMAND", "TRL_EXT_FAILURES", "ACCELERATE_USE_CPU"):
         monkeypatch.setenv(name, "")
     file = tmp_path / "run.yaml"

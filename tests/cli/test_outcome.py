@@ -76,7 +76,7 @@ def finished(folder, history):
 def test_without_matplotlib_it_says_which_extra_draws(tmp_path, monkeypatch, capsys):
     from trl_ext.train.command_line import Request
 
-    monkeypatch.setitem(sys.modules, "trl_ext.train.curves", None)
+    monkeypatch.setitem(sys.modules, "trl_ext.curves", None)
     trainer, parsed = finished(tmp_path / "out", [training(1, 0.0), training(2, 1.0)])
     summary.report(trainer, Request({}, (), "grpo", None, {}, []), parsed, 3.0)
     text = capsys.readouterr().out

@@ -13,9 +13,9 @@ from trl_ext.support.tables import print_table
 LIGHT = """
 import sys, time
 began = time.perf_counter()
-import trl_ext, trl_ext.cli.main
+import trl_ext, trl_ext.cli
 try:
-    trl_ext.cli.main.main(["--help"])
+    trl_ext.cli.main(["--help"])
 except SystemExit:
     pass
 seconds = time.perf_counter() - began

@@ -12,8 +12,7 @@ import trl_ext
 import trl_ext_hooks
 from trl_ext.catalog import declaration
 from trl_ext.plan.stages import BUILDING
-from trl_ext.testing import conformance, tiny_args, tiny_data, tiny_model, tiny_trainer
-from trl_ext.testing.checks import quiet
+from trl_ext.testing import conformance, quiet, tiny_args, tiny_data, tiny_model, tiny_trainer
 from trl_ext_hooks import ops, specs
 
 HOOKS = Path(__file__).parents[2] / "hooks"
@@ -100,5 +99,6 @@ def test_the_guide_s_plugin_conforms(tmp_path):
 
 
 def test_the_guide_names_every_attribute():
-    for attribute in ("name", "paper", "summary", "trainers", "Options", "needs", "claims", "fields", "honours"):
+    shown = ("name", "paper", "summary", "trainers", "Options", "needs", "claims", "fields", "honours", "state")
+    for attribute in shown:
         assert f"`{attribute}`" in README

@@ -135,7 +135,7 @@ def test_this_process_needs_neither_torch_nor_trl() -> None:
     import subprocess
 
     code = (
-        "import sys, trl_ext.experiments.comparing, trl_ext.experiments.page, trl_ext.cli.compare\n"
+        "import sys, trl_ext.experiments.comparing, trl_ext.experiments.page, trl_ext.commands.compare\n"
         "print(sorted({'torch', 'trl', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -22,7 +22,6 @@ from trl_ext.inspection import recording
 from trl_ext.testing import tiny_data
 from trl_ext.train import command_line
 from trl_ext.trl_internals import arguments as trl_arguments
-from trl_ext.trl_internals import launch
 
 
 @pytest.fixture
@@ -247,7 +246,7 @@ def test_the_worker_gets_both_arguments() -> None:
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Arguments of the launcher, which ends at once and records nothing."""
     calls: list[Any] = []
-    monkeypatch.setattr(launch, "launch", lambda args: calls.append(args) or 0)
+    monkeypatch.setattr(scripts, "launch", lambda args: calls.append(args) or 0)
     return calls
 
 

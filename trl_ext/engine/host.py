@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from trl_ext_hooks import Pairs, Plugin, Refuse, Rollout, Scored, TrainerKind, TrainerView, Turns
-from trl_ext_hooks.types import Role
+from trl_ext_hooks.basics import Logs, MetricLog, Role
 
 from ..catalog.declaration import build_manager
 from ..errors import ConfigError, PluginError
@@ -60,6 +60,10 @@ class View:
     @property
     def processing_class(self) -> Any:
         return self._trainer.processing_class
+
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.processing_class, "tokenizer", self.processing_class)
 
     def render(self, prompt: Any) -> str:
         return trainer_state.prompt_text(self._trainer, prompt)
@@ -111,6 +115,7 @@ class RoundState:
     polls: list[list[Poll]] | None = None  # of the environments, while a generation runs
     turns: Turns | None = None
     hidden: dict[str, torch.Tensor] | None = None
+    log: MetricLog = dataclasses.field(default_factory=MetricLog)
     logps: dict[Role, torch.Tensor] = dataclasses.field(default_factory=dict)
     rollout: Rollout | None = None
     scored: Scored | None = None
@@ -150,6 +155,7 @@ class Session:
         self.watches_logps = self.wants_loss or self.has("logps", "hidden_positions") or bool(wanted)
         self._verified = False
         self._check_trainer()
+        self._check_state()
 
     # --- calling plugins ---
 
@@ -159,6 +165,8 @@ class Session:
     def call(self, name: str, hook: str, caller: Any, **arguments: Any) -> Any:
         """Runs one plugin's hook; what it raises gets a note with the names of both and keeps its type."""
         self.calls[name, hook] += 1
+        # a round, micro-batch or batch of pairs logs under the name of the plugin that gets it
+        arguments = {key: _logged_by(name, value) for key, value in arguments.items()}
         try:
             results = caller(**arguments)
         except Exception as error:
@@ -233,6 +241,21 @@ class Session:
                 found[f"{name}/{key}"] = (float(value[0]), float(value[1]))
         return found
 
+    def report_logged(self, logged: MetricLog, returned: Mapping[str, tuple[float, float]]) -> None:
+        """Reports what hooks logged and what they returned. Collective.
+
+        Raises:
+            PluginError: A plugin did both under one name.
+        """
+        twice = sorted(logged.values.keys() & returned.keys())
+        if twice:
+            name, _, key = twice[0].partition("/")
+            raise PluginError(
+                f"plugin {name!r} logged {key!r} and returned a metric or a loss term of that name too. Report it "
+                f"once, or under two names."
+            )
+        self.report({**logged.values, **returned})
+
     # --- life ---
 
     def setup(self) -> None:
@@ -277,7 +300,7 @@ class Session:
 
     def _check_trainer(self) -> None:
         """Checks that need the built trainer."""
-        users = {*(hook for spec in self.plan.specs for hook in spec.hooks), *self.plan.needs}
+        users = {*(use for spec in self.plan.specs for use in spec.uses), *self.plan.needs}
         replaced = overrides(type(self.trainer), self.kind, users)
         if replaced:
             losses = [name for name in replaced if name.endswith("._compute_loss")]
@@ -301,6 +324,15 @@ class Session:
                 f"plugin {self.plan.users('keep_rows')[0]!r} leaves rows out, for which this loss is scaled, and "
                 f"{term} would be scaled with it. Switch that off, or set loss_type='dapo', which needs no scale."
             )
+
+    def _check_state(self) -> None:
+        for name, plugin in self.plugins.items():
+            for attribute in plugin.state:
+                if not hasattr(plugin, attribute):
+                    raise PluginError(
+                        f"plugin {name!r} declares the attribute {attribute!r} as its `state` and does not have it. "
+                        f"Give it a first value in the method `start`."
+                    )
 
     def verify_fired(self) -> None:
         """After the first training step: every hook of every plugin must have run.
@@ -336,6 +368,9 @@ class Session:
         }
         for name, state in self.each("state_dict"):
             plugins[name]["state"] = dict(self.mapping(name, "state_dict", state))
+        for name, plugin in self.plugins.items():
+            if plugin.state:
+                plugins[name]["state"] = {attribute: _plain(plugin, attribute) for attribute in plugin.state}
         torch.save({"plugins": plugins}, os.path.join(trainer_state.checkpoint_folder(self.trainer, trial), STATE_FILE))
 
     def load_state(self, checkpoint: str | None) -> None:
@@ -361,6 +396,56 @@ class Session:
         for name, caller in self.chain("load_state_dict"):
             if saved.get(name, {}).get("state") is not None:
                 self.call(name, "load_state_dict", caller, state=saved[name]["state"])
+        for name, plugin in self.plugins.items():
+            state = saved.get(name, {}).get("state") or {}
+            for attribute in plugin.state if name in saved else ():
+                if attribute in state:
+                    _set_state(plugin, attribute, state[attribute])
+                else:
+                    warnings.warn(
+                        f"{checkpoint} holds no {attribute!r} of plugin {name!r}, which now starts fresh.", stacklevel=2
+                    )
+
+
+def _logged_by(plugin: str, value: Any) -> Any:
+    """Returns an argument of a hook so that what is logged from it goes under the name of the plugin."""
+    if not isinstance(value, Logs):
+        return value
+    return dataclasses.replace(value, metric_log=value.metric_log.of(plugin))
+
+
+def _plain(plugin: Plugin, attribute: str) -> Any:
+    """Returns an attribute that the plugin declares as its state.
+
+    Raises:
+        PluginError: It holds something that cannot be read back from a checkpoint.
+    """
+
+    def check(value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, entry in value.items():
+                check(key)
+                check(entry)
+        elif isinstance(value, list | tuple):
+            for entry in value:
+                check(entry)
+        elif not isinstance(value, torch.Tensor | int | float | str | None):
+            raise PluginError(
+                f"plugin {plugin.name!r} declares the attribute {attribute!r} as its state, and it holds a "
+                f"{type(value).__name__}, expected tensors, numbers, texts, and lists and dicts of them. Implement the "
+                f"hooks `state_dict` and `load_state_dict` for it."
+            )
+
+    value = getattr(plugin, attribute)
+    check(value)
+    return value
+
+
+def _set_state(plugin: Plugin, attribute: str, saved: Any) -> None:
+    """Sets an attribute to what a checkpoint holds; a tensor goes back to the device of the one that it replaces."""
+    current = getattr(plugin, attribute)
+    on_device = isinstance(saved, torch.Tensor) and isinstance(current, torch.Tensor)
+    setattr(plugin, attribute, saved.to(current.device) if on_device else saved)
 
 
 @contextlib.contextmanager

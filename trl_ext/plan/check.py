@@ -10,11 +10,19 @@ from typing import Any
 
 from trl_ext_hooks import NEEDS, Config, Need, Plugin, Recommend, Refuse, Require, Warn
 
+from ..catalog import options
 from ..catalog.declaration import PluginSpec, build_manager
 from ..errors import ConfigError, PluginError, near
 from .compose import Plan, check_kind, compose
 from .settings import _dropped_settings, _setting
 from .stages import TOOL_SOURCES
+
+_TOKENWISE_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "importance_sampling_level": ("token",),
+    "loss_type": ("dapo", "bnpo", "grpo", "dr_grpo", "cispo", "sapo"),
+    "off_policy_mask_threshold": (None,),
+}
+"""Settings with which GRPO's loss takes one advantage per token, where TRL has the setting."""
 
 
 def provided_arguments(specs: Sequence[PluginSpec], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,9 +73,14 @@ def make_plan(specs: Sequence[PluginSpec], config: Config) -> Plan:
     refusals: list[str] = []
     notes: list[str] = []
     needs: dict[str, list[str]] = {}
+    named_by: dict[str, list[str]] = {}  # a need -> the options that name it
     for spec in ordered:
         for need in spec.cls.needs:
             needs.setdefault(need, []).append(spec.name)
+        for need, option in options.named_needs(spec.options, spec.name):
+            named_by.setdefault(need, []).append(option)
+            if spec.name not in needs.setdefault(need, []):
+                needs[need].append(spec.name)
         plugin = spec.cls(spec.options)
         for requirement in _configure(plugin, config):
             match requirement:
@@ -99,7 +112,11 @@ def make_plan(specs: Sequence[PluginSpec], config: Config) -> Plan:
                 f"only; set precompute_ref_log_probs=False"
             )
     for need, names in needs.items():
-        refusals += _check_need(need, names, config)
+        problems = _check_need(need, names, config)
+        if need in named_by:  # an option asked for it, so that is what has to change
+            fix = f". Correct {' and '.join(dict.fromkeys(named_by[need]))}."
+            problems = [refusal.removesuffix(".") + fix for refusal in problems]
+        refusals += problems
     if refusals:
         raise ConfigError("this run cannot work:\n" + "\n".join(f"  - {refusal}" for refusal in refusals))
     return Plan(config.kind, ordered, {need: tuple(names) for need, names in needs.items()}, tuple(notes))
@@ -136,6 +153,15 @@ def _check_need(need: str, names: list[str], config: Config) -> list[str]:
         return [
             f"{who}: rollouts must be able to call tools; give the trainer `tools`, `environment_factory` or "
             f"`rollout_func`, or add a plugin that does, such as `tools`"
+        ]
+    if need == "token_advantages":
+        if config.kind == "rloo":
+            return [f"{who}: the loss must take one advantage per token, and RLOO takes one per row; use GRPO"]
+        return [
+            f"{who} needs {setting}={' or '.join(map(repr, allowed))}, it is {getattr(args, setting)!r}: the loss must "
+            f"take one advantage per token"
+            for setting, allowed in _TOKENWISE_SETTINGS.items()
+            if hasattr(args, setting) and getattr(args, setting) not in allowed
         ]
     if need == "turns" and config.kind != "grpo":
         return [f"{who}: environments are stepped in GRPO's tool loop, which {config.kind.upper()} has not; use GRPO"]

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trl_ext_hooks import Round
-from trl_ext_hooks.ops import group_stats, masked_mean
+from trl_ext_hooks.basics import loss_mask
+from trl_ext_hooks.toolkit.groups import group_stats
+from trl_ext_hooks.toolkit.losses import masked_mean
 
 from ...errors import PluginError
 from ...trl_internals import forwards, reference_policy, trainer_state
@@ -31,9 +33,11 @@ def finish(session: Session, output: dict[str, Any]) -> dict[str, Any]:
         group = trainer_state.num_generations(session.trainer)
         output[GROUP_IDS] = (torch.arange(start, start + rows) // group).to(output["advantages"].device)
     hooks = ("advantages", "keep_rows", "batch_fields", "round_metrics")
-    if not (session.recording or session.has(*hooks)):
-        return output
     state = session.current()
+    if not (session.recording or session.has(*hooks)):
+        if session.has("annotate", "rewards"):
+            session.report_logged(state.log, {})
+        return output
     scored = state.scored
     if scored is None:
         users = session.plan.users(*hooks)
@@ -42,7 +46,14 @@ def finish(session: Session, output: dict[str, Any]) -> dict[str, Any]:
             + (f"plugins {', '.join(users)} cannot act." if users else "it cannot be recorded.")
         )
     advantages = session.view.gather(output["advantages"])  # (N,)
-    round = Round(**vars(scored), advantages=advantages, batch=output, hidden_states=state.hidden or {})
+    lengths = session.view.gather(loss_mask(output).sum(dim=1))  # (N,)
+    round = Round(
+        **vars(scored),
+        advantages=advantages,
+        batch=output,
+        hidden_states=state.hidden or {},
+        gathered_lengths=lengths,
+    )
     session.seen("TRL", round)
     metrics: dict[str, tuple[float, float]] = {}
     stock = round.advantages
@@ -69,7 +80,7 @@ def finish(session: Session, output: dict[str, Any]) -> dict[str, Any]:
                 )
             output[field] = values.detach()
     metrics |= session.collect("round_metrics", round=round)
-    session.report(metrics)
+    session.report_logged(state.log, metrics)
     if state.record is not None:
         state.record.finish(round)
     return output

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trl_ext_hooks import Logps, LogpsCall
-from trl_ext_hooks.ops import predicting
+from trl_ext_hooks.toolkit.tokens import predicting
 
 from ...errors import CompatError, PluginError
 from ...trl_internals import forwards

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trl_ext_hooks import Logps, LogpsCall, Loss, PolicyLoss
-from trl_ext_hooks.ops import masked_mean
-from trl_ext_hooks.types import loss_mask
+from trl_ext_hooks.basics import loss_mask
+from trl_ext_hooks.toolkit.losses import masked_mean
 
 from ...errors import PluginError
 from ...trl_internals import losses, trainer_state
@@ -123,7 +123,7 @@ def compute(session: Session, inputs: Mapping[str, Any], stock: Callable[[Mappin
             total = total + scaled
             metrics[f"{name}/{term}"] = (scaled.item() * losses.loss_divisor(session.trainer, session.kind), 1)
     metrics |= session.collect("loss_metrics", loss=loss)
-    session.report(metrics)
+    session.report_logged(loss.metric_log, metrics)
     return total
 
 

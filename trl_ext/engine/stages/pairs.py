@@ -173,11 +173,13 @@ def _with_hooks(
             f"{type(session.trainer).__name__} took its reference log-probabilities from somewhere else than the "
             f"reference's forward, so {', '.join(session.plan.users('pair_logps'))} changed the policy's alone."
         )
+    metrics: dict[str, tuple[float, float]] = {}
     if session.has("pair_metrics"):
         if current.policy is None:
             raise PluginError(f"{type(session.trainer).__name__} computed its loss without TRL's fused forward.")
         raw = None if current.reference is None else current.reference.per_token_logps.detach()
-        session.report(session.collect("pair_metrics", pairs=current.scored(current.policy.detach(), raw)))
+        metrics = session.collect("pair_metrics", pairs=current.scored(current.policy.detach(), raw))
+    session.report_logged(pairs.metric_log, metrics)
     return result
 
 

@@ -74,6 +74,7 @@ def _rollout(
         offset=view.process_index * len(rows),
         trainer=view,
         turns=session.current().turns,
+        metric_log=session.current().log,
     )
 
 
