@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..catalog import options
     from ..support.tables import print_table
 
     found = declaration(args.plugin)
@@ -35,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
             ("needs", "needs"),
             ("takes for itself", "claims"),
             ("adds to the batch", "fields"),
+            ("keeps in checkpoints", "state"),
         )
         if found[key]
     ]
@@ -47,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         [
             [
                 option["name"],
-                option["type"],
+                ", ".join([option["type"], *options.limits(option["bounds"])]),
                 "required" if option["required"] else repr(option["default"]),
                 option["help"],
                 option["source"],
@@ -83,7 +85,11 @@ def declaration(reference: str) -> dict[str, Any]:
         "claims": sorted(claims),
         "fields": list(cls.fields),
         "honours": list(cls.honours),
-        "options": [_option(field, typing.get_type_hints(cls.Options)) for field in dataclasses.fields(cls.Options)],
+        "state": list(cls.state),
+        "options": [
+            _option(field, typing.get_type_hints(cls.Options, include_extras=True))
+            for field in dataclasses.fields(cls.Options)
+        ],
     }
 
 
@@ -102,4 +108,5 @@ def _option(field: dataclasses.Field[Any], hints: dict[str, Any]) -> dict[str, A
         "default": default,
         "help": field.metadata.get("help", ""),
         "source": field.metadata.get("source", ""),
+        "bounds": dict(field.metadata.get("bounds", {})),
     }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from trl_ext_hooks import Plugin
+from trl_ext_hooks.basics import Logs
 
 from ..catalog.declaration import build_manager
 from ..errors import PluginError
@@ -45,6 +47,8 @@ class HookCalls:
     def call(self, name: str, hook: str, caller: Any, **arguments: Any) -> Any:
         """Runs one plugin's hook. What it raises keeps its type and gets a note with the names of both."""
         self.counts[name, hook] += 1
+        # a round, micro-batch or batch of pairs logs under the name of the plugin that gets it
+        arguments = {key: _logged_by(name, value) for key, value in arguments.items()}
         try:
             results = caller(**arguments)
         except Exception as error:
@@ -99,6 +103,13 @@ class HookCalls:
             for name, _ in callers
             if not self.counts[name, hook]
         ]
+
+
+def _logged_by(plugin: str, value: Any) -> Any:
+    """Returns an argument of a hook so that what is logged from it goes under the name of the plugin."""
+    if not isinstance(value, Logs):
+        return value
+    return dataclasses.replace(value, metric_log=value.metric_log.of(plugin))
 
 
 def as_mapping(name: str, hook: str, result: Any) -> Mapping[str, Any]:

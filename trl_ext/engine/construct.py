@@ -97,7 +97,7 @@ def check_class(cls: type[Any], specs: tuple[PluginSpec, ...]) -> TrainerKind:
 
 def users(specs: tuple[PluginSpec, ...]) -> set[str]:
     """Returns the hooks and needs of plugins, which decide what of TRL must be there."""
-    return {entry for spec in specs for entry in (*spec.hooks, *spec.cls.needs)}
+    return {use for spec in specs for use in spec.uses}
 
 
 def _config_of_arguments(kind: TrainerKind, bound: Mapping[str, Any]) -> Config:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from trl_ext_hooks import Logps, Rollout, Scored, Turns
-from trl_ext_hooks.types import Role, loss_mask
+from trl_ext_hooks.basics import MetricLog, Role, loss_mask
 
+from ..errors import PluginError
 from ..plan.compose import Plan
 from ..trl_internals import trainer_state
 from .calls import HookCalls
@@ -37,6 +38,7 @@ class RoundState:
         polls: Readings of the environments while a generation runs, else None.
         turns: The readings as turns, when the generation has ended.
         hidden_states: What plugins asked for, from the first forward that scored the round.
+        log: The metrics that hooks log.
         logps: Log-probabilities of the round by role, as TRL computed them.
         rollout, scored: The round before and after its rewards.
         record: The record of the round, where it is recorded.
@@ -46,6 +48,7 @@ class RoundState:
     polls: list[list[Poll]] | None = None
     turns: Turns | None = None
     hidden_states: dict[str, torch.Tensor] | None = None
+    log: MetricLog = dataclasses.field(default_factory=MetricLog)
     logps: dict[Role, torch.Tensor] = dataclasses.field(default_factory=dict)
     rollout: Rollout | None = None
     scored: Scored | None = None
@@ -156,3 +159,18 @@ class Context:
             amount, count = totals[name]
             if count:
                 trainer_state.add_metric(self.trainer, name, amount / count)
+
+    def report_logged(self, logged: MetricLog, returned: Mapping[str, tuple[float, float]]) -> None:
+        """Reports what hooks logged and what they returned. Collective.
+
+        Raises:
+            PluginError: A plugin did both under one name.
+        """
+        twice = sorted(logged.values.keys() & returned.keys())
+        if twice:
+            name, _, key = twice[0].partition("/")
+            raise PluginError(
+                f"plugin {name!r} logged {key!r} and returned a metric or a loss term of that name too. Report it "
+                f"once, or under two names."
+            )
+        self.report({**logged.values, **returned})

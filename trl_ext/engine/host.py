@@ -38,6 +38,7 @@ class PluginHost:
         self.kind = plan.kind
         self._fired = False
         _check_trainer(self.context)
+        checkpoint.check_attributes(plan.plugins)
 
     # --- what others may look at ---
 
@@ -208,7 +209,7 @@ class PluginHost:
 def _check_trainer(context: Context) -> None:
     """Refuses, or warns of, what only the built trainer shows."""
     trainer, plan, calls = context.trainer, context.plan, context.calls
-    users = {*(hook for spec in plan.specs for hook in spec.hooks), *plan.needs}
+    users = {*(use for spec in plan.specs for use in spec.uses), *plan.needs}
     replaced = seams.overrides(type(trainer), plan.kind, users)
     if replaced:
         replaced_losses = [name for name in replaced if name.endswith("._compute_loss")]

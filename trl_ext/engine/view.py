@@ -49,6 +49,10 @@ class View:
     def processing_class(self) -> Any:
         return self._trainer.processing_class
 
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.processing_class, "tokenizer", self.processing_class)
+
     def render(self, prompt: Any) -> str:
         return trainer_state.prompt_text(self._trainer, prompt)
 

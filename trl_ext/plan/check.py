@@ -10,10 +10,11 @@ from typing import Any
 
 from trl_ext_hooks import NEEDS, Config, Need, Plugin, Recommend, Refuse, Require, Warn
 
+from ..catalog import options
 from ..catalog.declaration import PluginSpec, build_manager, instances
 from ..errors import ConfigError, PluginError, near
 from .compose import Plan, check_kind, compose
-from .settings import _dropped_settings, _setting
+from .settings import dropped_settings, setting_of, tokenwise_refusals
 from .stages import TOOL_SOURCES
 
 
@@ -75,18 +76,23 @@ def make_plan(specs: Sequence[PluginSpec], config: Config, plugins: Mapping[str,
     refusals: list[str] = []
     notes: list[str] = []
     needs: dict[str, list[str]] = {}
+    named_by: dict[str, list[str]] = {}  # a need -> the options that name it
     for spec in ordered:
         for need in spec.cls.needs:
             needs.setdefault(need, []).append(spec.name)
+        for need, option in options.named_needs(spec.options, spec.name):
+            named_by.setdefault(need, []).append(option)
+            if spec.name not in needs.setdefault(need, []):
+                needs[need].append(spec.name)
         for requirement in _configure(plugins[spec.name], config):
             match requirement:
                 case Require(setting, allowed, why):
-                    value = _setting(config.args, setting, spec.name)
+                    value = setting_of(config.args, setting, spec.name)
                     if value not in allowed:
                         wanted = " or ".join(map(repr, allowed))
                         refusals.append(f"{spec.name} needs {setting}={wanted}, it is {value!r}: {why}")
                 case Recommend(setting, value, source):
-                    current = _setting(config.args, setting, spec.name)
+                    current = setting_of(config.args, setting, spec.name)
                     if current != value:
                         notes.append(f"{spec.name} recommends {setting}={value!r} ({source}); it is {current!r}")
                 case Need(name):
@@ -101,14 +107,18 @@ def make_plan(specs: Sequence[PluginSpec], config: Config, plugins: Mapping[str,
                 case _:
                     raise PluginError(f"plugin {spec.name!r}: `configure` returned {requirement!r}, not a requirement.")
         if "policy_loss" in spec.claims:
-            refusals += _dropped_settings(spec, config)
+            refusals += dropped_settings(spec, config)
         if "pair_logps" in spec.hooks and getattr(config.args, "precompute_ref_log_probs", False):
             refusals.append(
                 f"{spec.name} rewrites the reference token by token, and precompute_ref_log_probs=True keeps sums "
                 f"only; set precompute_ref_log_probs=False"
             )
     for need, names in needs.items():
-        refusals += _check_need(need, names, config)
+        problems = _check_need(need, names, config)
+        if need in named_by:  # an option asked for it, so that is what has to change
+            fix = f". Correct {' and '.join(dict.fromkeys(named_by[need]))}."
+            problems = [refusal.removesuffix(".") + fix for refusal in problems]
+        refusals += problems
     if refusals:
         raise ConfigError("this run cannot work:\n" + "\n".join(f"  - {refusal}" for refusal in refusals))
     return Plan(
@@ -154,6 +164,8 @@ def _check_need(need: str, names: list[str], config: Config) -> list[str]:
         ]
     if need == "turns" and config.kind != "grpo":
         return [f"{who}: environments are stepped in GRPO's tool loop, which {config.kind.upper()} has not; use GRPO"]
+    if need == "token_advantages":
+        return tokenwise_refusals(who, config)
     if need == "whole_groups":
         # processes and micro-batches get their rows in runs of these sizes, so multiples keep groups whole on both
         phases = [("per_device_train_batch_size", "num_generations")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from trl_ext_hooks import Logps, LogpsCall, TrainerKind
-from trl_ext_hooks.types import Role
+from trl_ext_hooks.basics import Role
 
 from .forwards import adapters_off
 from .generation import pack_generation, unpack_generation

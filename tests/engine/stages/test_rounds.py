@@ -11,7 +11,7 @@ import trl_ext
 from trl_ext.testing import brevity, digits, metrics_of, tiny_data
 from trl_ext.trl_internals.row_order import GROUP_IDS
 from trl_ext_hooks import Plugin, Rewards, hookimpl
-from trl_ext_hooks.ops import group_normalize
+from trl_ext_hooks.toolkit.groups import group_normalize
 
 ROUNDS = ("grpo", "rloo")
 

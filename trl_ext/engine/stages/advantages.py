@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from trl_ext_hooks import Round
-from trl_ext_hooks.ops import group_stats, masked_mean
+from trl_ext_hooks.basics import loss_mask
+from trl_ext_hooks.toolkit.groups import group_stats
+from trl_ext_hooks.toolkit.losses import masked_mean
 
 from ...errors import PluginError
 from ...trl_internals import forwards, reference_policy, row_order, trainer_state
@@ -27,9 +29,11 @@ def finish(context: Context, output: dict[str, Any]) -> dict[str, Any]:
         group = trainer_state.num_generations(context.trainer)
         output[row_order.GROUP_IDS] = (torch.arange(start, start + rows) // group).to(output["advantages"].device)
     hooks = ("advantages", "keep_rows", "batch_fields", "round_metrics")
-    if not (context.recording or context.calls.has(*hooks)):
-        return output
     state = context.current_round()
+    if not (context.recording or context.calls.has(*hooks)):
+        if context.calls.has("annotate", "rewards"):
+            context.report_logged(state.log, {})
+        return output
     scored = state.scored
     if scored is None:
         users = context.plan.users(*hooks)
@@ -38,7 +42,14 @@ def finish(context: Context, output: dict[str, Any]) -> dict[str, Any]:
             + (f"plugins {', '.join(users)} cannot act." if users else "it cannot be recorded.")
         )
     advantages = context.view.gather(output["advantages"])  # (N,)
-    round = Round(**vars(scored), advantages=advantages, batch=output, hidden_states=state.hidden_states or {})
+    lengths = context.view.gather(loss_mask(output).sum(dim=1))  # (N,)
+    round = Round(
+        **vars(scored),
+        advantages=advantages,
+        batch=output,
+        hidden_states=state.hidden_states or {},
+        gathered_lengths=lengths,
+    )
     context.show("TRL", round)
     metrics: dict[str, tuple[float, float]] = {}
     stock = round.advantages
@@ -65,7 +76,7 @@ def finish(context: Context, output: dict[str, Any]) -> dict[str, Any]:
                 )
             output[field] = values.detach()
     metrics |= context.calls.metrics("round_metrics", round=round)
-    context.report(metrics)
+    context.report_logged(state.log, metrics)
     if state.record is not None:
         state.record.finish(round)
     return output

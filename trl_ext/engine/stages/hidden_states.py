@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from trl_ext_hooks import Logps, LogpsCall
-from trl_ext_hooks.ops import predicting
+from trl_ext_hooks.toolkit.tokens import predicting
 
 from ...errors import CompatError, PluginError
 from ...trl_internals import forwards

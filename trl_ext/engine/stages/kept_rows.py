@@ -47,7 +47,8 @@ def select(context: Context, round: Round, metrics: dict[str, tuple[float, float
     tokenwise = round.advantages.dim() == 2
     mask = own.unsqueeze(1) if tokenwise else kept.to(round.advantages.device)
     batch["advantages"] = batch["advantages"] * (mask if tokenwise else own)
-    return dataclasses.replace(round, advantages=round.advantages * mask, batch=batch)
+    lengths = round.lengths * kept.to(round.lengths.device)
+    return dataclasses.replace(round, advantages=round.advantages * mask, batch=batch, gathered_lengths=lengths)
 
 
 def weight(batch: Mapping[str, Any], unit: losses.LossUnit) -> torch.Tensor | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trl_ext_hooks import Loss, PolicyLoss
-from trl_ext_hooks.ops import masked_mean
+from trl_ext_hooks.toolkit.losses import masked_mean
 
 from ...errors import PluginError
 from ...trl_internals import losses, trainer_state
@@ -88,7 +88,7 @@ def compute(context: Context, inputs: Mapping[str, Any], stock: Callable[[Mappin
             total = total + scaled
             metrics[f"{name}/{term}"] = (scaled.item() * losses.loss_divisor(context.trainer, context.kind), 1)
     metrics |= context.calls.metrics("loss_metrics", loss=loss)
-    context.report(metrics)
+    context.report_logged(loss.metric_log, metrics)
     return total
 
 

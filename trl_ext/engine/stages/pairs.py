@@ -180,11 +180,13 @@ def _with_hooks(
             f"{type(context.trainer).__name__} took its reference log-probabilities from somewhere else than the "
             f"reference's forward, so {', '.join(context.plan.users('pair_logps'))} changed the policy's alone."
         )
+    metrics: dict[str, tuple[float, float]] = {}
     if context.calls.has("pair_metrics"):
         if current.policy is None:
             raise PluginError(f"{type(context.trainer).__name__} computed its loss without TRL's fused forward.")
         raw = None if current.reference is None else current.reference.per_token_logps.detach()
-        context.report(context.calls.metrics("pair_metrics", pairs=current.scored(current.policy.detach(), raw)))
+        metrics = context.calls.metrics("pair_metrics", pairs=current.scored(current.policy.detach(), raw))
+    context.report_logged(pairs.metric_log, metrics)
     return result
 
 

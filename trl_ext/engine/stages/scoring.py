@@ -73,6 +73,7 @@ def _rollout(
         offset=view.process_index * len(rows),
         trainer=view,
         turns=context.current_round().turns,
+        metric_log=context.current_round().log,
     )
 
 

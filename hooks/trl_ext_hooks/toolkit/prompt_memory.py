@@ -1,4 +1,4 @@
-"""What a method remembers about each prompt from step to step. It imports torch, so import it by its own name."""
+"""What a method remembers about each prompt from step to step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .types import Config, Need, Refuse, Requirement, Rollout
+from ..rollout import Rollout
+from ..setup import Config, Need, Refuse, Requirement
 
 
 def prompt_key(value: Any) -> int:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from trl_ext_hooks.segments import (
+from trl_ext_hooks.toolkit.segments import (
     LineBreaks,
     Marks,
     TokenReader,

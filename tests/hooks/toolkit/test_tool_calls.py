@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from trl_ext_hooks import Config, Need, Refuse, Rollout, Scored
-from trl_ext_hooks.calls import CallCounter
-from trl_ext_hooks.ops import count_tag, count_tool_messages
+from trl_ext_hooks.toolkit.tool_calls import CallCounter, count_tag, count_tool_messages
 
 
 def assistant(text: str, *calls: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from trl_ext_hooks import Config, Need, Refuse
-from trl_ext_hooks.memory import PromptMemory, prompt_key
+from trl_ext_hooks.toolkit.prompt_memory import PromptMemory, prompt_key
 
 NAN = torch.nan
 
@@ -39,7 +39,8 @@ def test_a_key_is_a_number_of_the_content() -> None:
     assert len({prompt_key(value) for value in (prompt("a"), prompt("b"), "a", 1, "1", 1.5, None, [1])}) == 8
     assert all(-(2**63) <= prompt_key(f"{i}") < 2**63 for i in range(100))
     assert min(prompt_key(f"{i}") for i in range(100)) < 0
-    code = "from trl_ext_hooks.memory import prompt_key; print(prompt_key([{'role': 'user', 'content': 'äß'}]))"
+    code = "from trl_ext_hooks.toolkit.prompt_memory import prompt_key as key; "
+    code += "print(key([{'role': 'user', 'content': 'äß'}]))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(other.stdout) == prompt_key(prompt("äß"))  # Python's own hash of a text differs between processes
 

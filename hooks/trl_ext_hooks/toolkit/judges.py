@@ -26,8 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .plugin import option
-from .types import TrainerView
+from ..plugin import option
+from ..trainer import TrainerView
 
 
 @dataclass(frozen=True)

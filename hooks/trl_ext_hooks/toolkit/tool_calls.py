@@ -1,14 +1,46 @@
-"""Counting tool calls: the one place that decides what a call is. It imports torch, so import it by its own name."""
+"""Tool calls of rollouts: the one place that decides what a call is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from .ops import count_tag
-from .types import Config, Need, Refuse, Requirement, Rollout, Scored
+from ..rollout import Rollout
+from ..scoring import Scored
+from ..setup import Config, Need, Refuse, Requirement
+
+
+def count_tool_messages(completions: Sequence[Any]) -> torch.Tensor:
+    """Executed tool calls of each completion: its messages with the role `tool`.
+
+    A failed call answers with a message too and counts. A call that the model wrote and nobody executed (turn limit, or
+    a result that would not have fitted) has no message and does not count. Parallel calls in one turn count one each.
+
+    Args:
+        completions: b lists of messages; a plain text holds no messages and counts 0.
+
+    Returns:
+        (b,) int64.
+    """
+    counts = [
+        0 if isinstance(completion, str) else sum(message.get("role") == "tool" for message in completion)
+        for completion in completions
+    ]
+    return torch.tensor(counts, dtype=torch.int64)
+
+
+def count_tag(texts: Sequence[str], tag: str) -> torch.Tensor:
+    """How often `tag` stands in each text, without overlaps: tool calls of rollouts that are plain text.
+
+    Returns:
+        (b,) int64.
+    """
+    if not tag:
+        raise ValueError("the tag must not be empty")
+    return torch.tensor([text.count(tag) for text in texts], dtype=torch.int64)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The shared tensor functions against plain loops."""
+"""Statistics and pairs of groups against plain loops."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_ext_hooks.ops import group_normalize, group_pairs, group_stats, masked_mean, scale_gradient
+from trl_ext_hooks.toolkit.groups import group_normalize, group_pairs, group_stats
 
 NAN = math.nan
 VALUES = st.one_of(st.just(NAN), st.integers(-3, 3).map(float), st.floats(-100, 100, allow_nan=False, width=32))
@@ -113,14 +113,6 @@ def test_no_rows_are_no_problem() -> None:
     assert group_normalize(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long)).shape == (0, 2)
 
 
-def test_masked_mean_is_a_loop_and_0_where_nothing_counts() -> None:
-    values = torch.tensor([[1.0, 2.0, 30.0], [4.0, 50.0, 60.0], [7.0, 8.0, 9.0]])
-    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]])
-    assert masked_mean(values, mask, dim=1).tolist() == [1.5, 4.0, 0.0]
-    assert masked_mean(values, mask).item() == pytest.approx(7 / 3)
-    assert masked_mean(values, mask * 0).item() == 0
-
-
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=12))
 def test_pairs_are_those_of_two_loops(rows: list[tuple[int, bool]]) -> None:
@@ -135,12 +127,3 @@ def test_pairs_are_those_of_two_loops(rows: list[tuple[int, bool]]) -> None:
     found = group_pairs(ids, torch.tensor(keep, dtype=torch.bool))
     assert found.shape == (len(expected), 2) and found.tolist() == expected
     assert group_pairs(ids).tolist() == group_pairs(ids, torch.ones(len(rows), dtype=torch.bool)).tolist()
-
-
-def test_a_scaled_gradient_leaves_the_values() -> None:
-    values = torch.tensor([[1.0, -2.0], [3.0, 0.5]], requires_grad=True)
-    factor = torch.tensor([[0.0], [3.0]])
-    found = scale_gradient(values, factor)
-    assert torch.equal(found, values) and scale_gradient(values, None) is values
-    (found**2).sum().backward()
-    assert torch.equal(values.grad, 2 * values.detach() * factor)
