@@ -13,7 +13,7 @@ import torch
 
 import trl_ext
 from trl_ext import PluginError
-from trl_ext.engine.host import STATE_FILE
+from trl_ext.engine.checkpoint import STATE_FILE
 from trl_ext_hooks import Plugin, hookimpl
 
 SETTINGS: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
