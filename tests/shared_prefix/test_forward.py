@@ -25,8 +25,8 @@ from trl_ext.shared_prefix import (
     shared_prefix_logps,
     shared_prefix_scores,
 )
-from trl_ext.shared_prefix.models import has_fused_head
-from trl_ext.shared_prefix.trim import only_rows
+from trl_ext.shared_prefix.last_layer import only_rows
+from trl_ext.shared_prefix.model_parts import has_fused_head
 
 LOGPS, GRADS = 5e-6, 1e-5
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers as tf
 
-from trl_ext.shared_prefix import RefusedError, draws, force_answers, probes, sample_answers
+from trl_ext.shared_prefix import RefusedError, force_answers, probes, sample_answers, sampled_probes
 
 Tiny = Callable[..., tf.PreTrainedModel]
 PROBE = [7, 8, 9, 11]
@@ -170,10 +170,10 @@ def test_without_a_stop_answers_are_full(shared: Any, tiny: Tiny) -> None:
 def test_draws_follow_the_probabilities() -> None:
     logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0]])
     numbers = torch.linspace(0, 1, 2001, dtype=torch.float64)[:-1]
-    chosen = draws.draw(logits.expand(2000, -1), numbers, 0.7)
+    chosen = sampled_probes.draw(logits.expand(2000, -1), numbers, 0.7)
     shares = torch.bincount(chosen, minlength=4) / 2000
     torch.testing.assert_close(shares, (logits[0] / 0.7).softmax(-1), atol=1e-3, rtol=0)
-    assert draws.draw(logits, torch.tensor([1.0]), 1.0) == 3  # rounding at the upper end
+    assert sampled_probes.draw(logits, torch.tensor([1.0]), 1.0) == 3  # rounding at the upper end
 
 
 # --- no trace ---------------------------------------------------------------------------------------------------------

@@ -199,26 +199,26 @@ def test_a_layer_that_asks_for_more_is_refused(
     """The last guard, for what no configuration shows: the attention call itself."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    from trl_ext.shared_prefix import enter
+    from trl_ext.shared_prefix import attention_patch
 
     packing = pack(*groups)
 
     def asks(module: nn.Module, q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> Any:
         given = {**kwargs, "attention_mask": mask, **arguments}
-        return enter._attention(module, q, k, v, **given)
+        return attention_patch._attention(module, q, k, v, **given)
 
-    with enter.packed_attention(tiny(), packing.layout):
-        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, enter.NAME, asks)
+    with attention_patch.packed_attention(tiny(), packing.layout):
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, attention_patch.NAME, asks)
         with pytest.raises(RefusedError, match=message):
             q = torch.ones(1, 4, packing.packed_tokens, 8)
             asks(nn.Linear(1, 1), q, q, q, None)
 
 
 def test_attention_outside_a_packed_forward_says_so(tiny: Any, groups: Any) -> None:
-    from trl_ext.shared_prefix import SharedPrefixError, enter
+    from trl_ext.shared_prefix import SharedPrefixError, attention_patch
 
-    enter.register()
+    attention_patch.register()
     model = tiny()
-    model.config._attn_implementation = enter.NAME
+    model.config._attn_implementation = attention_patch.NAME
     with pytest.raises(SharedPrefixError, match="outside a packed forward"):
         model(input_ids=groups[0])

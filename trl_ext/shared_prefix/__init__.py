@@ -12,11 +12,10 @@ drawn at many places of the same rows), `forward` (log-probabilities), `refusals
 from __future__ import annotations
 
 from .attention import cascade_attention
+from .attention_patch import packed_attention
 from .backends import Backend, choose_backend
-from .costs import ModelCost, flop_ratio
-from .draws import sample_answers
-from .enter import packed_attention
 from .errors import MismatchError, RefusedError, SharedPrefixError
+from .flops import ModelCost, flop_ratio
 from .forward import (
     MIN_GAIN,
     Report,
@@ -27,10 +26,11 @@ from .forward import (
     shared_prefix_scores,
 )
 from .layout import CascadeLayout
-from .models import has_fused_head
+from .model_parts import has_fused_head
 from .packing import Packing, pack
 from .probes import Answers, ProbeCost, force_answers
 from .refusals import why_not
+from .sampled_probes import sample_answers
 from .selfcheck import SelfCheck, self_check
 from .tree import MIN_RUN, PrefixTree, build_tree
 

@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from . import selfcheck
-from .enter import Entry, packed_attention
+from .attention_patch import Entry, packed_attention
 from .errors import RefusedError, SharedPrefixError
-from .heads import log_probs
-from .models import compute_dtype, embedding, find_backbone, has_fused_head
+from .log_probs import log_probs
+from .model_parts import compute_dtype, embedding, find_backbone, has_fused_head
 from .packing import PackedRow, Packing, pack
 from .refusals import why_not
 from .tree import MIN_RUN

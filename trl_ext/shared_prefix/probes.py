@@ -24,9 +24,9 @@ from torch import nn
 from . import selfcheck
 from .errors import RefusedError, SharedPrefixError
 from .forward import MIN_GAIN, packed_logits
-from .heads import log_probs
 from .layout import layout_of
-from .models import evaluating, find_causal_lm, model_device
+from .log_probs import log_probs
+from .model_parts import evaluating, find_causal_lm, model_device
 from .packing import PackedRow
 from .refusals import why_not
 from .tree import tree_of_neighbours

@@ -1,6 +1,6 @@
 """Models, settings and batches for which sharing prefixes would not be exact, each with its reason and the way out.
 
-Checked before a packed forward. What only shows when a layer calls its attention is refused there (`enter.py`).
+Checked before a packed forward. What only shows when a layer calls its attention is refused there (`attention_patch.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .backends import choose_backend
 from .errors import RefusedError
-from .models import find_backbone, find_causal_lm, model_device, text_config
+from .model_parts import find_backbone, find_causal_lm, model_device, text_config
 from .packing import Packing
 
 _FULL = {"full_attention", "attention", "hybrid_full"}

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .errors import MismatchError
-from .models import compute_dtype, embedding, evaluating, find_causal_lm, model_device
+from .model_parts import compute_dtype, embedding, evaluating, find_causal_lm, model_device
 from .packing import pack
 
 # Differences of log-probabilities and gradients, see `SelfCheck`. Half types round differently on the two paths, and a

@@ -26,9 +26,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .attention import cascade_attention
 from .backends import Backend, choose_backend
 from .errors import RefusedError, SharedPrefixError
+from .last_layer import last_feed_forward, only_rows
 from .layout import CascadeLayout
-from .models import find_backbone
-from .trim import last_feed_forward, only_rows
+from .model_parts import find_backbone
 
 NAME = "trl_ext_shared_prefix"
 _CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")

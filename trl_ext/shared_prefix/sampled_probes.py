@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from .heads import log_probs
-from .models import evaluating, find_causal_lm, model_device
+from .log_probs import log_probs
+from .model_parts import evaluating, find_causal_lm, model_device
 from .probes import Answers, ProbeCost, Sharing, Tokens, answer_logits, batches, check, left_padded, packed_rows, usable
 
 _BLOCK = 32  # distributions in float64 at a time

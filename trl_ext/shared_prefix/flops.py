@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .models import find_backbone, find_causal_lm, text_config
+from .model_parts import find_backbone, find_causal_lm, text_config
 from .packing import Packing
 
 
