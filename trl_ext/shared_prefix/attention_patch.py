@@ -1,25 +1,24 @@
-"""Gives a transformers model cascade attention for the time of one forward, without touching its code.
+"""Attention patch: gives a transformers model cascade attention for one forward, without touching its code.
 
-The attention function and a mask function that builds no mask are registered with transformers under one name. For a
-packed forward every configuration of the model names that implementation, and gets its own back afterwards, so that
-generation and every other forward stay what they were.
+transformers looks up its attention function by the name in a model's configuration. An attention function of our own is
+registered there, together with a mask function that builds no mask. During a packed forward every configuration of the
+model holds our name. Afterwards each one gets its own back, so that generation and all other forwards are unaffected.
 
-Gradient checkpointing runs a layer's forward once more in the backward, when the implementation is long restored. So
-while the context is open the checkpoint functions of the modules are wrapped: the function they remember enters the
-same context again.
+Gradient checkpointing runs a layer's forward a second time during the backward, when the names are long restored. So
+while the context is open, the checkpoint functions of the modules are wrapped: the function that a checkpoint keeps for
+the second run enters the same patch again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -28,134 +27,142 @@ from .backends import Backend, choose_backend
 from .errors import RefusedError, SharedPrefixError
 from .last_layer import last_feed_forward, only_rows
 from .layout import CascadeLayout
-from .model_parts import find_backbone
+from .model_parts import ModelParts
 
 NAME = "trl_ext_shared_prefix"
+# Where transformers, and torch's checkpoint wrapper, keep the checkpoint function of a module.
 _CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
-_active: ContextVar[Entry | None] = ContextVar("trl_ext_shared_prefix", default=None)
+# The patch whose forward is running. The attention function has no other way to learn of the layout.
+_active_patch: ContextVar[AttentionPatch | None] = ContextVar("trl_ext_shared_prefix", default=None)
 
 
-class Entry:
-    """One packed forward: its layout, its kernels, and the configurations to switch.
+class AttentionPatch:
+    """The patch of one model for one packed forward.
 
     Attributes:
         layout: Where the nodes lie.
-        backend: The kernels, once the first layer has chosen them.
-        dtype: The type that attention computes in, known from then on as well.
-        layers: How many attention calls were served, recomputed ones included.
+        backend: The kernels, chosen when the first layer calls its attention. None until then.
+        dtype: The dtype that attention computes in, known from the same moment on.
+        attention_calls: How many attention calls were served, those of recomputed layers included.
     """
 
-    def __init__(self, model: nn.Module, layout: CascadeLayout, backend: str | None, rows: torch.Tensor | None) -> None:
+    def __init__(
+        self, model_parts: ModelParts, layout: CascadeLayout, backend: str | None, rows: torch.Tensor | None
+    ) -> None:
         self.layout = layout
         self.backend: Backend | None = None
         self.dtype: torch.dtype | None = None
-        self.layers = 0
-        self._asked = backend
+        self.attention_calls = 0
+        self._model_parts = model_parts
+        self._requested_backend = backend
         self._rows = rows
-        self._last = None if rows is None else last_feed_forward(find_backbone(model))
-        self._modules = list(model.modules())
-        self._configs = _all_configs(self._modules)
+        self._last_feed_forward = None if rows is None else last_feed_forward(model_parts.backbone)
 
-    def choose(self, query: torch.Tensor, value: torch.Tensor, softcap: bool) -> Backend:
-        """The kernels for these tensors, the same ones for all layers."""
+    def choose_backend(self, query: torch.Tensor, value: torch.Tensor, softcap: bool) -> Backend:
+        """Returns the kernels for these tensors. The choice of the first layer holds for all layers."""
         if self.backend is None:
             device = query.device
             autocast = torch.is_autocast_enabled(device.type)
             self.dtype = torch.get_autocast_dtype(device.type) if autocast else value.dtype
             self.backend = choose_backend(
-                device, self.dtype, head_dim=query.shape[-1], softcap=softcap, name=self._asked
+                device, self.dtype, head_dim=query.shape[-1], softcap=softcap, name=self._requested_backend
             )
         return self.backend
 
     @property
-    def kernels(self) -> str | None:
-        """Name of the kernels."""
+    def backend_name(self) -> str | None:
+        """Returns the name of the kernels that ran, None if no attention was called."""
         return None if self.backend is None else self.backend.name
 
     @contextmanager
-    def attention(self) -> Iterator[None]:
-        """While open, this model's attention is the cascade over this layout."""
-        if _active.get() is self:  # a checkpointed layer, run for the first time
+    def active(self) -> Iterator[None]:
+        """Makes the model's attention the cascade over this layout while the context is open."""
+        if _active_patch.get() is self:
+            # A checkpointed layer in its first run: the forward is already patched.
             yield
             return
-        before = [config._attn_implementation_internal for config in self._configs]
-        token = _active.set(self)
+        configs = self._model_parts.configs
+        implementations = [config._attn_implementation_internal for config in configs]
+        token = _active_patch.set(self)
         try:
-            for config in self._configs:
+            for config in configs:
                 config._attn_implementation_internal = NAME
-            with nullcontext() if self._rows is None else only_rows(self._last, self._rows, self.layout.length):
+            with self._last_layer_reduced():
                 yield
         finally:
-            for config, implementation in zip(self._configs, before, strict=True):
+            for config, implementation in zip(configs, implementations, strict=True):
                 config._attn_implementation_internal = implementation
-            _active.reset(token)
+            _active_patch.reset(token)
+
+    def _last_layer_reduced(self) -> AbstractContextManager[None]:
+        """Returns a context in which the last feed-forward part sees only the rows that are wanted."""
+        if self._rows is None:
+            return nullcontext()
+        return only_rows(self._last_feed_forward, self._rows, self.layout.length)
 
     @contextmanager
-    def checkpoints(self) -> Iterator[None]:
-        """While open, checkpointed functions remember to enter `attention` again when they are run once more."""
-        wrapped = []
+    def checkpoints_wrapped(self) -> Iterator[None]:
+        """Makes checkpointed functions enter `active` again in their second run.
+
+        Only the forward needs this context. The checkpoints that it creates keep what they need for the backward.
+        """
+        originals = []
         try:
-            for module in self._modules:
+            for module in self._model_parts.modules:
                 for attribute in _CHECKPOINT_ATTRIBUTES:
-                    function = vars(module).get(attribute)
-                    if callable(function):
-                        wrapped.append((module, attribute, function))
-                        setattr(module, attribute, partial(_checkpoint, function, self))
+                    checkpoint = vars(module).get(attribute)
+                    if callable(checkpoint):
+                        originals.append((module, attribute, checkpoint))
+                        setattr(module, attribute, partial(_checkpoint_patched, checkpoint, self))
             yield
         finally:
-            for module, attribute, function in wrapped:
-                setattr(module, attribute, function)
+            for module, attribute, checkpoint in originals:
+                setattr(module, attribute, checkpoint)
 
 
 @contextmanager
 def packed_attention(
-    model: nn.Module, layout: CascadeLayout, backend: str | None = None, rows: torch.Tensor | None = None
-) -> Iterator[Entry]:
-    """While open, a forward of `model` on one packed row of this layout has cascade attention.
+    model: nn.Module | ModelParts,
+    layout: CascadeLayout,
+    backend: str | None = None,
+    rows: torch.Tensor | None = None,
+) -> Iterator[AttentionPatch]:
+    """Gives `model` cascade attention while the context is open, for a forward on one packed row of this layout.
 
     Args:
-        model: A transformers model, wrapped or not.
+        model: A transformers model, wrapped or not, or its parts.
         layout: From `pack`.
-        backend: Name of the kernels, None for the best that runs.
-        rows: (R,) the only packed tokens whose last hidden state is wanted, without repetition; None for all. The
-            others come out meaningless.
+        backend: Name of the kernels, None for the best that can serve.
+        rows: (R,) the only packed tokens whose last hidden states are wanted, without repetition, None for all. The
+            last hidden states of the other tokens are meaningless.
     """
+    patch = AttentionPatch(ModelParts.of(model), layout, backend, rows)
     register()
-    entry = Entry(model, layout, backend, rows)
-    with entry.attention(), entry.checkpoints():
-        yield entry
+    with patch.active(), patch.checkpoints_wrapped():
+        yield patch
 
 
 def register() -> None:
-    """Makes the attention and mask functions known to transformers. Calling it again changes nothing."""
+    """Registers the attention function and the mask function with transformers. Calling it again changes nothing."""
     ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _no_mask)
 
 
-def _checkpoint(function: Callable[..., Any], entry: Entry, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return function(partial(_enter_and_run, entry, run), *args, **kwargs)
+def _checkpoint_patched(
+    checkpoint: Callable[..., Any], patch: AttentionPatch, layer: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Calls a checkpoint function on a layer that enters the patch each time it runs."""
+    return checkpoint(partial(_run_patched, patch, layer), *args, **kwargs)
 
 
-def _enter_and_run(entry: Entry, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with entry.attention():
-        return run(*args, **kwargs)
-
-
-def _all_configs(modules: list[nn.Module]) -> list[PretrainedConfig]:
-    found: dict[int, PretrainedConfig] = {}
-
-    def add(config: Any) -> None:
-        if isinstance(config, PretrainedConfig) and id(config) not in found:
-            found[id(config)] = config
-            for name in config.sub_configs:
-                add(getattr(config, name, None))
-
-    for module in modules:
-        add(getattr(module, "config", None))
-    return list(found.values())
+def _run_patched(patch: AttentionPatch, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Runs a layer inside the patch."""
+    with patch.active():
+        return layer(*args, **kwargs)
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Builds no mask, as the layout says what each token attends to."""
     return None
 
 
@@ -172,17 +179,21 @@ def _attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention function: `query` (1, H, N, D), `key` and `value` (1, Hkv, N, D) to (1, N, H, D)."""
-    entry = _active.get()
-    if entry is None:
+    """Serves as transformers' attention function.
+
+    It takes `query` (1, H, N, D) with `key` and `value` (1, Hkv, N, D), and returns (1, N, H, D).
+    """
+    patch = _active_patch.get()
+    if patch is None:
         raise SharedPrefixError(
-            f"Attention implementation {NAME!r} was called outside a packed forward. It is set only by "
-            "shared_prefix_logps and packed_attention; a forward in another thread (DataParallel) does not see it."
+            f"Attention implementation {NAME!r} was called outside a packed forward. Only shared_prefix_logps and "
+            "packed_attention set it, and a forward in another thread (DataParallel) does not see it."
         )
+    # The last guard. What no configuration shows is seen here, in what the layer asks its attention for.
     window = sliding_window if sliding_window is not None else kwargs.get("chunk_size")
-    longest = entry.layout.longest
+    longest = patch.layout.longest
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    reasons = {
+    unsupported = {
         "a batch of packed rows": query.shape[0] != 1,
         "keys of other tokens (a cache or cross-attention)": key.shape[2] != query.shape[2],
         "a mask": attention_mask is not None,
@@ -192,10 +203,10 @@ def _attention(
         "attention sinks": kwargs.get("s_aux") is not None,
         "a position bias": kwargs.get("position_bias") is not None,
     }
-    for reason, given in reasons.items():
-        if given:
-            raise RefusedError(f"{type(module).__name__} asks for {reason}, which cascade attention does not have.")
-    backend = entry.choose(query, value, softcap is not None)
-    entry.layers += 1
+    for feature, requested in unsupported.items():
+        if requested:
+            raise RefusedError(f"{type(module).__name__} asks for {feature}, which cascade attention does not support.")
+    backend = patch.choose_backend(query, value, softcap is not None)
+    patch.attention_calls += 1
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return cascade_attention(q, k, v, entry.layout, backend, scaling, softcap)[None], None
+    return cascade_attention(q, k, v, patch.layout, backend, scaling, softcap)[None], None
