@@ -133,7 +133,7 @@ def test_no_grad_and_inference_mode(tiny: Any, groups: Any) -> None:
 
 @pytest.mark.parametrize("autocast", [True, False])
 def test_bfloat16(autocast: bool, tiny: Any, groups: Any, compare: Any, scored_mask: Any) -> None:
-    """Is as close to float32 as the dense path in bfloat16."""
+    """Compares with float32: the packed path is about as close to it as the dense path in bfloat16."""
     ids, mask, width = groups
     model = tiny()
     add_fused_lm_head(model)
@@ -152,7 +152,7 @@ def test_bfloat16(autocast: bool, tiny: Any, groups: Any, compare: Any, scored_m
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_soft_capped_scores_under_autocast(fused: bool, tiny: Any, groups: Any, compare: Any) -> None:
-    """Autocast does not reach into the kernels, whose dtypes would no longer match."""
+    """Keeps autocast out of the kernels, whose dtypes would no longer match."""
     model = tiny("Gemma2", head_dim=8)
     if fused:
         add_fused_lm_head(model)

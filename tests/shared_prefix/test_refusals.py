@@ -108,7 +108,7 @@ def test_refused_with_reason_and_way_out(case: str, tiny: Any) -> None:
     ],
 )
 def test_not_refused_where_it_changes_nothing(family: str, settings: dict[str, Any], tiny: Any) -> None:
-    """A window as long as the rows, and dropout outside training."""
+    """Takes a window as long as the rows, and dropout outside training."""
     assert why_not(tiny(family, **settings).eval(), longest=25) is None
 
 

@@ -38,6 +38,7 @@ class _CascadeAttention(torch.autograd.Function):
         scale: float,
         softcap: float | None,
     ) -> torch.Tensor:
+        """Returns the merged output, and keeps it with its log-sum-exp for the backward."""
         # The inputs already have the dtype to compute in. Autocast would change the dtypes that a backend chooses.
         with torch.autocast(q.device.type, enabled=False):
             out, lse = backend.forward(q, k, v, layout, scale, softcap)
@@ -48,6 +49,7 @@ class _CascadeAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Returns the gradients of the three tensors, and None for the other arguments."""
         q, k, v, out, lse = ctx.saved_tensors
         layout, backend, scale, softcap = ctx.call
         with torch.autocast(q.device.type, enabled=False):

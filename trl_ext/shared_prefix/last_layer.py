@@ -38,11 +38,13 @@ def only_rows(module: nn.Module | None, rows: torch.Tensor, length: int) -> Iter
     reduced = False
 
     def select_rows(module: nn.Module, args: Any) -> Any:
+        """Hands the module the wanted rows of its input."""
         nonlocal reduced
         reduced = len(args) == 1 and isinstance(args[0], torch.Tensor) and args[0].shape[:2] == (1, length)
         return (args[0].index_select(1, rows.to(args[0].device)),) if reduced else None
 
     def restore_rows(module: nn.Module, args: Any, output: Any) -> Any:
+        """Puts the output's rows back in their places among zeros."""
         if not reduced:
             return None
         # A mixture of experts may return its router's logits behind the hidden states.

@@ -115,7 +115,8 @@ class CascadeLayout:
         return within + across
 
     @cached_property
-    def _varlen_calls(self) -> dict[torch.device, tuple[VarlenCall, ...]]:
+    def _calls_by_device(self) -> dict[torch.device, tuple[VarlenCall, ...]]:
+        """Returns the memory of `varlen_calls`, empty at first."""
         return {}
 
     def varlen_calls(self, device: torch.device) -> tuple[VarlenCall, ...]:
@@ -123,12 +124,12 @@ class CascadeLayout:
 
         The result is kept, as every layer of the model asks for it.
         """
-        if device not in self._varlen_calls:
-            self._varlen_calls[device] = (
+        if device not in self._calls_by_device:
+            self._calls_by_device[device] = (
                 _causal_call(self.bounds, device),
                 *(_level_call(level, device) for level in self.crosses),
             )
-        return self._varlen_calls[device]
+        return self._calls_by_device[device]
 
 
 def layout_of(tree: PrefixTree) -> CascadeLayout:

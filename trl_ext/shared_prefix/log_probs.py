@@ -22,6 +22,7 @@ class _TokenLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, logits: torch.Tensor, labels: torch.Tensor, temperature: float, entropy: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns log-probabilities and entropies of all rows."""
         ctx.set_materialize_grads(False)
         dtype = torch.promote_types(logits.dtype, torch.float32)
         lse = logits.new_empty(len(labels), dtype=dtype)
@@ -43,6 +44,7 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(
         ctx: Any, dlogps: torch.Tensor | None, dentropies: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
+        """Returns the gradient of the logits, and None for the other arguments."""
         logits, labels, lse, *entropies = ctx.saved_tensors
         grad = torch.empty_like(logits)
         for rows in _row_blocks(logits):

@@ -158,6 +158,7 @@ def _collect_configs(modules: Iterable[nn.Module]) -> tuple[PretrainedConfig, ..
     configs: dict[int, PretrainedConfig] = {}
 
     def add(config: Any) -> None:
+        """Adds a configuration and those nested in it."""
         if isinstance(config, PretrainedConfig) and id(config) not in configs:
             configs[id(config)] = config
             for name in config.sub_configs:

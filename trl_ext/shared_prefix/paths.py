@@ -115,6 +115,7 @@ def _only_predictors(backbone: nn.Module, packing: PackedRow) -> Iterator[None]:
     calls = 0
 
     def select_predictors(module: nn.Module, args: Any, output: Any) -> Any:
+        """Replaces the last hidden states by those of the predictors."""
         nonlocal calls
         calls += 1
         hidden = output[0]

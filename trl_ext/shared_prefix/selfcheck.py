@@ -138,6 +138,7 @@ def _check_batch(vocabulary: int, device: torch.device) -> tuple[torch.Tensor, t
     generator = torch.Generator().manual_seed(0)
 
     def random_tokens(count: int) -> list[int]:
+        """Returns token ids of the model's vocabulary."""
         return torch.randint(vocabulary, (count,), generator=generator).tolist()
 
     prompt_width, width = 9, 8

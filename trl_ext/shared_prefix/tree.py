@@ -52,7 +52,7 @@ class PrefixTree:
 
     Attributes:
         nodes: All nodes in depth-first order, so a parent comes before its children.
-        row_node: For each row, the index of the node that holds its last token; -1 for an empty row.
+        row_node: For each row, the index of the node that holds its last token, -1 for an empty row.
     """
 
     nodes: tuple[Node, ...]

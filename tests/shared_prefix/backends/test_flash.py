@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from trl_ext.shared_prefix import RefusedError, build_tree, cascade_attention, pack, shared_prefix_logps
+from trl_ext.shared_prefix import RefusedError, build_tree, cascade_attention, shared_prefix_logps
 from trl_ext.shared_prefix.backends import BACKENDS, flash, get_backend
 from trl_ext.shared_prefix.layout import layout_of
 
@@ -238,14 +238,6 @@ def test_stand_in_serves_a_whole_model(
     difference, gradients = compare(model, *groups, logps)
     assert difference < 0.05
     assert gradients < 0.05
-
-
-def test_a_level_is_one_call_whatever_the_number_of_groups(stand_in: flash.FlashAttnBackend, groups: Any) -> None:
-    layout = pack(*groups).layout
-    calls = layout.varlen_calls(CPU)
-    assert [call.causal for call in calls] == [True, False]
-    assert len(calls[1].cu_q) == 3  # two groups in one call
-    assert layout.varlen_calls(CPU) is calls  # made once for all layers
 
 
 def test_a_version_with_another_signature_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ class FlashAttnBackend(Backend):
 
     @cached_property
     def _kernels(self) -> Kernels:
-        # The package is optional, so it is imported only when this backend is considered.
+        """Imports the package, which is optional, when this backend is first considered."""
         return Kernels(import_module(MODULE))
 
     def forward(
