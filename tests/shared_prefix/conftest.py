@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+import trl.trainer.utils
 from torch import nn
 
 from trl_ext.shared_prefix import PrefixTree, dense_scores, selfcheck
@@ -44,6 +45,19 @@ def tiny() -> Callable[..., tf.PreTrainedModel]:
         return tf.AutoModelForCausalLM.from_config(config).train()
 
     return make
+
+
+@pytest.fixture
+def add_fused_head() -> Callable[..., None]:
+    """Returns `add_fused_head(model, **settings)`, which skips the test if TRL has no fused head (before 1.15)."""
+
+    def add(model: nn.Module, **settings: Any) -> None:
+        add_fused_lm_head = getattr(trl.trainer.utils, "add_fused_lm_head", None)
+        if add_fused_lm_head is None:
+            pytest.skip(f"TRL {trl.__version__} has no fused head")
+        add_fused_lm_head(model, **settings)
+
+    return add
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from trl.trainer.utils import add_fused_lm_head
 
 from trl_ext.shared_prefix import (
     RefusedError,
@@ -27,11 +26,11 @@ GRADS = 1e-5
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
-def test_gradient_checkpointing(reentrant: bool, fused: bool, tiny: Any, groups: Any) -> None:
+def test_gradient_checkpointing(reentrant: bool, fused: bool, tiny: Any, groups: Any, add_fused_head: Any) -> None:
     """Lets the backward run each layer again, after the attention implementation was restored."""
     model = tiny()
     if fused:
-        add_fused_lm_head(model)
+        add_fused_head(model)
     weights = torch.linspace(-1, 1, groups[0].shape[0] * groups[2]).view(-1, groups[2])
     grads = []
     for checkpointing in (False, True):

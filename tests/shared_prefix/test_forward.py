@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from trl.trainer.utils import add_fused_lm_head
 
 from trl_ext.shared_prefix import (
     RefusedError,
@@ -57,10 +56,10 @@ def random_tokens(rng: random.Random, count: int) -> list[int]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("fused", [False, True], ids=["own head", "fused head"])
-def test_families(family: str, fused: bool, tiny: Any, groups: Any, compare: Any) -> None:
+def test_families(family: str, fused: bool, tiny: Any, groups: Any, compare: Any, add_fused_head: Any) -> None:
     model = tiny(family, **FAMILIES[family])
     if fused:
-        add_fused_lm_head(model, temperature=0.7)
+        add_fused_head(model, temperature=0.7)
     logps, _, report = shared_prefix_logps(model, *groups)
     assert report.packed
     difference, gradients = compare(model, *groups, logps)
@@ -97,12 +96,12 @@ def test_float64_agrees_to_the_last_digits(tiny: Any, rollout: Any, compare: Any
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_lora(fused: bool, tiny: Any, groups: Any, compare: Any) -> None:
+def test_lora(fused: bool, tiny: Any, groups: Any, compare: Any, add_fused_head: Any) -> None:
     from peft import LoraConfig, get_peft_model
 
     base = tiny()
     if fused:
-        add_fused_lm_head(base)
+        add_fused_head(base)
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -132,11 +131,11 @@ def test_no_grad_and_inference_mode(tiny: Any, groups: Any) -> None:
 
 
 @pytest.mark.parametrize("autocast", [True, False])
-def test_bfloat16(autocast: bool, tiny: Any, groups: Any, compare: Any, scored_mask: Any) -> None:
+def test_bfloat16(autocast: bool, tiny: Any, groups: Any, compare: Any, scored_mask: Any, add_fused_head: Any) -> None:
     """Compares with float32: the packed path is about as close to it as the dense path in bfloat16."""
     ids, mask, width = groups
     model = tiny()
-    add_fused_lm_head(model)
+    add_fused_head(model)
     exact = shared_prefix_logps(model, *groups)[0].detach()
     if not autocast:
         model = model.bfloat16()
@@ -151,11 +150,13 @@ def test_bfloat16(autocast: bool, tiny: Any, groups: Any, compare: Any, scored_m
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_soft_capped_scores_under_autocast(fused: bool, tiny: Any, groups: Any, compare: Any) -> None:
+def test_soft_capped_scores_under_autocast(
+    fused: bool, tiny: Any, groups: Any, compare: Any, add_fused_head: Any
+) -> None:
     """Keeps autocast out of the kernels, whose dtypes would no longer match."""
     model = tiny("Gemma2", head_dim=8)
     if fused:
-        add_fused_lm_head(model)
+        add_fused_head(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logps, _, report = shared_prefix_logps(model, *groups)
         assert report.backend == "math"
@@ -164,12 +165,12 @@ def test_soft_capped_scores_under_autocast(fused: bool, tiny: Any, groups: Any, 
     assert gradients < 0.05
 
 
-def test_accelerate_wrapped_forward(tiny: Any, groups: Any, compare: Any) -> None:
+def test_accelerate_wrapped_forward(tiny: Any, groups: Any, compare: Any, add_fused_head: Any) -> None:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
     model = tiny()
-    add_fused_lm_head(model)
+    add_fused_head(model)
     AcceleratorState._reset_state(True)  # another test's trainer may have chosen full precision for the process
     try:
         wrapped = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
@@ -181,11 +182,11 @@ def test_accelerate_wrapped_forward(tiny: Any, groups: Any, compare: Any) -> Non
         AcceleratorState._reset_state(True)
 
 
-def test_distributed_data_parallel(tiny: Any, groups: Any, compare: Any, tmp_path: Any) -> None:
+def test_distributed_data_parallel(tiny: Any, groups: Any, compare: Any, tmp_path: Any, add_fused_head: Any) -> None:
     from torch import distributed
 
     model = tiny()
-    add_fused_lm_head(model)
+    add_fused_head(model)
     alone = shared_prefix_logps(model, *groups)[0]
     expected = torch.autograd.grad(alone.sum(), list(model.parameters()))
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -202,7 +203,7 @@ def test_distributed_data_parallel(tiny: Any, groups: Any, compare: Any, tmp_pat
         distributed.destroy_process_group()
 
 
-def test_preference_pairs(tiny: Any) -> None:
+def test_preference_pairs(tiny: Any, add_fused_head: Any) -> None:
     rng = random.Random(3)
     rows = []
     for _ in range(3):
@@ -216,7 +217,7 @@ def test_preference_pairs(tiny: Any) -> None:
         mask[row, :length] = 1
         completion[row, len(prompt) : length] = 1
     model = tiny()
-    add_fused_lm_head(model, outputs=("log_probs", "mean_logits", "is_top1", "log_sum_sq_probs"))
+    add_fused_head(model, outputs=("log_probs", "mean_logits", "is_top1", "log_sum_sq_probs"))
     scores, report = shared_prefix_scores(model, ids, mask, score_mask=completion)
     assert report.packed
     output = model(
@@ -261,12 +262,12 @@ def test_below_the_minimum_gain_the_dense_path_runs_and_says_so(tiny: Any, padde
     assert shared_prefix_logps(model, *rows, min_gain=0)[2].packed
 
 
-def test_nothing_scored_gives_zeros_with_a_gradient(tiny: Any, groups: Any) -> None:
+def test_nothing_scored_gives_zeros_with_a_gradient(tiny: Any, groups: Any, add_fused_head: Any) -> None:
     ids, mask, width = groups
     mask = mask.clone()
     mask[:, -width:] = 0
     model = tiny()
-    add_fused_lm_head(model)
+    add_fused_head(model)
     logps, _, report = shared_prefix_logps(model, ids, mask, width)
     assert report.reason == "no token is scored"
     assert float(logps.detach().abs().sum()) == 0.0

@@ -11,7 +11,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from trl.trainer.utils import add_fused_lm_head
 
 from trl_ext.shared_prefix import (
     ModelCost,
@@ -65,11 +64,11 @@ def test_the_dtype_is_that_of_the_moment(tiny: Any) -> None:
     assert model_parts.compute_dtype == torch.float64
 
 
-def test_the_fused_head_is_found_in_a_wrapper(tiny: Any) -> None:
+def test_the_fused_head_is_found_in_a_wrapper(tiny: Any, add_fused_head: Any) -> None:
     model = tiny()
     wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     assert not has_fused_head(wrapped)
-    add_fused_lm_head(model)
+    add_fused_head(model)
     assert has_fused_head(wrapped)
 
 
@@ -143,11 +142,11 @@ CALLS: dict[str, Call] = {
 @pytest.mark.parametrize("fused", [False, True], ids=["own head", "fused head"])
 @pytest.mark.parametrize("call", CALLS)
 def test_a_call_searches_the_model_once(
-    call: str, fused: bool, tiny: Any, groups: Any, monkeypatch: pytest.MonkeyPatch
+    call: str, fused: bool, tiny: Any, groups: Any, monkeypatch: pytest.MonkeyPatch, add_fused_head: Any
 ) -> None:
     model = tiny()
     if fused:
-        add_fused_lm_head(model)
+        add_fused_head(model)
     searched: list[nn.Module] = []
     search = module._search
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from trl.trainer.utils import add_fused_lm_head
 
 from trl_ext.shared_prefix import SharedPrefixError, dense_scores, pack, packed_scores, paths, shared_prefix_logps
 
@@ -15,7 +14,7 @@ LOGPS, GRADS = 5e-6, 1e-5
 
 @pytest.mark.parametrize("head", ["own", "fused", "own, as it is faster", "fused, as there are too many logits"])
 def test_entropies_and_their_gradients(
-    head: str, tiny: Any, groups: Any, scored_mask: Any, monkeypatch: pytest.MonkeyPatch
+    head: str, tiny: Any, groups: Any, scored_mask: Any, monkeypatch: pytest.MonkeyPatch, add_fused_head: Any
 ) -> None:
     ids, mask, width = groups
     model = tiny()
@@ -23,7 +22,7 @@ def test_entropies_and_their_gradients(
     if "many" in head:
         monkeypatch.setattr(paths, "MOST_LOGITS", 60)
     if head != "own":
-        add_fused_lm_head(model, temperature=0.6, outputs=("log_probs", "entropy"))
+        add_fused_head(model, temperature=0.6, outputs=("log_probs", "entropy"))
     logps, entropies, _ = shared_prefix_logps(model, ids, mask, width, compute_entropy=True, temperature=temperature)
     assert entropies is not None
     assert _made_by(logps, "_TokenLogProbs") == head.startswith("own")
@@ -71,9 +70,9 @@ def test_the_head_sees_only_scored_predictions(tiny: Any, groups: Any) -> None:
     assert sizes == [int(groups[1][:, -groups[2] :].sum())]
 
 
-def test_entropies_that_the_fused_head_was_not_asked_for(tiny: Any, groups: Any) -> None:
+def test_entropies_that_the_fused_head_was_not_asked_for(tiny: Any, groups: Any, add_fused_head: Any) -> None:
     model = tiny()
-    add_fused_lm_head(model)
+    add_fused_head(model)
     with pytest.raises(ValueError, match="the fused head was added without them"):
         shared_prefix_logps(model, *groups, compute_entropy=True)
 

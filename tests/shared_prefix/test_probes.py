@@ -58,13 +58,11 @@ def test_other_models(family: str, tiny: Tiny, probe_rows: Any, by_hand: Any) ->
             assert logps.tolist() == pytest.approx(by_hand(model, row, answer)[0], abs=5e-5)
 
 
-def test_a_fused_head_and_its_temperature_stay_aside(tiny: Tiny, probe_rows: Any) -> None:
-    from trl.trainer.utils import add_fused_lm_head
-
+def test_a_fused_head_and_its_temperature_stay_aside(tiny: Tiny, probe_rows: Any, add_fused_head: Any) -> None:
     model = tiny()
     rows, answers = probe_rows(rollouts=1)
     expected = force_answers(model, rows, answers)
-    add_fused_lm_head(model, temperature=0.5, outputs=("log_probs", "entropy"))
+    add_fused_head(model, temperature=0.5, outputs=("log_probs", "entropy"))
     for shared in ("always", "never"):
         forced = force_answers(model, rows, answers, shared=shared)
         for a, b in zip(forced.logps, expected.logps, strict=True):

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from trl.trainer.utils import add_fused_lm_head
 
 from trl_ext.shared_prefix import MismatchError, SelfCheck, self_check, selfcheck, shared_prefix_logps
 
@@ -108,9 +107,9 @@ def test_not_a_number_is_a_mismatch() -> None:
     assert not result.ok
 
 
-def test_a_temperature_other_than_the_fused_heads_is_found(tiny: Any, groups: Any) -> None:
+def test_a_temperature_other_than_the_fused_heads_is_found(tiny: Any, groups: Any, add_fused_head: Any) -> None:
     model = tiny()
-    add_fused_lm_head(model, temperature=0.5)
+    add_fused_head(model, temperature=0.5)
     shared_prefix_logps(model, *groups, temperature=0.5)
     with pytest.raises(MismatchError, match="differs from its own dense path"):
         shared_prefix_logps(model, *groups, temperature=0.6)
