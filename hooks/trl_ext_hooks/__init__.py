@@ -1,10 +1,10 @@
-"""The contract between trl_ext and its plugins: everything that a plugin author imports.
+"""Contract between trl_ext and its plugins: everything that a plugin author imports.
 
     from trl_ext_hooks import Plugin, hookimpl, option, Round
 
-`specs` lists every hook. Each stage has a module that holds its types and its hooks: `setup`, `rollout`, `scoring`,
-`loss`, `pairs`, `views`, `campaign`. `toolkit` holds the functions that methods share, and `ops` all of its tensor
-functions under one short name. Both import torch, so they are not imported from here.
+`specs` lists every hook. Each stage has a module with its types and its hooks: `setup`, `rollout`, `scoring`, `loss`,
+`pairs`, `views`, `campaign`. `toolkit` holds the functions that methods share, and `ops` collects its tensor functions
+under one short name. Both import torch, so this package does not import them. Every name is in `hooks/REFERENCE.md`.
 """
 
 from .basics import TrainerKind

@@ -15,19 +15,24 @@ if TYPE_CHECKING:
     import torch
 
 TrainerKind = Literal["grpo", "rloo", "dpo"]
+"""Which trainer: `GRPOTrainer`, `RLOOTrainer` or `DPOTrainer`, or a subclass."""
+
 Mode = Literal["train", "eval"]
+"""Whether the trainer trains or evaluates."""
+
 Role = Literal["policy", "old", "reference"]
+"""Which log-probabilities a forward computes: the policy's, those after sampling, or the reference model's."""
 
 Metric = tuple[float, float]
-"""A sum and a count; the core adds both over processes and reports their ratio."""
+"""A sum and a count. The core adds both over processes and reports their ratio."""
 
 
 @dataclass(frozen=True)
 class MetricLog:
-    """The metrics that hooks log in one round or micro-batch.
+    """Collects the metrics that hooks log in one round or micro-batch.
 
     Attributes:
-        plugin: The plugin that logs now.
+        plugin: Name of the plugin that logs now.
         values: `<plugin>/<name>` -> sum and count, of all plugins.
     """
 
@@ -39,7 +44,7 @@ class MetricLog:
         return MetricLog(plugin, self.values)
 
     def add(self, name: str, values: torch.Tensor | float, count: torch.Tensor | float | None = None) -> None:
-        """Adds values to a metric; see `Logs.log`."""
+        """Adds values to a metric, as `Logs.log` describes."""
         amount, number = _sum_and_count(values, count)
         before, counted = self.values.get(f"{self.plugin}/{name}", (0.0, 0.0))
         self.values[f"{self.plugin}/{name}"] = (before + amount, counted + number)
@@ -47,29 +52,30 @@ class MetricLog:
 
 @dataclass(frozen=True)
 class Logs:
-    """What the stages of a round and of a micro-batch have in common: hooks can log metrics from them."""
+    """Logs metrics: the base class of rounds, micro-batches and batches of pairs."""
 
     metric_log: MetricLog = field(default_factory=MetricLog, kw_only=True, repr=False, compare=False)
 
     def log(self, name: str, values: torch.Tensor | float, count: torch.Tensor | float | None = None) -> None:
         """Reports the metric `<plugin>/<name>`, a mean over all processes. Not collective.
 
-        A tensor without `count` adds its entries that are not NaN, a number counts once. With `count`, the sum of
-        `values` is divided by it. What is logged twice under one name is added up. Every hook that gets such an object
-        can log, but `inspect`, whose metrics nobody reads.
+        Without `count`, a tensor is averaged over its entries that are not NaN, and a number counts once. With `count`,
+        the sum of `values` is divided by it. Repeated calls under one name add up. Every hook that receives such an
+        object can log, except `inspect`, whose metrics are not reported.
 
         Args:
             name: Name of the metric inside the plugin.
             values: Values to average, or their sum.
-            count: What the sum is divided by. A metric whose count is 0 on all processes is not reported.
+            count: Divisor of the sum. A metric whose count is 0 on all processes is not reported.
         """
         self.metric_log.add(name, values, count)
 
 
 def _sum_and_count(values: torch.Tensor | float, count: torch.Tensor | float | None) -> Metric:
-    """Returns a sum and a count as plain numbers; tensors are told by their methods, so that torch stays unimported."""
+    """Returns a sum and a count as plain numbers."""
     if isinstance(values, int | float):
         return float(values), 1.0 if count is None else float(count)
+    # a tensor is recognised by its method, so that torch stays unimported
     if not hasattr(values, "isnan"):
         raise TypeError(f"a metric is logged from a tensor or a number, got {type(values).__name__}")
     values = values.detach()
@@ -80,7 +86,7 @@ def _sum_and_count(values: torch.Tensor | float, count: torch.Tensor | float | N
 
 
 def loss_mask(batch: Mapping[str, Any]) -> torch.Tensor:
-    """1 on the tokens that the loss counts: those of completions that the model wrote."""
+    """Marks the tokens that the loss counts, those that the model wrote, with 1 and others with 0: (rows, T)."""
     mask: torch.Tensor = batch["completion_mask"]
     tool_mask = batch.get("tool_mask")
     return mask if tool_mask is None else mask * tool_mask

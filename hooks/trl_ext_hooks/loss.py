@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LogpsCall:
-    """One request for completion log-probabilities.
+    """Describes one request for log-probabilities.
 
     Attributes:
-        kind: The trainer that asks. GRPO and RLOO ask for completions, DPO for pairs.
+        kind: The trainer that asks. GRPO and RLOO ask about completions, DPO about pairs.
         role: `"policy"` (with gradient, inside the loss), `"old"` (no gradient, right after sampling) or
             `"reference"`.
         model: The model to call, wrapped as the trainer holds it.
-        input_ids, attention_mask: (B, P + T): prompts padded left, completions padded right. For pairs (2n, L) padded
-            right, the chosen ones first.
-        logits_to_keep: T; for pairs L - 1.
+        input_ids, attention_mask: (B, P + T), prompts padded left and completions padded right. For pairs (2n, L),
+            padded right, the chosen ones first.
+        logits_to_keep: T. For pairs L - 1.
         score_mask: None for completions. For pairs (2n, L), true on the tokens to score.
         batch_size: Rows per forward that the trainer asks for, or None for all at once.
         compute_entropy: Whether entropies are wanted.
@@ -47,11 +47,11 @@ class LogpsCall:
 
 @dataclass(frozen=True)
 class Logps:
-    """What a forward gives for the tokens to score.
+    """Holds what a forward gives for the tokens to score.
 
     Attributes:
         per_token_logps: (B, T), 0 on masked tokens.
-        entropies: (B, T) where asked for.
+        entropies: (B, T) where asked for, else None.
         aux_loss: Scalar, or None.
         extra: For pairs, the other per-token values of TRL's fused head by its names, such as `mean_logits`.
     """
@@ -64,14 +64,14 @@ class Logps:
 
 @dataclass(frozen=True)
 class Loss(Logs):
-    """One micro-batch inside the loss, after the policy's forward.
+    """Holds one micro-batch inside the loss, after the policy's forward.
 
     Attributes:
         mode, step, trainer: As in `Rollout`.
         batch: The micro-batch by TRL's names (m rows), with every field that `batch_fields` added.
         per_token_logps: (m, T) with gradient.
         entropies: (m, T) or None. TRL's own carry a gradient from TRL 1.15 on.
-        hidden_states: By plugin, (n, H) detached: what it named in `hidden_positions`, from this very forward.
+        hidden_states: By plugin, what it named in `hidden_positions`, from this very forward: (n, H), detached.
     """
 
     mode: Mode
@@ -84,18 +84,22 @@ class Loss(Logs):
 
     @property
     def mask(self) -> torch.Tensor:
-        """(m, T): 1 on the tokens that the loss counts."""
+        """Marks the tokens that the loss counts with 1, others with 0: (m, T)."""
         return loss_mask(self.batch)
 
     @property
     def advantages(self) -> torch.Tensor:
-        """(m, 1) or (m, T), ready to multiply token values."""
+        """Returns the advantages in a shape that multiplies token values: (m, 1) or (m, T)."""
         advantages = self.batch["advantages"]
         return advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
 
     @property
     def group_ids(self) -> torch.Tensor:
-        """(m,) which rows share a prompt: for plugins with the need `whole_groups` or `grouped_order`."""
+        """Returns group ids (m,): rows of one prompt have the same number.
+
+        Raises:
+            AttributeError: No plugin of the run has the need `whole_groups` or `grouped_order`.
+        """
         ids: torch.Tensor | None = self.batch.get("trl_ext_group_ids")
         if ids is None:
             raise AttributeError("no plugin of this run needs `whole_groups` or `grouped_order`; declare the need")
@@ -103,36 +107,40 @@ class Loss(Logs):
 
     @property
     def clip_range(self) -> tuple[float, float]:
-        """How far the trainer lets the importance ratio go below and above 1: `epsilon` and `epsilon_high`.
+        """Returns how far the trainer lets the importance ratio go below and above 1: `epsilon` and `epsilon_high`.
 
-        Without `epsilon_high` both are `epsilon`.
+        Where `epsilon_high` is None, both numbers are `epsilon`.
         """
         low, high = self.trainer.args.epsilon, getattr(self.trainer.args, "epsilon_high", None)
         return float(low), float(low if high is None else high)
 
     @property
     def sampling_ratio(self) -> torch.Tensor | None:
-        """(m, 1) or (m, T) detached: how much likelier TRL's policy found the tokens than the sampler (vLLM) did.
+        """Returns how much likelier the tokens are under TRL's policy than under the sampler (vLLM).
 
-        TRL multiplies its loss per token by it. None where the policy itself sampled, or the correction is off.
+        (m, 1) or (m, T), detached. TRL multiplies its loss per token by it. None where the policy itself sampled, or
+        where the correction is off.
         """
         return self.batch.get("importance_sampling_ratio")
 
     @property
     def old_per_token_logps(self) -> torch.Tensor:
-        """(m, T) under the sampling policy; the detached current ones where the round is on-policy."""
+        """Returns the log-probabilities under the policy that sampled: (m, T), without gradient.
+
+        Where the round is on-policy, they are the current ones, detached.
+        """
         old = self.batch.get("old_per_token_logps")
         return self.per_token_logps.detach() if old is None else old
 
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """A loss of a micro-batch: the policy loss itself, or a term beside it.
+    """Holds a loss of a micro-batch: the policy loss itself, or a term beside it.
 
     Attributes:
         values: (m, T) loss per token, or a scalar that already is a mean over the micro-batch.
-        normalisation: For (m, T) only: `"trainer"` averages as the trainer's `loss_type` does, `"token_mean"` over the
-            micro-batch's tokens, `"sequence_mean"` over each row first.
+        normalisation: How (m, T) values are averaged. `"trainer"` averages as the trainer's `loss_type` does,
+            `"token_mean"` over the tokens of the micro-batch, `"sequence_mean"` over each row first.
     """
 
     values: torch.Tensor
@@ -140,19 +148,21 @@ class PolicyLoss:
 
 
 Compute = Callable[[], Logps]
+"""TRL's own forward."""
 
 
 @hookspec
 def hidden_positions(loss_mask: torch.Tensor) -> torch.Tensor:
-    """Names the tokens for which the plugin reads hidden states, such as where a value is learned. All plugins.
+    """Selects the tokens for which the plugin reads hidden states, such as where a value is learned. All plugins.
 
-    The hidden state of a token is that of the last layer one position before, from which the token is predicted. Runs
-    inside every forward of the policy that scores completions: once after sampling, and in each loss. Gets `loss_mask`
-    (B, T) of its rows and returns (B, T) booleans. The n states come back detached, in the order of the rows, in the
-    dtype of the model, as `hidden_states[name of the plugin]` of `Round` and of `Loss`; the loss costs no forward more.
+    Runs on every process, inside every forward of the policy that scores completions: once after sampling, and in each
+    loss. Receives the loss mask (B, T) of the rows of that forward and returns (B, T) booleans. GRPO and RLOO.
 
-    Old log-probabilities are computed as with the need `old_logps`. Refused beside a plugin that owns the forward
-    (hook `logps`), whose rows need not be those of the model. GRPO and RLOO.
+    The hidden state of a token is that of the last layer one position before, from which the token is predicted. The n
+    selected states are in `hidden_states[name of the plugin]` of `Round` and of `Loss`: (n, H), detached, in the order
+    of the rows, in the dtype of the model. The loss runs no additional forward for them. The core computes old
+    log-probabilities as with the need `old_logps`. The hook is refused beside a plugin that owns the forward (hook
+    `logps`), because the rows of that forward may differ from those of the batch.
 
     ```python
     class FirstState(Plugin):
@@ -164,19 +174,20 @@ def hidden_positions(loss_mask: torch.Tensor) -> torch.Tensor:
             return (loss_mask != 0) & (loss_mask.cumsum(1) == 1)  # the first token that the loss counts
 
         @hookimpl
-        def loss_metrics(self, loss):
+        def loss_terms(self, loss):
             states = loss.hidden_states[self.name].float()  # (n, H)
-            return {"norm": (states.norm(dim=1).sum().item(), len(states))}
+            loss.log("norm", states.norm(dim=1))
     ```
     """
 
 
 @hookspec
 def logps(call: LogpsCall, compute: Compute) -> Logps:
-    """Owns the forward that gives log-probabilities, in all three roles. One owner. All trainers; DPO from TRL 1.15.
+    """Owns the forward that computes log-probabilities, in every role. One owner.
 
-    `compute()` is TRL's own forward. The result must carry gradients in the role `policy`, be 0 on masked tokens and
-    hold entropies when they are asked for. DPO has the roles `policy` and `reference`.
+    Runs on every process. `compute()` runs TRL's own forward. The result must carry gradients in the role `policy`, be
+    0 on masked tokens, and hold entropies where they are asked for. DPO has the roles `policy` and `reference`. All
+    trainers, DPO from TRL 1.15.
 
     ```python
     class TimeForward(Plugin):
@@ -197,7 +208,8 @@ def logps(call: LogpsCall, compute: Compute) -> Logps:
 def loss_inputs(batch: Mapping[str, Any], trainer: TrainerView) -> Mapping[str, Any] | None:
     """Replaces entries of a micro-batch just before its loss. Chained.
 
-    `batch` is a copy by TRL's names (m rows); the entries returned replace those of the same name.
+    Runs on every process. `batch` is a copy by TRL's names (m rows, for pairs 2n). Returns the entries to replace,
+    under names that the batch has. None replaces nothing. All trainers.
 
     ```python
     class HalveNegatives(Plugin):
@@ -214,12 +226,12 @@ def loss_inputs(batch: Mapping[str, Any], trainer: TrainerView) -> Mapping[str, 
 
 @hookspec
 def policy_loss(loss: Loss) -> PolicyLoss:
-    """Replaces the policy loss of a micro-batch. One owner. GRPO and RLOO.
+    """Replaces the policy loss of a micro-batch. One owner.
 
-    Everything that TRL would add (KL term, entropy bonus, clipping, importance correction) is replaced too, so settings
-    that ask for it are refused before training unless they are declared in `honours`; only a router's auxiliary loss
-    stays. A loss that uses no advantages claims `no_advantages`, and their settings are refused as well. The core
-    scales for accumulation.
+    Runs on every process, in training and in evaluation. It also replaces what TRL would add: KL term, entropy bonus,
+    clipping and importance correction. Settings that ask for these are refused before training, unless `honours`
+    declares them. Only a router's auxiliary loss stays. A loss that uses no advantages claims `no_advantages`, and
+    settings about advantages are then refused too. The core scales the loss for gradient accumulation. GRPO and RLOO.
 
     ```python
     class Reinforce(Plugin):
@@ -235,11 +247,11 @@ def policy_loss(loss: Loss) -> PolicyLoss:
 
 @hookspec
 def loss_terms(loss: Loss) -> Mapping[str, torch.Tensor | PolicyLoss] | None:
-    """Adds named terms to the loss of a micro-batch. Summed over plugins.
+    """Adds named terms to the loss of a micro-batch. All plugins, and the core adds up the terms.
 
-    A term is a scalar that is a mean over the micro-batch, or a `PolicyLoss` with one value per token, which the core
-    averages as the trainer's `loss_type` does. The core scales both for gradient accumulation, so a term counts the
-    same whatever the micro-batch size, and reports each as the metric `<plugin>/<term>`. GRPO and RLOO.
+    Runs on every process, after `policy_loss`. A term is a scalar that is a mean over the micro-batch, or a
+    `PolicyLoss`. The core scales each term for gradient accumulation, so the micro-batch size does not change its
+    weight. It reports each term as the metric `<plugin>/<term>`. None adds nothing. GRPO and RLOO.
 
     ```python
     class StayNear(Plugin):
@@ -257,10 +269,11 @@ def loss_terms(loss: Loss) -> Mapping[str, torch.Tensor | PolicyLoss] | None:
 
 @hookspec
 def optimizer_step(trainer: TrainerView) -> None:
-    """Runs right after each step of the trainer's optimizer, for plugins that train something themselves. All plugins.
+    """Updates what the plugin trains itself, right after each step of the trainer's optimizer. All plugins.
 
-    What `loss_terms` sends a gradient to besides the model has it now, added up over the micro-batches of this process.
-    Average it over processes (`trainer.reduce`), step, and clear it. Collective. All trainers.
+    Runs on every process. Tensors outside the model that `loss_terms` sent a gradient to hold it now, summed over the
+    micro-batches of this process. Average it over processes with `trainer.reduce`, step, and clear it. All trainers.
+    Collective.
 
     ```python
     class Temperature(Plugin):
@@ -296,7 +309,11 @@ def optimizer_step(trainer: TrainerView) -> None:
 
 @hookspec
 def loss_metrics(loss: Loss) -> Mapping[str, Metric] | None:
-    """The same for every micro-batch. All plugins. Collective. GRPO and RLOO. Other loss hooks may use `loss.log`.
+    """Reports values of a micro-batch as {name: (sum, count)}. All plugins.
+
+    Runs on every process, after `loss_terms`. The core adds sums and counts over micro-batches and processes, and
+    reports the ratio as `<plugin>/<name>`. A hook that computes such a value on its way calls `loss.log` instead. None
+    reports nothing. GRPO and RLOO. Collective.
 
     ```python
     class MeanLogp(Plugin):

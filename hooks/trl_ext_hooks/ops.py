@@ -1,4 +1,4 @@
-"""All tensor functions of the toolkit under one short name: `from trl_ext_hooks import ops`."""
+"""Tensor functions of the toolkit under one short name: `from trl_ext_hooks import ops`."""
 
 from .toolkit.groups import GroupStats, group_normalize, group_pairs, group_stats
 from .toolkit.losses import clipped_surrogate, masked_mean, scale_gradient

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pairs(Logs):
-    """A micro-batch of n preference pairs of DPO, before its forwards. L is the padded length, prompt included.
+    """Holds a micro-batch of n preference pairs of DPO, before its forwards. L is the padded length with the prompt.
 
     Attributes:
         mode, step, trainer: As in `Rollout`.
-        batch: Tensors by TRL's names, 2n rows of which the first n are the chosen ones, padded right: `input_ids`,
-            `attention_mask`, `completion_mask` (2n, L), and what else the collator made.
-        rows: n dataset rows with the columns that plugins need, and where the data are text `prompt_ids`,
-            `chosen_ids`, `rejected_ids`.
+        batch: Tensors by TRL's names: `input_ids`, `attention_mask` and `completion_mask` (2n, L), and what else the
+            collator made. Rows are padded right, and the first n are the chosen ones.
+        rows: n dataset rows with the columns that plugins need. Where the data are text, also `prompt_ids`,
+            `chosen_ids` and `rejected_ids`.
     """
 
     mode: Mode
@@ -35,20 +35,19 @@ class Pairs(Logs):
 
     @property
     def mask(self) -> torch.Tensor:
-        """(2n, L-1) bool: the tokens that the loss counts; entry t is about token t + 1."""
+        """Marks the tokens that the loss counts: (2n, L-1) bool. Entry t is about token t + 1."""
         mask: torch.Tensor = self.batch["completion_mask"]
         return mask[:, 1:] != 0
 
 
 @dataclass(frozen=True)
 class ScoredPairs(Pairs):
-    """Pairs with their log-probabilities.
+    """Holds pairs with their log-probabilities.
 
     Attributes:
-        fields: What `pair_batch` of any plugin returned.
-        per_token_logps: (2n, L-1) under the policy, 0 where `mask` is false; with gradient in `pair_logps`.
-        ref_per_token_logps: (2n, L-1) under the reference; None where only precomputed sums exist, which happens in
-            `pair_metrics` only.
+        fields: What `pair_batch` of any plugin returned, by name.
+        per_token_logps: (2n, L-1) under the policy, 0 where `mask` is false. With gradient in `pair_logps`.
+        ref_per_token_logps: (2n, L-1) under the reference. None in `pair_metrics` where only precomputed sums exist.
     """
 
     fields: Mapping[str, Any]
@@ -58,7 +57,7 @@ class ScoredPairs(Pairs):
 
 @dataclass(frozen=True)
 class PairLogps:
-    """Rewritten log-probabilities of policy and reference, (2n, L-1) each."""
+    """Holds rewritten log-probabilities of policy and reference, (2n, L-1) each."""
 
     per_token_logps: torch.Tensor
     ref_per_token_logps: torch.Tensor
@@ -66,12 +65,15 @@ class PairLogps:
 
 @hookspec
 def pair_batch(pairs: Pairs) -> Mapping[str, Any] | None:
-    """Adds fields to a micro-batch of pairs, before its forwards. All plugins. DPO.
+    """Adds fields to a micro-batch of pairs, before its forwards. All plugins.
 
-    Names must be declared in `fields`; `pair_logps` and `pair_metrics` find the values in `pairs.fields`, and the model
-    never sees them. The columns that `needs` names (`column:NAME`) are in `pairs.rows`, whatever TRL drops, in training
-    and in evaluation. Runs in the training process, also where worker processes load the data.
-    `trl_ext_hooks.toolkit.tokens.align_tokens` lays one value per completion token out like the log-probabilities.
+    Runs in every training process, also where worker processes load the data. The plugin declares the names in
+    `fields`. `pair_logps` and `pair_metrics` find the values in `pairs.fields`. The model never sees them. None adds
+    nothing. DPO.
+
+    `pairs.rows` holds the columns that plugins need (`column:NAME`), also those that TRL drops, in training and in
+    evaluation. `trl_ext_hooks.toolkit.tokens.align_tokens` lays out one value per completion token like the
+    log-probabilities.
 
     ```python
     class Confidence(Plugin):
@@ -95,11 +97,11 @@ def pair_batch(pairs: Pairs) -> Mapping[str, Any] | None:
 
 @hookspec
 def pair_logps(pairs: ScoredPairs) -> PairLogps | None:
-    """Rewrites the log-probabilities of policy and reference, token by token. Chained. DPO from TRL 1.15.
+    """Rewrites the log-probabilities of policy and reference, token by token. Chained.
 
-    TRL then forms what it forms of every loss, divergence and metric from the result, so its `rewards/*` and `logps/*`
-    are about rewritten values. The policy's must keep their gradient. Refused with `precompute_ref_log_probs`, which
-    keeps sums only.
+    Runs on every process. The policy's values must keep their gradient. TRL computes its loss and its metrics from the
+    result, so `rewards/*` and `logps/*` describe rewritten values. The hook is refused with `precompute_ref_log_probs`,
+    which keeps sums only. None keeps the values. DPO from TRL 1.15.
 
     ```python
     class FirstTokens(Plugin):
@@ -116,10 +118,11 @@ def pair_logps(pairs: ScoredPairs) -> PairLogps | None:
 
 @hookspec
 def pair_metrics(pairs: ScoredPairs) -> Mapping[str, Metric] | None:
-    """Reports values of a micro-batch of pairs as {name: (sum, count)}. All plugins. Collective. DPO from TRL 1.15.
+    """Reports values of a micro-batch of pairs as {name: (sum, count)}. All plugins.
 
-    The log-probabilities are those of the models, detached, before any `pair_logps`. Other hooks of pairs may use
-    `pairs.log`.
+    Runs on every process, after the loss. The log-probabilities are those of the models, detached, before any
+    `pair_logps`. A hook that computes such a value on its way calls `pairs.log` instead. None reports nothing. DPO from
+    TRL 1.15. Collective.
 
     ```python
     class TokenMargin(Plugin):

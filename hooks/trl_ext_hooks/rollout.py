@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Generation:
-    """What a rollout produced, one entry per prompt (b rows).
+    """Holds what a rollout produced, one entry per prompt (b rows).
 
     Attributes:
         prompt_ids: Token ids of each prompt, unpadded.
         completion_ids: Token ids of each completion, unpadded, tool results included.
         completions: Text or messages, as the reward functions receive them.
-        tool_mask: Per completion token 1 = written by the model, 0 = tool result; None without tools.
-        logprobs: Log-probabilities reported by the sampler, or None.
+        tool_mask: Per completion token, 1 = written by the model and 0 = tool result. None without tools.
+        logprobs: Log-probabilities that the sampler reported, or None.
         extra: Further values of TRL's own rollout, to be passed on unchanged.
     """
 
@@ -38,20 +38,22 @@ class Generation:
 
 @dataclass(frozen=True)
 class Turns:
-    """What environments gave between the turns of the model: for plugins with the need `turns`.
+    """Holds what environments reported turn by turn, for plugins with the need `turns`.
 
-    Turn j of a row is what the model wrote in the j-th generation of a round, the j-th run of ones in its `tool_mask`,
-    and the tool calls that this led to, up to the next generation or the end. J is the largest number of turns of a row
-    on this process; a row that stopped earlier stays as it was. Environments are read before every generation and at
-    the end, so this holds with several calls in a turn, with calls that fail, and where an answer was too long to keep.
+    Turn j of a row is the text of its j-th generation (the j-th run of ones in its `tool_mask`), with the tool calls
+    that follow up to the next generation or the end. J is the largest number of turns of a row on this process. A row
+    that stopped earlier keeps its last values. Environments are read before every generation and at the end. Several
+    calls in a turn, failed calls and answers that were too long to keep are therefore counted correctly.
 
     An environment tells its cumulative reward as a number `total_reward`, or the rewards of its steps as a list
-    `step_rewards`; that it has ended by itself as `done`, and by a limit as `truncated`. None of them has to exist.
+    `step_rewards`. It sets `done` once the episode has ended by itself, and `truncated` once a limit ended it. All four
+    attributes are optional. `reset` must set them back, because TRL uses instances again. Reading them must neither
+    block nor step the environment, so a time limit for a simulator belongs in the environment's methods.
 
     Attributes:
-        rewards: (b, J) float64: how much the cumulative reward grew in the turn; NaN where it is not finite.
-        done, truncated: (b, J + 1) bool: as they were before turn j, and at the end.
-        rewarded: (b,) bool: whether the environment tells rewards at all; `rewards` is 0 where it does not.
+        rewards: (b, J) float64: how much the cumulative reward grew in the turn. NaN where it is not finite.
+        done, truncated: (b, J + 1) bool: the values before turn j, and at the end.
+        rewarded: (b,) bool: whether the environment tells rewards at all. `rewards` is 0 where it does not.
     """
 
     rewards: torch.Tensor
@@ -62,7 +64,7 @@ class Turns:
 
 @dataclass(frozen=True)
 class Rollout(Logs):
-    """A generated round before scoring. Lists have the b local rows.
+    """Holds a generated round before scoring. Lists have the b local rows.
 
     Attributes:
         mode: `"train"` or `"eval"`.
@@ -72,10 +74,10 @@ class Rollout(Logs):
         prompts, completions: Text or messages.
         completion_ids: Token ids of each completion, unpadded.
         tool_mask: See `Generation.tool_mask`.
-        group_ids: (N,) which rows share a prompt: equal numbers, equal group.
+        group_ids: (N,) integers: rows of one prompt have the same number.
         offset: Index of this process's first row among the N.
         trainer: The trainer.
-        turns: What the environments gave turn by turn, with the need `turns`; None where there are none.
+        turns: What the environments reported turn by turn, with the need `turns`. None where there are none.
     """
 
     mode: Mode
@@ -98,9 +100,9 @@ class Rollout(Logs):
 
     @property
     def tool_calls(self) -> torch.Tensor:
-        """(b,) int64: executed tool calls of each rollout, that is its messages with the role `tool`.
+        """Counts the executed tool calls of each rollout, that is its messages with the role `tool`: (b,) int64.
 
-        Rollouts that are plain text hold no messages: see `trl_ext_hooks.toolkit.tool_calls.CallCounter`.
+        Rollouts that are plain text hold no messages. `trl_ext_hooks.toolkit.tool_calls.CallCounter` counts theirs.
         """
         from .toolkit.tool_calls import count_tool_messages
 
@@ -108,16 +110,19 @@ class Rollout(Logs):
 
 
 Generate = Callable[[list[Any]], Generation]
+"""The rest of a rollout: takes b prompts, and returns what is generated for them."""
+
 Fields = Mapping[str, "torch.Tensor | Sequence[Any]"]
+"""Name of a field -> b values."""
 
 
 @hookspec
 def select_rows(rows: list[dict[str, Any]], trainer: TrainerView) -> list[dict[str, Any]] | None:
     """Replaces the prompts of a training round, before anything is generated. Chained.
 
-    Gets the dataset rows of all processes (N, every prompt G times in a row) and returns N rows in the same layout.
-    Every process gets the same rows and has to return the same rows; each then keeps its own part. GRPO, RLOO; training
-    rounds only.
+    Runs on every process, with the dataset rows of all processes: N rows, every prompt G times in a row. Returns N rows
+    in the same layout, the same on every process. Each process then keeps its own part. None keeps the rows. GRPO and
+    RLOO, training rounds only.
 
     ```python
     class EasiestFirst(Plugin):
@@ -134,11 +139,11 @@ def select_rows(rows: list[dict[str, Any]], trainer: TrainerView) -> list[dict[s
 
 @hookspec
 def rollout(prompts: list[Any], generate: Generate, trainer: TrainerView) -> Generation:
-    """Surrounds the generation of a round. Plugins nest in order, the first one outermost. Collective.
+    """Surrounds the generation of a round. Plugins nest in order, the first one outermost.
 
-    `generate(prompts)` runs the next plugin and finally TRL's generation, tools included. It may be called again for
-    a second pass, on every process the same number of times, and always takes and returns b rows (a group may lie on
-    two processes). GRPO and RLOO.
+    Runs on every process, with its b prompts (a group may lie on two processes). `generate(prompts)` runs the next
+    plugin and finally TRL's generation, tools included. It takes and returns b rows. It may be called again for a
+    second pass, on every process the same number of times. GRPO and RLOO. Collective.
 
     ```python
     class ThinkHint(Plugin):
@@ -154,10 +159,11 @@ def rollout(prompts: list[Any], generate: Generate, trainer: TrainerView) -> Gen
 
 @hookspec
 def annotate(rollout: Rollout) -> Fields | None:
-    """Adds values per row after generation and before rewards, such as counted tool calls. All plugins. Collective.
+    """Adds values per row after generation and before rewards, such as counted tool calls. All plugins.
 
-    Returns {name: b values}; names must be declared in `fields`. Reward functions receive them as keyword arguments,
-    later hooks in `fields`, and tensors (b, ...) also from all processes in `gathered`.
+    Runs on every process. Returns {name: b values}, with names that the plugin declares in `fields`. Reward functions
+    receive them as keyword arguments, and later hooks in `fields`. Tensors (b, ...) are also gathered from all
+    processes, in `gathered`. None adds nothing. GRPO and RLOO. Collective.
 
     ```python
     class CountQuestions(Plugin):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rewards:
-    """Rewards (N, F') with their names and weights, where a plugin adds or removes columns."""
+    """Holds rewards (N, F') with their names and weights, where a plugin adds, drops or renames columns."""
 
     values: torch.Tensor
     names: tuple[str, ...]
@@ -26,12 +26,12 @@ class Rewards:
 
 @dataclass(frozen=True)
 class Scored(Rollout):
-    """A scored round.
+    """Holds a scored round.
 
     Attributes:
         fields: What `annotate` of any plugin returned, by name: b local values.
         gathered: The tensors among them, of all processes: (N, ...).
-        rewards: (N, F) float32 of all processes; NaN = this reward does not apply to the row.
+        rewards: (N, F) float32 of all processes. NaN = this reward does not apply to the row.
         reward_names: The F names.
         reward_weights: (F,).
     """
@@ -43,7 +43,7 @@ class Scored(Rollout):
     reward_weights: torch.Tensor
 
     def reward_index(self, name: str | None = None) -> int:
-        """Returns the column of a reward: the first one without a name.
+        """Returns the column of a reward. Without a name that is the first one.
 
         Raises:
             UsageError: The round has no reward of that name.
@@ -58,27 +58,27 @@ class Scored(Rollout):
         return self.reward_names.index(name)
 
     def reward(self, name: str | None = None) -> torch.Tensor:
-        """Returns the (N,) rewards of one reward function: of the first one without a name. NaN = does not apply."""
+        """Returns the rewards of one reward function, without a name of the first: (N,), NaN = does not apply."""
         return self.rewards[:, self.reward_index(name)]
 
     @property
     def total_reward(self) -> torch.Tensor:
-        """(N,) float64: the weighted sum of each row's rewards that apply; NaN where none does."""
+        """Sums each row's rewards that apply, with their weights: (N,) float64, NaN where none applies."""
         total = (self.rewards.double() * self.reward_weights.double()).nansum(dim=1)
         return total.masked_fill(self.rewards.isnan().all(dim=1), float("nan"))
 
 
 @dataclass(frozen=True)
 class Round(Scored):
-    """A round with advantages.
+    """Holds a round with advantages.
 
     Attributes:
         advantages: What the loss would use now: (N,) one per row of all processes, or (b, T) one per local token.
         batch: The tensors that go to the loss, by TRL's names, b rows, still in group order: `prompt_ids` (b, P),
-            `completion_ids`, `completion_mask` (b, T), and where they exist `tool_mask`, `old_per_token_logps`,
-            `ref_per_token_logps`.
-        hidden_states: By plugin, (n, H) detached: the hidden states that it named in `hidden_positions`, under the
-            policy that sampled the round.
+            `completion_ids` and `completion_mask` (b, T). Where they exist also `tool_mask`, `old_per_token_logps` and
+            `ref_per_token_logps` (b, T).
+        hidden_states: By plugin, the hidden states that it named in `hidden_positions`, under the policy that sampled
+            the round: (n, H), detached.
         gathered_lengths: What `lengths` returns, where it is known already.
     """
 
@@ -89,10 +89,10 @@ class Round(Scored):
 
     @property
     def lengths(self) -> torch.Tensor:
-        """(N,): how many tokens of each row the loss counts, of all processes.
+        """Counts the tokens of each row that the loss counts, of all processes: (N,).
 
-        The core gathers them once for every round, so reading them is no collective. Only a round that was made by hand
-        gathers them here.
+        The core gathers the counts once for every round, so reading them is not collective. Only a round that was made
+        by hand gathers them here.
         """
         if self.gathered_lengths is None:
             return self.trainer.gather(self.loss_mask.sum(dim=1))
@@ -100,18 +100,18 @@ class Round(Scored):
 
     @property
     def loss_mask(self) -> torch.Tensor:
-        """(b, T): 1 on the tokens that the loss counts."""
+        """Marks the tokens that the loss counts with 1, others with 0: (b, T)."""
         return loss_mask(self.batch)
 
     @property
     def kept(self) -> torch.Tensor:
-        """(b,) booleans: the rows of this process that `keep_rows` left in; all of them before it has run."""
+        """Marks the rows of this process that `keep_rows` left in: (b,) booleans. Before it has run, all rows."""
         kept: torch.Tensor | None = self.batch.get("trl_ext_kept")
         return self.group_ids[self.local] >= 0 if kept is None else kept
 
     @property
     def token_advantages(self) -> torch.Tensor:
-        """(b, T): the advantages of this process, one per token, 0 on tokens that the loss does not count."""
+        """Returns this process's advantages, one per token: (b, T), 0 on tokens that the loss does not count."""
         rows = self.advantages if self.advantages.dim() == 2 else self.advantages[self.local].unsqueeze(1)
         return rows * self.loss_mask
 
@@ -120,8 +120,8 @@ class Round(Scored):
 def rewards(scored: Scored) -> Rewards | torch.Tensor | None:
     """Rewrites the rewards of all processes, before any statistic and before they are logged. Chained.
 
-    Returns (N, F) values, or `Rewards` to add, drop or rename columns. NaN means "does not apply". Every process must
-    return the same values.
+    Runs on every process. Returns (N, F) values, or `Rewards` to add, drop or rename columns. NaN = does not apply.
+    Every process must return the same values. None keeps the rewards. GRPO and RLOO. Collective.
 
     ```python
     class ClipRewards(Plugin):
@@ -137,10 +137,11 @@ def rewards(scored: Scored) -> Rewards | torch.Tensor | None:
 
 @hookspec
 def advantages(round: Round) -> torch.Tensor | None:
-    """Computes or adjusts the advantages of a round. One estimator first, then the other plugins in order. Collective.
+    """Computes or adjusts the advantages of a round. The estimator comes first, then the other plugins. Chained.
 
-    A plugin that claims `estimator` computes them from `round.rewards`; the others start from `round.advantages`.
-    Returns (N,) for all processes, equal on each, or (b, T) for this process's tokens (GRPO only). Both must be finite.
+    Runs on every process. A plugin that claims `estimator` computes advantages from `round.rewards`. The others start
+    from `round.advantages`. Returns (N,) for all processes, equal on each, or (b, T) for this process's tokens (GRPO
+    only). Every value must be finite. None keeps the advantages. GRPO and RLOO. Collective.
 
     ```python
     class MeanOnly(Plugin):
@@ -157,17 +158,21 @@ def advantages(round: Round) -> torch.Tensor | None:
 
 @hookspec
 def keep_rows(round: Round) -> torch.Tensor | None:
-    """Selects the rows that a training round learns from. All plugins; each must keep a row for it to stay. Collective.
+    """Selects the rows that a training round learns from. A row stays if every plugin with this hook keeps it.
 
-    Returns (N,) booleans for the rows of all processes, equal on each. The others become as if they had never been
-    sampled: their advantage and loss mask are 0, and no denominator of the loss counts them. `num_items_in_batch`
-    (loss types dapo, cispo, vespo) is counted again; where the loss averages over rows (grpo, sapo, dr_grpo, luspo,
-    RLOO) it is scaled by N / kept; in bnpo, which averages inside micro-batches, each micro-batch weighs as many rows
-    as it keeps. So are terms per token of `loss_terms`; scalar terms are averaged as plugins do it, `loss.mask` is 0 on
-    the rows left out. A `policy_loss` that is a scalar has to leave them out itself and to say so:
-    `honours = ("keep_rows",)`. Later hooks of the round see what is left in `round.kept`.
+    Runs on every process, after `advantages`, so group statistics include all rows. Returns (N,) booleans for the rows
+    of all processes, equal on each. None keeps all rows. GRPO and RLOO, training rounds only. Collective.
 
-    Advantages and group statistics are computed before, with all rows. Training rounds only. GRPO and RLOO.
+    A row left out counts as if it had never been sampled. Its advantage and its loss mask are 0, and no denominator of
+    the loss counts it:
+
+    - The loss types dapo, cispo and vespo divide by `num_items_in_batch`, which is counted again.
+    - The loss types grpo, sapo, dr_grpo and luspo, and RLOO, average over rows. They are scaled by N / kept rows.
+    - The loss type bnpo averages inside micro-batches. Each micro-batch then weighs as many rows as it keeps.
+
+    Values per token from `loss_terms` follow the same rule. A scalar is averaged by the plugin that returns it, and
+    `loss.mask` is 0 on rows left out. A plugin whose `policy_loss` is a scalar has to leave these rows out itself, and
+    declares that with `honours = ("keep_rows",)`. Later hooks of the round find the rows in `round.kept`.
 
     ```python
     class SkipSilentGroups(Plugin):
@@ -185,7 +190,9 @@ def keep_rows(round: Round) -> torch.Tensor | None:
 def batch_fields(round: Round) -> Mapping[str, torch.Tensor] | None:
     """Adds tensors (b, ...) that travel with their rows through shuffling and splitting to the loss. All plugins.
 
-    Names must be declared in `fields`. A 0-d tensor reaches every micro-batch unchanged. Collective. GRPO and RLOO.
+    Runs on every process, after `keep_rows`. The plugin declares the names in `fields`. A 0-d tensor reaches every
+    micro-batch unchanged. The loss finds the tensors in `loss.batch`, detached. None adds nothing. GRPO and RLOO.
+    Collective.
 
     ```python
     class CarryLengths(Plugin):
@@ -202,10 +209,11 @@ def batch_fields(round: Round) -> Mapping[str, torch.Tensor] | None:
 
 @hookspec
 def round_metrics(round: Round) -> Mapping[str, Metric] | None:
-    """Reports values of a finished round as {name: (sum, count)}. All plugins. Collective. GRPO and RLOO.
+    """Reports values of a finished round as {name: (sum, count)}. All plugins.
 
-    The core adds sums and counts over processes, and reports the ratio as `<plugin>/<name>`. A hook that computes such
-    a value on its way reports it by `round.log` instead, which needs no hook of its own.
+    Runs on every process, after `batch_fields`. The core adds sums and counts over processes, and reports the ratio as
+    `<plugin>/<name>`. A hook that computes such a value on its way calls `round.log` instead. None reports nothing.
+    GRPO and RLOO. Collective.
 
     ```python
     class ZeroShare(Plugin):

@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    """A trainer about to be built. `args` is a copy: editing it changes nothing.
+    """Describes a trainer that is about to be built. `args` is a copy, so editing it changes nothing.
 
     Attributes:
         kind: Which trainer.
         args: The training arguments (`GRPOConfig`, `RLOOConfig` or `DPOConfig`).
-        reward_names: Names of the reward functions, none for DPO; None where an environment owns some of them, which
-            is known once the trainer is built (`configure` then runs again).
-        columns: Columns of the training data, or None where they cannot be known before it is read.
+        reward_names: Names of the reward functions. DPO has none. None where an environment adds some that are known
+            only once the trainer is built. `configure` then runs again.
+        columns: Columns of the training data. None where they are unknown before the data is read.
         plugins: Names of all plugins of the run, in the order in which they act.
         tool_sources: What lets rollouts call tools: those of `tools`, `environment_factory` and `rollout_func` that
-            the trainer is given.
+            the trainer receives.
     """
 
     kind: TrainerKind
@@ -39,7 +39,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Require:
-    """The setting must have one of the `allowed` values; anything else is refused with `why`."""
+    """Requires that a setting has one of the `allowed` values. Any other value is refused, and `why` is the reason."""
 
     setting: str
     allowed: tuple[Any, ...]
@@ -48,7 +48,7 @@ class Require:
 
 @dataclass(frozen=True)
 class Recommend:
-    """The setting works best with `value`; another one is reported once, with the `source` of the advice."""
+    """Recommends a `value` for a setting. Another value is reported once, with the `source` of the advice."""
 
     setting: str
     value: Any
@@ -57,14 +57,14 @@ class Recommend:
 
 @dataclass(frozen=True)
 class Need:
-    """A need that depends on the options, in addition to the plugin's declared `needs`."""
+    """Adds a need that depends on the options to those that the plugin declares in `needs`."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Refuse:
-    """The run cannot work: `what` is wrong, and how to `fix` it."""
+    """Refuses the run: says `what` is wrong and how to `fix` it."""
 
     what: str
     fix: str
@@ -72,20 +72,21 @@ class Refuse:
 
 @dataclass(frozen=True)
 class Warn:
-    """The run works, but not as the user may expect."""
+    """Warns that the run works, but not as the user may expect."""
 
     message: str
 
 
 Requirement = Require | Recommend | Need | Refuse | Warn
+"""An answer of `configure`."""
 
 
 @hookspec
 def configure(config: Config) -> Iterable[Requirement] | None:
     """Checks the run before the trainer is built and the model is loaded.
 
-    Runs on every process. All plugins' answers are collected; refusals are reported together in one error. Nothing can
-    be changed here: a plugin requires a value, and the user sets it.
+    Runs on every process. The core collects the answers of all plugins and reports all refusals in one error. Nothing
+    can be changed here: a plugin requires a value, and the user sets it. None asks for nothing.
 
     ```python
     class NoGroupScaling(Plugin):
@@ -103,11 +104,11 @@ def configure(config: Config) -> Iterable[Requirement] | None:
 
 @hookspec
 def trainer_arguments() -> Mapping[str, Any] | None:
-    """Gives the trainer what its caller left out: `tools`, `environment_factory` or `rollout_func`. GRPO.
+    """Supplies constructor arguments that the caller left out: `tools`, `environment_factory` or `rollout_func`.
 
-    Runs on every process before `configure`, for trainers that are built with the plugin (`enable`, `extend`, the
-    command line). Two givers of one argument are refused, the caller being one of them. What a trainer was built with
-    stays when the plugin is switched off.
+    Runs on every process, before `configure`. GRPO only, and only for trainers that are built with the plugin
+    (`enable`, `extend` or the command line). Two sources of one argument are refused, whether plugins or the caller.
+    The trainer keeps the arguments when the plugin is switched off. None supplies nothing.
 
     ```python
     class Multiplication(Plugin):
@@ -132,10 +133,10 @@ def trainer_arguments() -> Mapping[str, Any] | None:
 
 @hookspec
 def setup(trainer: TrainerView) -> Iterable[Refuse] | None:
-    """Prepares what needs the built trainer. The random state is restored afterwards.
+    """Prepares what needs the built trainer.
 
-    Runs once on every process, after construction and before the first step. What can be checked only now, such as the
-    tokenizer, is refused by returning `Refuse`s as in `configure`.
+    Runs once on every process, after construction and before the first step. The random state is restored afterwards.
+    Returns `Refuse`s for what can be checked only now, such as the tokenizer. None refuses nothing. All trainers.
 
     ```python
     class CountParameters(Plugin):
@@ -151,7 +152,9 @@ def setup(trainer: TrainerView) -> Iterable[Refuse] | None:
 
 @hookspec
 def teardown(trainer: TrainerView) -> None:
-    """Releases what `setup` took. Runs when the plugin is switched off.
+    """Releases what `setup` took.
+
+    Runs on every process when the plugin is switched off, in reverse order of the plugins. All trainers.
 
     ```python
     class Trace(Plugin):
@@ -173,34 +176,41 @@ def teardown(trainer: TrainerView) -> None:
 def state_dict() -> Mapping[str, Any] | None:
     """Returns what must survive a restart: tensors, numbers, strings, lists and dicts of them.
 
-    Called for every checkpoint on the main process, so the state must be the same on every process. Attributes that are
-    plain values need neither this hook nor `load_state_dict`: name them in `Plugin.state`.
+    Runs for every checkpoint, on the main process, so the state must be the same on every process. None saves nothing.
+    Plain attributes need neither this hook nor `load_state_dict`: name them in `Plugin.state`. All trainers.
 
     ```python
-    class Counter(Plugin):
-        name = "counter"
+    from trl_ext_hooks.toolkit.prompt_memory import PromptMemory
+
+
+    class BestLength(Plugin):
+        name = "best-length"
         trainers = ("grpo",)
-        rounds = 0
+
+        def start(self):
+            self.shortest = PromptMemory(merge=min)  # no plain value, so `state` cannot name it
 
         @hookimpl
-        def round_metrics(self, round):
-            self.rounds += round.mode == "train"
-            return {"rounds": (self.rounds, 1)}
+        def advantages(self, round):
+            keys = self.shortest.keys(round)
+            self.shortest.update(round, keys, round.lengths)
+            round.log("shortest", self.shortest.recall(keys[round.local]))
 
         @hookimpl
         def state_dict(self):
-            return {"rounds": self.rounds}
+            return self.shortest.state_dict()
 
         @hookimpl
         def load_state_dict(self, state):
-            self.rounds = state["rounds"]
+            self.shortest.load_state_dict(state)
     ```
     """
 
 
 @hookspec
 def load_state_dict(state: Mapping[str, Any]) -> None:
-    """Takes back what `state_dict` returned. Runs on every process when training resumes, before the first step.
+    """Restores what `state_dict` returned.
 
-    See `state_dict` for an example; a plugin implements both or neither.
+    Runs on every process when training resumes, before the first step. `state_dict` has an example. A plugin
+    implements both hooks or neither. All trainers.
     """

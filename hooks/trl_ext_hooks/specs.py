@@ -1,9 +1,7 @@
-"""The hooks in the order of the documentation.
+"""Hooks in the order of the documentation, each from the module of its stage.
 
-A docstring is the contract: when the hook runs, where, what it gets and what its result means.
-
-A hook is a method of a `Plugin` under `@hookimpl` that takes any of the arguments named here. "Collective" hooks run on
-every process at the same point; they must call the same collectives everywhere. Hooks that return None change nothing.
+The docstring of a hook is the contract: when and where it runs, what it receives, and what its result means. A plugin
+implements a hook as a method under `@hookimpl` that takes any of the arguments named here, by name.
 """
 
 from __future__ import annotations

@@ -12,13 +12,13 @@ from .scoring import Round
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens of a completion that belong together: a step, a redundant stretch, a tool call.
+    """Marks tokens of a completion that belong together: a step, a redundant stretch, a tool call.
 
     Attributes:
         row: Local row, 0 to b - 1.
         start, end: The tokens `start` to `end - 1` of the completion, as positions in `completion_ids`.
-        label: A word or two. Spans whose labels differ only in a number at the end (`step 1`, `step 2`) look alike.
-        value: A number to print at the label, such as a reward of the step.
+        label: A word or two. Spans look alike if only the number at the end differs (`step 1`, `step 2`).
+        value: A number to print at the label, such as the reward of the step. None prints no number.
     """
 
     row: int
@@ -30,13 +30,13 @@ class Span:
 
 @dataclass(frozen=True)
 class Curve:
-    """Values along a completion: a probe at every step, a potential, a weight per token.
+    """Draws values along a completion: a probe at every step, a potential, a weight per token.
 
     Attributes:
         row: Local row, 0 to b - 1.
-        name: What is drawn; curves of one name share a scale.
+        name: What is drawn. Curves of one name share a scale.
         positions: Positions in `completion_ids`, ascending.
-        values: One per position; NaN leaves a gap.
+        values: One per position. NaN leaves a gap.
     """
 
     row: int
@@ -47,7 +47,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Views:
-    """What a plugin alone knows about the rows of a round; rows may have any number of spans and curves."""
+    """Holds what only a plugin knows about the rows of a round. A row may have any number of spans and curves."""
 
     spans: Sequence[Span] = ()
     curves: Sequence[Curve] = ()
@@ -55,12 +55,14 @@ class Views:
 
 @hookspec
 def inspect(round: Round) -> Views | None:
-    """Returns spans and curves of a finished round for `trl_ext inspect`. All plugins. GRPO and RLOO.
+    """Returns spans and curves of a finished round for `trl_ext inspect`. All plugins.
 
-    Called only while a run records rounds (`trl_ext train --inspect N`, `Handle.record`), on every process, after
-    `round_metrics`. Tokens, masks, fields, tool results, and rewards and advantages before and after each plugin are
-    recorded without it: return what only the plugin knows, for the local rows. It is not part of the method: nothing
-    that it does may reach training, it runs without gradients, and the random state is restored after it.
+    Runs on every process after `round_metrics`, and only while a run records rounds (`trl_ext train --inspect N` or
+    `Handle.record`). Tokens, masks, fields, tool results, and rewards and advantages before and after each plugin are
+    recorded without it. Return what only the plugin knows, for the local rows. None shows nothing. GRPO and RLOO.
+
+    The hook is not part of the method, so nothing that it does may reach training. It runs without gradients, and the
+    random state is restored afterwards.
 
     ```python
     class Halves(Plugin):

@@ -1,1 +1,1 @@
-"""Functions that methods share. Import its modules by name: most of them import torch."""
+"""Toolkit: functions that methods share. Import its modules by name, because most of them import torch."""
