@@ -1,8 +1,8 @@
-"""Kinds of trainers, modes, roles, metrics and masks: the words that every stage uses.
+"""Basics: kinds of trainers, modes, roles, metrics and masks, which every stage uses.
 
 Axis letters: `b` rows of a generation round on this process, `N = b * processes` rows of all processes, `G` rows of a
 group, `F` reward functions, `m` rows of a micro-batch, `P` padded prompt tokens, `T` padded completion tokens (`T` may
-differ between processes). Rows are ordered by process: this process owns rows `offset .. offset + b - 1` of the `N`.
+differ between processes). Rows are ordered by process. This process owns rows `offset .. offset + b - 1` of the `N`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="empty-body"
-"""A run of several trainings, and the hook that takes it over."""
+"""Whole runs: several trainings in place of one, and the hook that controls them."""
 
 from __future__ import annotations
 

@@ -275,6 +275,9 @@ def optimizer_step(trainer: TrainerView) -> None:
     micro-batches of this process. Average it over processes with `trainer.reduce`, step, and clear it. All trainers.
     Collective.
 
+    A critic is such a module. Make it in `setup`, with its own seed, in float32 and outside the policy. Let it read
+    hidden states (`hidden_positions`), and return the states of module and optimizer from `state_dict`.
+
     ```python
     class Temperature(Plugin):
         name = "temperature"

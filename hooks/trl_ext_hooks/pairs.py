@@ -1,5 +1,5 @@
 # mypy: disable-error-code="empty-body"
-"""Preference pairs of DPO, and the hooks that act on them."""
+"""Preference pairs: the micro-batches of DPO, and the hooks that act on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plugin declares: the base class, its options, what it claims and needs, and pluggy's two markers."""
+"""Declaration of a plugin: the base class, its options, what it claims and needs, and pluggy's two markers."""
 
 from __future__ import annotations
 

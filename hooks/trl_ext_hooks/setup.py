@@ -1,5 +1,5 @@
 # mypy: disable-error-code="empty-body"
-"""Before and around training: what `configure` receives and returns, and the hooks of a plugin's life."""
+"""Life of a plugin: what `configure` receives and returns, and the hooks before, around and after training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The running trainer as a plugin sees it."""
+"""Trainer: the running trainer as a plugin sees it."""
 
 from __future__ import annotations
 

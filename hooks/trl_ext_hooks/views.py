@@ -1,5 +1,5 @@
 # mypy: disable-error-code="empty-body"
-"""What `trl_ext inspect` shows of a plugin: spans and curves, and the hook that returns them."""
+"""Views: spans and curves that `trl_ext inspect` shows, and the hook that returns them."""
 
 from __future__ import annotations
 
