@@ -159,8 +159,9 @@ def test_example_trains(hook: str, model: str, plugin: Any, tmp_path: Path) -> N
     """Every example is a complete plugin, and its hook runs in a real trainer."""
     (code,) = BLOCKS.findall(inspect.getdoc(getattr(specs, hook)) or "")
     names = {name: getattr(trl_ext_hooks, name) for name in trl_ext_hooks.__all__}
-    exec(code, names | {"torch": torch, "time": time, "ops": ops}, made := {})
-    (cls,) = [value for value in made.values() if issubclass(value, Plugin)]
+    exec(code, names := names | {"torch": torch, "time": time, "ops": ops, "__name__": "example"})
+    (cls,) = [value for value in names.values() if getattr(value, "__module__", "") == "example"]
+    assert issubclass(cls, Plugin)
     assert hook in declaration.implemented(cls)
     data = tiny_data(cls.trainers[0])
     data = data.add_column("difficulty", list(range(len(data))))
