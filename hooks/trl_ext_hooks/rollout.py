@@ -45,7 +45,7 @@ class Turns:
     that stopped earlier keeps its last values. Environments are read before every generation and at the end. Several
     calls in a turn, failed calls and answers that were too long to keep are therefore counted correctly.
 
-    An environment tells its cumulative reward as a number `total_reward`, or the rewards of its steps as a list
+    An environment reports its cumulative reward as a number `total_reward`, or the rewards of its steps as a list
     `step_rewards`. It sets `done` once the episode has ended by itself, and `truncated` once a limit ended it. All four
     attributes are optional. `reset` must set them back, because TRL uses instances again. Reading them must neither
     block nor step the environment, so a time limit for a simulator belongs in the environment's methods.
@@ -53,7 +53,7 @@ class Turns:
     Attributes:
         rewards: (b, J) float64: how much the cumulative reward grew in the turn. NaN where it is not finite.
         done, truncated: (b, J + 1) bool: the values before turn j, and at the end.
-        rewarded: (b,) bool: whether the environment tells rewards at all. `rewards` is 0 where it does not.
+        rewarded: (b,) bool: whether the environment reports rewards at all. `rewards` is 0 where it does not.
     """
 
     rewards: torch.Tensor

@@ -183,8 +183,8 @@ def state_dict() -> Mapping[str, Any] | None:
     from trl_ext_hooks.toolkit.prompt_memory import PromptMemory
 
 
-    class BestLength(Plugin):
-        name = "best-length"
+    class ShortestAnswers(Plugin):
+        name = "shortest-answers"
         trainers = ("grpo",)
 
         def start(self):
