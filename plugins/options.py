@@ -1,4 +1,4 @@
-"""Tables of options in plugins/docs/, from the declarations of the built-in plugins: `make docs`."""
+"""Stages and options in plugins/docs/, from the declarations of the built-in plugins: `make docs`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ BEGIN, END = "<!-- options: written by `make docs` -->\n", "<!-- end of options 
 
 
 def table(method: str) -> str:
-    """Returns the options of a method as `trl_ext show` lists them, with defaults as a YAML file has them."""
-    lines = ["| option | default | what it does | source of the default |", "|---|---|---|---|"]
-    for option in declaration(method)["options"]:
+    """Returns the stages and options that `trl_ext show` lists, with defaults as a YAML file has them."""
+    shown = declaration(method)
+    lines = [f"Stages: {', '.join(f'`{hook}`' for hook in shown['hooks'] or shown['lifecycle'])}.", ""]
+    lines += ["| option | default | what it does | source of the default |", "|---|---|---|---|"]
+    for option in shown["options"]:
         default = "required" if option["required"] else f"`{json.dumps(option['default'], default=str)}`"
         lines.append(f"| `{option['name']}` | {default} | {_text(option['help'])} | {_text(option['source'])} |")
     return "\n".join(lines) + "\n"

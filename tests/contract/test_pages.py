@@ -87,8 +87,8 @@ def test_links_lead_to_files_and_headings(page: str) -> None:
 def test_a_wrong_link_is_noticed(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
-        "# One `two`, three\n\n```\n# no heading\n[no link](gone.md)\n```\n\n`[no](link)` [a](page.md) [b](#one-two-three) "
-        "[c](gone.md) [d](#no-heading) [e](page.md#four) [f](https://example.org/x)\n"
+        "# One `two`, three\n\n```\n# no heading\n[no link](gone.md)\n```\n\n`[no](link)` [a](page.md) "
+        "[b](#one-two-three) [c](gone.md) [d](#no-heading) [e](page.md#four) [f](https://example.org/x)\n"
     )
     assert broken_links(page, page.read_text()) == ["gone.md", "#no-heading", "page.md#four"]
 
