@@ -30,7 +30,7 @@ def table(records: list[dict[str, Any]]) -> str:
         name = record["recipe"]
         recipe = f"[{name}](../recipes/tiny/{name}.yaml)"
         pages = ", ".join(f"[{method}](docs/{method}.md#results)" for method in methods(record))
-        claim = f"{record['claim']}; {len(record['seeds'])} seeds, numbers in {pages}"
+        claim = f"{record['claim']}. {len(record['seeds'])} seeds, numbers in {pages}."
         lines.append(f"| {recipe} | {claim} | {'<br>'.join(_held(record))} | {record['paper']} |")
     return "\n".join(lines) + "\n"
 
