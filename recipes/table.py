@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trl_ext.experiments import results as verdicts
+from trl_ext.experiments.results import interval
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "tiny" / "results"
@@ -74,7 +74,7 @@ def pages(records: list[dict[str, Any]]) -> dict[Path, str]:
 
 def _number(metric: Record, arm: str) -> str:
     never = len(metric["censored"][arm])
-    return verdicts.interval(metric["estimates"][arm]) + (f"; {never} never" if never else "")
+    return interval(metric["estimates"][arm]) + (f"; {never} never" if never else "")
 
 
 def _held(record: Record) -> list[str]:
