@@ -229,4 +229,4 @@ def test_the_import_rule_names_every_room() -> None:
     (rule,) = [block for block in re.findall(r"^```\n(.*?)^```", MAP, re.DOTALL | re.MULTILINE) if " > " in block]
     names = re.split(r"[\s,>]+", rule.strip())
     assert len(names) == len(set(names))
-    assert set(names) == (rooms_on_disk() - {"tools"}) | {"trl_ext_hooks"}
+    assert set(names) == rooms_on_disk() | {"trl_ext_hooks"}
