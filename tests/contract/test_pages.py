@@ -35,6 +35,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
 def blocks(language: str) -> list[Any]:
+    """Returns the code blocks of a language as cases of a test, without pages that have tests of their own."""
     return [
         pytest.param(code, id=f"{page}-{number}")
         for page, text in PAGES.items()
@@ -56,17 +57,18 @@ def script(file: str) -> ModuleType:
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors that GitHub gives to the headings of a page."""
-    found: list[str] = []
+    """Returns the anchors that GitHub gives to the headings of a page."""
+    slugs: list[str] = []
     for heading in re.findall(r"^#{1,6} +(.+?)\s*$", FENCE.sub("", text), re.MULTILINE):
         words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
         slug = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
-        found.append(f"{slug}-{found.count(slug)}" if slug in found else slug)
-    return set(found)
+        slugs.append(f"{slug}-{slugs.count(slug)}" if slug in slugs else slug)
+    return set(slugs)
 
 
 def broken_links(page: Path, text: str) -> list[str]:
-    """Relative links of a page whose file or heading does not exist."""
+    """Returns the relative links of a page whose file or heading does not exist."""
+    # links inside code are examples
     prose = re.sub(r"`[^`\n]*`", "", FENCE.sub("", text))
     broken = []
     for link in LINK.findall(prose):
@@ -151,7 +153,7 @@ def test_options_on_command_lines_exist() -> None:
         for words in re.findall(r"--set ((?:[\w-]+\.\w+=\S+ ?)+)", text):
             for method, option in re.findall(r"([\w-]+)\.(\w+)=", words):
                 if method in builtins.BUILTINS:
-                    known = [known["name"] for known in declaration(method)["options"]]
+                    known = [entry["name"] for entry in declaration(method)["options"]]
                     assert option in known, f"{page} sets {method}.{option}; there are {', '.join(known)}"
                     seen += 1
     assert seen > 2
