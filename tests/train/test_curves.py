@@ -4,7 +4,7 @@ import pytest
 
 from trl_ext.train.curves import draw, smooth
 
-from .log_entries import evaluation, training
+from .histories import evaluation, training
 
 
 def test_smoothing_keeps_constants_ends_and_length():

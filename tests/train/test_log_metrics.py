@@ -2,7 +2,7 @@
 
 from trl_ext.train import log_metrics
 
-from .log_entries import evaluation, training
+from .histories import evaluation, training
 
 
 def test_shown_metrics():

@@ -1,14 +1,13 @@
 """The table and the record of a run, from log histories as TRL writes them."""
 
 import sys
-import types
 
 import pytest
 
 from trl_ext.train import summary
 from trl_ext.train.command_line import Request
 
-from .log_entries import evaluation, training
+from .histories import evaluation, finished, training
 
 
 def test_held_out_evaluations_are_compared():
@@ -26,19 +25,6 @@ def test_without_evaluation_the_training_steps_are_compared_and_it_says_so():
     assert summary.compare([training(1), evaluation(1, 0.5)]) is None
     odd = [training(1, good=float("nan")), training(2, good=1.0)]
     assert "good" not in summary.compare(odd).before and summary.compare(odd).after["good"] == 1.0
-
-
-def finished(folder, history):
-    """A trainer after its run, as far as the record reads it."""
-    state = types.SimpleNamespace(log_history=history, global_step=2)
-    accelerator = types.SimpleNamespace(num_processes=1, device="cpu")
-    args = types.SimpleNamespace(output_dir=str(folder))
-    return types.SimpleNamespace(state=state, accelerator=accelerator, args=args), (
-        types.SimpleNamespace(dataset_name="data"),
-        args,
-        types.SimpleNamespace(model_name_or_path="model"),
-        types.SimpleNamespace(datasets=[]),
-    )
 
 
 def test_without_matplotlib_it_says_which_extra_draws(tmp_path, monkeypatch, capsys):

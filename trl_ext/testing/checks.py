@@ -1,4 +1,4 @@
-"""The checks that every plugin should pass, on a tiny model in seconds. Used by `trl_ext check` and by plugins' tests.
+"""Conformance checks that every plugin should pass, on a tiny model in seconds.
 
 from trl_ext.testing import conformance
 assert all(check.passed for check in conformance("my_method.py", tmp_path))
@@ -33,7 +33,7 @@ SHAPES_SAMPLING = {"select_rows", "rollout", "trainer_arguments"}
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One line of the report."""
+    """The result of one check."""
 
     name: str
     passed: bool
@@ -50,21 +50,21 @@ def conformance(
     progress: Callable[[str], None] = lambda line: None,
     **settings: Any,
 ) -> list[Check]:
-    """Trains the plugin for a few steps of every trainer that it declares, and checks what an author cannot see.
+    """Trains a plugin for two steps of every trainer that it declares, and checks what its author cannot see.
 
     Args:
         reference: Name, `file.py` or `module:attribute`.
         folder: An empty folder for models and runs.
         options: Options of the plugin.
-        kinds: Only these of its trainers.
-        trainer: Further arguments of the trainer, such as `tools`. A plugin that needs tools gets a calculator, and
-            rollouts that call it, where none are given.
+        kinds: The trainers to check; all that it declares by default.
+        trainer: Further arguments of the trainer, such as `tools`. Without them, a plugin that needs tools gets a
+            calculator and rollouts that call it.
         progress: Called with the name of each check as it begins.
-        settings: What the plugin needs of `trl_ext.testing.tiny_trainer`: training arguments, `rewards`, `data`,
-            `model`.
+        settings: Arguments of `trl_ext.testing.tiny_trainer` that the plugin needs: training arguments, `rewards`,
+            `data`, `model`.
 
     Returns:
-        One entry per check; a failed one says what happened and what was expected.
+        The results in order. That of a failed check says what happened and what was expected.
     """
     checks: list[Check] = []
     folder = Path(folder)
@@ -96,9 +96,9 @@ def conformance(
         arguments: dict[str, Any] = {"trainer": dict(trainer or {}), **settings}
         if kind == "grpo" and needs_tools and not set(TOOL_SOURCES) & set(arguments["trainer"]):
             arguments["trainer"]["tools"] = [calculator]
-            called: dict[str, Any] = {"max_completion_length": 150, "max_tool_calling_iterations": 2}
-            called["generation_kwargs"] = calls(model, "calculator", likelihood=5.0, expression="6 * 7")
-            arguments = called | arguments
+            rollouts: dict[str, Any] = {"max_completion_length": 150, "max_tool_calling_iterations": 2}
+            rollouts["generation_kwargs"] = calls(model, "calculator", likelihood=5.0, expression="6 * 7")
+            arguments = rollouts | arguments
         runs = _Runs(kind, model, folder, reference, options, arguments)
         if check(f"{kind}: trains, every hook fires", runs.trains):
             check(f"{kind}: the same run gives the same numbers", runs.repeats)
@@ -113,6 +113,8 @@ def conformance(
 
 @dataclasses.dataclass
 class _Runs:
+    """Runs of one plugin with one trainer. Every check returns its detail, or raises AssertionError."""
+
     kind: Any
     model: str
     folder: Path
@@ -148,11 +150,11 @@ class _Runs:
             stock = self.build("stock", max_steps=1)
             stock.train()
         with quiet(), api.enable({self.reference: self.options}):
-            ours = self.build("ours", max_steps=1)
-            ours.train()
-        assert trainer_state.logged_completions(stock) == trainer_state.logged_completions(ours), (
-            "the first round has other completions than plain TRL: something drew random numbers before it. Draw them "
-            "from a generator of your own."
+            extended = self.build("ours", max_steps=1)
+            extended.train()
+        assert trainer_state.logged_completions(stock) == trainer_state.logged_completions(extended), (
+            "the first round has other completions than plain TRL, so something drew random numbers before it. Draw "
+            "them from a generator of your own."
         )
         return "the first round has the completions of plain TRL"
 
@@ -178,16 +180,17 @@ class _Runs:
 
 
 def _same_metrics(left: Any, right: Any) -> None:
-    for a, b in zip(metrics_of(left), metrics_of(right), strict=True):
-        differing = [key for key in a if a[key] != b.get(key)]
-        assert not differing, f"{differing[0]} is {a[differing[0]]} and then {b.get(differing[0])} in the same run"
+    for first, second in zip(metrics_of(left), metrics_of(right), strict=True):
+        for name, value in first.items():
+            assert value == second.get(name), f"{name} is {value} and then {second.get(name)} in the same run"
 
 
 def _same_weights(left: Any, right: Any) -> None:
     import torch
 
-    for (name, a), b in zip(left.model.named_parameters(), right.model.parameters(), strict=True):
-        assert torch.equal(a, b), f"{name} differs by up to {(a - b).abs().max().item():.2g}; is state missing?"
+    for (name, ours), theirs in zip(left.model.named_parameters(), right.model.parameters(), strict=True):
+        difference = (ours - theirs).abs().max().item()
+        assert torch.equal(ours, theirs), f"{name} differs by up to {difference:.2g}; is state missing?"
 
 
 @contextlib.contextmanager
