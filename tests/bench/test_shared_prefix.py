@@ -1,12 +1,9 @@
 """`trl_ext bench shared-prefix`: small runs of the real measurement."""
 
-import importlib.util
 import json
-from typing import get_args
 
 import pytest
 
-from trl_ext.bench import shared_prefix
 from trl_ext.cli import main
 
 
@@ -27,27 +24,3 @@ def test_every_figure_is_reported(model, tmp_path, capsys):
         assert entry["flop_ratio"] > 1 and entry["speedup_trainer"] > 0
         assert entry["peak_memory_ratio"] > 0
     assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.skipif(importlib.util.find_spec("prefix_grouper") is None, reason="PrefixGrouper is not installed")
-def test_every_form_of_prefix_grouper_is_exact():
-    """Otherwise its speed would be compared with a wrong result."""
-    model, shape = shared_prefix.default_model(), (24, 3, 8)
-    shared_prefix.add_fused_head(model)
-    ids, mask = shared_prefix._batch(model, shape)
-    dense = shared_prefix._dense(model, ids, mask, 8)
-    for form in get_args(shared_prefix.Form):
-        grouped = shared_prefix._prefix_grouper(model, ids, shape, form)
-        assert (grouped - dense).abs().max() < 5e-6
-
-
-def test_peak_memory_counts_what_is_held_at_once():
-    import torch
-
-    def hold():
-        kept = torch.ones(1 << 20)
-        del kept
-        return torch.ones(1 << 19)
-
-    peak = shared_prefix._peak_bytes(hold)
-    assert (1 << 22) <= peak < (1 << 22) + (1 << 21)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.train.histories import finished, training
 from trl_ext import ConfigError
-from trl_ext.bench import overhead, probes, shared_prefix
+from trl_ext.bench import overhead, probes, shared_prefix, speedup_plot
 from trl_ext.catalog import find
 from trl_ext.catalog.declaration import PluginSpec
 from trl_ext.cli import doctor, main, plugins, show
@@ -109,7 +109,7 @@ def test_benchmarks(printed: Callable[..., str], monkeypatch: pytest.MonkeyPatch
     assert BRACKETS in printed("bench", "probes")
     monkeypatch.setattr(shared_prefix, "load_model", lambda path: None)
     monkeypatch.setattr(shared_prefix, "measure", lambda model, shapes, repeats, show: show(BRACKETS) or [])
-    monkeypatch.setattr(shared_prefix, "plot", lambda rows, path: None)
+    monkeypatch.setattr(speedup_plot, "draw", lambda rows, path: None)
     assert f"wrote {BRACKETS}\n" in printed("bench", "shared-prefix", "--plot", BRACKETS)
 
 

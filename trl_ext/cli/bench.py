@@ -101,7 +101,9 @@ def _shared_prefix(args: argparse.Namespace) -> None:
                 show(f"{'x'.join(map(str, shape))}: GRPO update phase")
                 entry["speedup_trainer"] = update_phase.measure(shape, args.repeats)["speedup"]
     if args.plot:
-        shared_prefix.plot(rows, args.plot)
+        from ..bench import speedup_plot
+
+        speedup_plot.draw(rows, args.plot)
         print_line(f"wrote {args.plot}", stderr=True)
     if args.json:
         print(json.dumps(entries, indent=2))
