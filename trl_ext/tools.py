@@ -79,7 +79,7 @@ class Corpus:
             The passage, or a note that nothing fits.
         """
         wanted = set(_words(query))
-        # a rare word counts more than a common one; the earlier passage wins a tie
+        # a rare word counts more than a common one, and the earlier passage wins a tie
         scores = [sum(1 / self._passages_with[word] for word in wanted if word in words) for words in self._words]
         best = max(range(len(scores)), key=scores.__getitem__, default=None)
         return "nothing found" if best is None or scores[best] == 0 else self.passages[best]

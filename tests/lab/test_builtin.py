@@ -18,7 +18,7 @@ from trl_ext.lab.builtin import (
     modes,
 )
 from trl_ext.lab.builtin.chains import Chain
-from trl_ext.lab.messages import assistant, call, calls_made, drawn, final_text, result
+from trl_ext.lab.messages import assistant, call, calls_made, final_text, hashed_integer, result
 from trl_ext.lab.model import _tokenized
 from trl_ext.lab.pictures import as_json
 from trl_ext.lab.tokenizer import Vocabulary
@@ -104,7 +104,7 @@ def test_loud_is_noise_that_is_always_the_same_and_quiet_is_the_brackets() -> No
     assert set(noise) == {-3, -2, -1, 0, 1, 2, 3} and abs(sum(noise) / 3000) < 0.15
     assert noise == loud_quiet.loud(prompts, said(*["abcd"] * 3000))
     assert noise != loud_quiet.loud(prompts, said(*["abce"] * 3000))
-    assert drawn("abc", -3, 3) == -1  # the same on every machine
+    assert hashed_integer("abc", -3, 3) == -1  # the same on every machine
     answers = said("[abcd]", "abcd", "[abc]", "[abcd", "[abcd]]", "", "[ABCD]")
     assert loud_quiet.quiet(answers) == [1, 0, 0, 0, 0, 0, 0]
     share = sum(loud_quiet.quiet([trace["completion"] for trace in loud_quiet.traces(3000, 0)])) / 3000

@@ -22,7 +22,7 @@ def grouped_logps(model: nn.Module, ids: torch.Tensor, shape: tuple[int, int, in
 
     Args:
         model: The model.
-        ids: (G, P + S); all rows begin with the same prompt.
+        ids: (G, P + S). All rows begin with the same prompt.
         shape: P, G and S.
         form: Which form.
     """

@@ -37,7 +37,7 @@ class Row:
         flop_ratio: The same for floating-point operations, counted from the architecture.
         seconds_dense, seconds_shared: Medians of forward and backward.
         speedup: Their ratio.
-        speedup_prefix_grouper: Dense by PrefixGrouper as documented; None where it is not installed.
+        speedup_prefix_grouper: Dense by PrefixGrouper as documented, None where it is not installed.
         speedup_prefix_grouper_fused: Dense by PrefixGrouper with TRL's head on completions only.
         speedup_prefix_grouper_logits: Dense by PrefixGrouper with plain logits of completions only.
         peak_memory_ratio: Most bytes that tensors held in a step, above those before it, dense by shared.

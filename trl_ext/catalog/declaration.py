@@ -76,7 +76,7 @@ def check_plugin(cls: Any, origin: str) -> type[Plugin]:
     """Checks a plugin's declaration.
 
     Args:
-        cls: The class; anything else is refused too.
+        cls: The class. Anything else is refused too.
         origin: Where it came from, for the error.
 
     Raises:
@@ -87,6 +87,7 @@ def check_plugin(cls: Any, origin: str) -> type[Plugin]:
     where = f"plugin {getattr(cls, 'name', cls.__name__)!r} ({origin})"
 
     def broken(message: str) -> PluginError:
+        # every refusal begins with the plugin and where it came from
         return PluginError(f"{where}: {message}")
 
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", str(getattr(cls, "name", ""))):

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """Returns all findings as plain values; `problems` is empty when training can start."""
+    """Returns all findings as plain values. `problems` is empty when training can start."""
     import torch
 
     from .._version import __version__

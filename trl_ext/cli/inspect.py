@@ -66,7 +66,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command and returns its exit code; `argv` is everything after `trl_ext inspect`."""
+    """Runs the command and returns its exit code.
+
+    Args:
+        argv: Everything after `trl_ext inspect`.
+    """
     parser = _parser()
     given = list(argv)
     place = given.pop(0) if given and not given[0].startswith("-") else None
@@ -111,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _record(options: Sequence[str]) -> tuple[int, str]:
-    """Trains one step with a recorder; returns the exit code and the output folder."""
+    """Trains one step with a recorder and returns the exit code and the output folder."""
     from ..train.command_line import as_arguments
     from . import train
 

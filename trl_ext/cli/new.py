@@ -128,7 +128,7 @@ def scaffold(name: str, folder: str | Path | None = None) -> Path:
 
     Args:
         name: Name of the method.
-        folder: Where to write; `trl-ext-NAME` by default.
+        folder: Where to write, by default `trl-ext-NAME`.
 
     Raises:
         ConfigError: The name is malformed or taken, or the folder is not empty.

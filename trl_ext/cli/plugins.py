@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def listing() -> list[dict[str, Any]]:
-    """Describes every plugin that has a name, built-ins first; `broken` says why one cannot be used."""
+    """Describes every plugin that has a name, built-ins first. `broken` says why one cannot be used."""
     from ..catalog import builtins, declaration, find
     from ..errors import TrlExtError
     from ..plan.stages import LIFECYCLE

@@ -1,4 +1,4 @@
-"""`trl_ext train`: help and arguments; `trl_ext.train` does the work."""
+"""`trl_ext train`: help and arguments. The package `trl_ext.train` does the work."""
 
 from __future__ import annotations
 

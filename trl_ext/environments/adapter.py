@@ -38,10 +38,10 @@ def gym(
 
     Args:
         env: The ID, `package:ID` if another package registers it, or a function that makes the environment.
-        actions: Words for actions, or a function that reads one; see `actions.action_reader`. By default the
-            environment's names, numbers, or JSON.
-        observe: A function from an observation to a text, or its dotted path. By default see `observations.describe`;
-            no text if there are images.
+        actions: Words for actions, or a function that reads one, as `actions.action_reader` takes them. By
+            default the environment's names, numbers, or JSON.
+        observe: A function from an observation to a text, or its dotted path. By default what
+            `observations.describe` returns, or no text if there are images.
         render: `"image"` if the tool returns what `env.render()` draws, as an image.
         image_size: Width and height to which pictures are scaled. By default they stay as they are.
         max_steps: Actions after which an episode is truncated, invalid ones included. By default the environment's
@@ -114,7 +114,7 @@ def _check_settings(
 
 
 def _tool(game: Game) -> Callable[..., ToolResult]:
-    """Makes the method `act`. Its schema has one text; it takes anything, so that a wrong call is a wrong action."""
+    """Makes the method `act`. Its schema has one text, but it takes anything: a wrong call is a wrong action."""
 
     def act(self: GymEnvironment, *positional: Any, **named: Any) -> ToolResult:
         return self._act(*positional, **named)

@@ -26,8 +26,8 @@ class Game:
         name: What it is called in prompts, warnings and errors.
         player: Makes a player.
         actions: Reads the actions of the model.
-        observe: Turns an observation into a text; None for no text.
-        picture: Turns a rendered frame into an image; None for no images.
+        observe: Turns an observation into a text. None for no text.
+        picture: Turns a rendered frame into an image. None for no images.
         max_steps: Actions after which an episode is truncated.
         invalid_reward: The reward of an invalid action.
         over: What is said when the episode is over.
@@ -53,7 +53,7 @@ class GymEnvironmentKind(type):
 
         Args:
             size: How many.
-            first_seed: The seed of the first row; the others follow.
+            first_seed: The seed of the first row. The others follow.
             prompt: What the model is told, followed by the first observation. By default how to act, in two lines.
         """
         content = cls.prompt() if prompt is None else prompt

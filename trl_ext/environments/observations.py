@@ -21,7 +21,7 @@ def describe(space: Any) -> Callable[[Any], str]:
     - Dict and Tuple: a line `name: text` for every part.
 
     Raises:
-        ConfigError: The space has no text by default; says what to give instead.
+        ConfigError: The space has no text by default. The error says what to give instead.
     """
     kind = type(space).__name__
     if kind == "Discrete":

@@ -55,7 +55,7 @@ class Player(Protocol):
         ...
 
     def reset(self, seed: int) -> Outcome:
-        """Begins an episode; after a failure in a new environment."""
+        """Begins an episode, after a failure in a new environment."""
         ...
 
     def step(self, action: Any) -> Outcome:
@@ -75,7 +75,7 @@ class LocalPlayer:
         return self._try(lambda: read_spaces(self._environment()))
 
     def reset(self, seed: int) -> Outcome:
-        """Begins an episode; after a failure in a new environment."""
+        """Begins an episode, after a failure in a new environment."""
         return self._try(lambda: reset(self._environment(), seed, self._pictures))
 
     def step(self, action: Any) -> Outcome:
@@ -136,7 +136,7 @@ def make(env: str, options: Mapping[str, Any]) -> Any:
     """Calls `gymnasium.make`.
 
     Raises:
-        ConfigError: The environment cannot be made; says why in a sentence.
+        ConfigError: The environment cannot be made. The error says why.
     """
     gymnasium = installed("gymnasium")
     try:
@@ -151,7 +151,7 @@ def installed(package: str) -> Any:
     """Imports an optional package.
 
     Raises:
-        ConfigError: It is not installed; says how to install it.
+        ConfigError: It is not installed. The error says how to install it.
     """
     try:
         return importlib.import_module(package)

@@ -35,7 +35,7 @@ class PlayerProcess:
     starts a new one.
 
     Args:
-        make: Makes the environment; cloudpickle takes it to the other process.
+        make: Makes the environment. It goes to the other process by cloudpickle.
         pictures: Whether to render after every reset and step.
         seconds: The time limit.
     """
@@ -50,7 +50,7 @@ class PlayerProcess:
         return self._ask("spaces")
 
     def reset(self, seed: int) -> Outcome:
-        """Begins an episode; after a failure in a new environment."""
+        """Begins an episode, after a failure in a new environment."""
         return self._ask("reset", seed)
 
     def step(self, action: Any) -> Outcome:
@@ -83,7 +83,7 @@ class PlayerProcess:
         return self._receive(self._seconds)
 
     def _receive(self, seconds: float) -> Any:
-        """Waits for an answer and returns it; stops the process if none comes in time."""
+        """Waits for an answer and returns it, or stops the process if none comes in time."""
         if not self._use_connection(lambda: self._connection.poll(seconds)):
             self._stop()
             raise EnvironmentFailure(f"no answer within {seconds:g} s; its process was stopped")
@@ -94,7 +94,7 @@ class PlayerProcess:
         return answer
 
     def _use_connection(self, transfer: Callable[[], Any]) -> Any:
-        """Sends or receives; says how the process ended if it is gone."""
+        """Sends or receives, and says how the process ended if it is gone."""
         try:
             return transfer()
         except (EOFError, OSError) as error:

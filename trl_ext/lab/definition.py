@@ -34,7 +34,7 @@ class Shape:
         heads: Number of attention heads.
         feed_forward: Size of the inner layer of the feed-forward blocks.
         positions: The longest sequence that the model takes.
-        picture: Width and height of pictures in pixels; 0 for a task without pictures.
+        picture: Width and height of pictures in pixels, 0 for a task without pictures.
         patch: Width and height of the part of a picture that is one token.
     """
 
@@ -68,7 +68,7 @@ class WarmUp:
 
     Attributes:
         traces: How many traces are generated.
-        steps: Optimiser steps; 0 leaves the model as it was initialised.
+        steps: Optimiser steps. 0 leaves the model as it was initialised.
         batch_size: Traces per step.
         learning_rate: The highest learning rate. It rises over the first twentieth of the steps and then falls to a
             tenth.

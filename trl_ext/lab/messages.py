@@ -40,13 +40,14 @@ def episode(
         choose: Returns the name of a tool and its arguments, for what was seen last.
         bye: What the assistant says in the end.
     """
-    seen, text = environment.reset(**row), row["prompt"][-1]["content"]
-    prompt = user([{"type": "text", "text": text}, *seen] if isinstance(seen, list) else text + seen)
+    observation, text = environment.reset(**row), row["prompt"][-1]["content"]
+    with_images = isinstance(observation, list)
+    prompt = user([{"type": "text", "text": text}, *observation] if with_images else text + observation)
     completion: list[dict[str, Any]] = []
     while not (environment.done or environment.truncated):
-        tool, arguments = choose(seen)
-        seen = getattr(environment, tool)(**arguments)
-        completion += [call(tool, **arguments), result(tool, seen)]
+        tool, arguments = choose(observation)
+        observation = getattr(environment, tool)(**arguments)
+        completion += [call(tool, **arguments), result(tool, observation)]
     return {"prompt": prompt, "completion": completion + assistant(bye)}
 
 
@@ -65,8 +66,8 @@ def calls_made(completion: str | Sequence[dict[str, Any]]) -> int:
     return 0 if isinstance(completion, str) else sum(message["role"] == "tool" for message in completion)
 
 
-def drawn(text: str, low: int, high: int) -> int:
-    """Draws an integer from `low` to `high` that looks random and depends on the text only, on every machine."""
+def hashed_integer(text: str, low: int, high: int) -> int:
+    """Returns an integer from `low` to `high` that looks random and depends on the text only, on every machine."""
     digest = hashlib.sha256(text.encode()).digest()
     return low + int.from_bytes(digest[:8], "big") % (high - low + 1)
 
@@ -81,4 +82,4 @@ def by_kind(kinds: Sequence[str], values: Sequence[float | None], name: str) -> 
 
 def in_split(text: str, split: str, share: int = 8) -> bool:
     """Returns whether a question belongs to a split. One of `share` questions is held out, always the same ones."""
-    return (drawn(f"split {text}", 0, share - 1) == 0) == (split == "test")
+    return (hashed_integer(f"split {text}", 0, share - 1) == 0) == (split == "test")

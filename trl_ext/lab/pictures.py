@@ -91,7 +91,7 @@ def configuration(shape: Shape, tokenizer: Any) -> Any:
             "spatial_merge_size": 1,
         },
         image_token_id=picture,
-        video_token_id=tokenizer.unk_token_id,  # there are no videos; TRL would let the model sample their token
+        video_token_id=tokenizer.unk_token_id,  # there are no videos, and TRL would let the model sample their token
         vision_start_token_id=begin,
         vision_end_token_id=end,
         tie_word_embeddings=True,

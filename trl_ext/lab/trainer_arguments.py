@@ -29,8 +29,8 @@ def trainer_arguments(
         task: The task.
         kind: The trainer, one of `task.trainers`.
         seed: The seed of the rows. The model does not depend on it.
-        train_size: Number of rows for training; `task.train_size` by default.
-        test_size: Number of held-out rows; `task.test_size` by default. With 0 there is no `eval_dataset`.
+        train_size: Number of rows for training, by default `task.train_size`.
+        test_size: Number of held-out rows, by default `task.test_size`. With 0 there is no `eval_dataset`.
         say: Called with lines for the user while the model is made.
 
     Returns:

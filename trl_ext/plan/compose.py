@@ -89,7 +89,7 @@ def common_trainers(specs: Sequence[PluginSpec]) -> list[TrainerKind]:
 
 
 def why_apart(left: PluginSpec, right: PluginSpec) -> str | None:
-    """Returns why two plugins cannot share a run, by their declarations; None if they can."""
+    """Returns why two plugins cannot share a run, by their declarations, or None if they can."""
     try:
         common_trainers(compose([left, right]))
     except ConfigError as error:

@@ -23,7 +23,7 @@ TRACEBACK = "TRL_EXT_TRACEBACK"
 
 
 def record(error: BaseException) -> int:
-    """Writes an error for the parent, or prints it if there is none; returns the exit code of the worker."""
+    """Writes an error for the parent, or prints it if there is none, and returns the exit code of the worker."""
     ours = isinstance(error, TrlExtError | UsageError)
     message = str(error) if ours else f"{type(error).__name__}: {error}"
     verbose = not ours or os.environ.get(TRACEBACK) == "1"
@@ -40,7 +40,7 @@ def record(error: BaseException) -> int:
 
 
 def tell(folder: str | Path, code: int) -> int:
-    """Prints each distinct error of the workers; returns the exit code of the run.
+    """Prints each distinct error of the workers and returns the exit code of the run.
 
     Args:
         folder: Where the workers wrote.

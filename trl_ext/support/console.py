@@ -35,7 +35,7 @@ def print_line(text: str, mark: str = "", style: str = "", *, stderr: bool = Fal
 
 @contextlib.contextmanager
 def status(text: str = "") -> Iterator[Callable[[str], None]]:
-    """Shows a spinner on standard error; yields the function that changes the text beside it."""
+    """Shows a spinner on standard error and yields the function that changes the text beside it."""
     # a spinner reads markup whatever its console does, so it gets texts that are built already
     with console(stderr=True).status(Text(text)) as spinner:
         yield lambda changed: spinner.update(Text(changed))
@@ -43,7 +43,7 @@ def status(text: str = "") -> Iterator[Callable[[str], None]]:
 
 @contextlib.contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows a bar on standard error; yields the function that takes the finished and the total number of steps."""
+    """Shows a bar on standard error and yields the function that takes finished and total steps."""
     with Progress(console=console(stderr=True)) as bar:
         task = bar.add_task(escape(label), total=None)
         yield lambda finished, total: bar.update(task, completed=finished, total=total)

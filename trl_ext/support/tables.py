@@ -14,10 +14,10 @@ def print_table(
     """Prints rows under column names, brackets in them included.
 
     Args:
-        columns: Column names; no header is printed if all are empty.
+        columns: Column names. No header is printed if all are empty.
         rows: One text for each column.
         title: A line above the table.
-        file: Where to print; standard output by default.
+        file: Where to print, by default standard output.
     """
     from rich import box
     from rich.table import Table

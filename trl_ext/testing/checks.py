@@ -25,7 +25,7 @@ from ..inspection.recording import find, read
 from ..plan.stages import ROUNDS, TOOL_SOURCES
 from ..tools import calculator
 from ..trl_internals import trainer_state
-from . import calls, metrics_of, tiny_model, tiny_trainer
+from .tiny import calls, metrics_of, tiny_model, tiny_trainer
 
 SHAPES_SAMPLING = {"select_rows", "rollout", "trainer_arguments"}
 """Hooks that may change what the first round generates."""
@@ -56,7 +56,7 @@ def conformance(
         reference: Name, `file.py` or `module:attribute`.
         folder: An empty folder for models and runs.
         options: Options of the plugin.
-        kinds: The trainers to check; all that it declares by default.
+        kinds: The trainers to check, by default all that it declares.
         trainer: Further arguments of the trainer, such as `tools`. Without them, a plugin that needs tools gets a
             calculator and rollouts that call it.
         progress: Called with the name of each check as it begins.

@@ -47,7 +47,7 @@ _RESPONSE = {
 
 
 def tiny_model(folder: str | Path, *, tools: bool = False, **config: Any) -> str:
-    """Saves a two-layer Qwen2 with a character tokenizer and a chat template, always the same; returns its folder.
+    """Saves a two-layer Qwen2 with a character tokenizer and a chat template and returns its folder. Always the same.
 
     Args:
         folder: Where to save it.
@@ -180,7 +180,7 @@ def brevity(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
 
 
 def tiny_args(kind: TrainerKind, output: str | Path, **settings: Any) -> Any:
-    """Makes training arguments for two steps on a CPU; `settings` override them."""
+    """Makes training arguments for two steps on a CPU. `settings` override them."""
     from trl import DPOConfig, GRPOConfig, RLOOConfig
 
     common: dict[str, Any] = {
@@ -218,9 +218,9 @@ def tiny_trainer(
         kind: Which trainer.
         model: Folder made by `tiny_model`.
         output: Output folder of the run.
-        cls: Trainer class; TRL's by default.
-        rewards: Reward functions; `digits` and `brevity` by default.
-        data: Training data; `tiny_data` by default.
+        cls: Trainer class, by default TRL's.
+        rewards: Reward functions, by default `digits` and `brevity`.
+        data: Training data, by default `tiny_data`.
         trainer: Further arguments of the trainer, which win over the others.
         settings: Training arguments that differ from `tiny_args`.
     """

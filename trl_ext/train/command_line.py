@@ -140,7 +140,7 @@ def understand(args: argparse.Namespace, rest: list[str]) -> Request:
 
 
 def read_config(path: str | None) -> dict[str, Any]:
-    """Reads the YAML file; takes `env:` out and sets it in the environment, as TRL does.
+    """Reads the YAML file, takes `env:` out and sets it in the environment, as TRL does.
 
     Raises:
         ConfigError: The file is missing, is not YAML, or does not hold a mapping.

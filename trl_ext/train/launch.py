@@ -32,7 +32,7 @@ def launch(
         demo_settings: Settings of TRL that replace those of the embedded default, if that is what is trained.
 
     Raises:
-        ConfigError: The run cannot work; no process has been started by then.
+        ConfigError: The run cannot work. No process has been started by then.
     """
     divided = trl_launch.split(request.kind, request.arguments, request.settings)
     if not any("run" in spec.hooks for spec in request.specs):  # a plugin that owns its run also resumes it

@@ -98,8 +98,8 @@ def traces(size: int, seed: int) -> list[Row]:
     random_state, doors = random.Random(f"doors traces {seed}"), Doors()
     keys = list(KEYS.values())
 
-    def choose(seen: str) -> tuple[str, dict[str, Any]]:
-        return "turn", {"key": random_state.choice([*keys, KEYS[seen]])}
+    def choose(observation: str) -> tuple[str, dict[str, Any]]:
+        return "turn", {"key": random_state.choice([*keys, KEYS[observation]])}
 
     return [episode(doors, row, choose, BYE) for row in rows("train", size, seed)]
 

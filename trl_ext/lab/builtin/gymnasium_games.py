@@ -66,7 +66,7 @@ def make_pictured_room() -> GymEnvironment:
 
 
 def played(environments: Sequence[GymEnvironment], **columns: Any) -> list[float | None]:
-    """Returns the return of an episode, less a tenth for every action after its end; None if the environment failed."""
+    """Returns the sum of rewards, less a tenth for every action after the end, or None if the environment failed."""
     return [None if episode.failure else episode.total_reward - 0.1 * episode.late_actions for episode in environments]
 
 
@@ -97,10 +97,10 @@ def room_rows(split: str, size: int, seed: int) -> list[Row]:
 def lake_traces(size: int, seed: int) -> list[Row]:
     """Plays random walks that go down or right more often, and avoid nine holes out of ten."""
 
-    def move(draw: random.Random, seen: str) -> str:
+    def move(draw: random.Random, observation: str) -> str:
         choice = draw.choices(list(LAKE_MOVES), (1, 3, 3, 1))[0]
-        if int(seen) + LAKE_MOVES[choice] in HOLES and draw.random() < 0.9:
-            return move(draw, seen)
+        if int(observation) + LAKE_MOVES[choice] in HOLES and draw.random() < 0.9:
+            return move(draw, observation)
         return choice
 
     return _traces(lake(), lake_rows("train", size, seed), f"lake {seed}", move)
@@ -116,7 +116,7 @@ def pictured_room_traces(size: int, seed: int) -> list[Row]:
     return _traces(pictured_room(), room_rows("train", size, seed), f"room {seed}", _any_move)
 
 
-def _any_move(draw: random.Random, seen: Any) -> str:
+def _any_move(draw: random.Random, observation: Any) -> str:
     return draw.choice(list(ROOM_MOVES))
 
 
@@ -125,7 +125,9 @@ def _traces(
 ) -> list[Row]:
     """Plays episodes with the moves that a function chooses."""
     draw, environment = random.Random(name), kind()
-    return [episode(environment, row, lambda seen: ("act", {"action": move(draw, seen)}), BYE) for row in rows]
+    return [
+        episode(environment, row, lambda observation: ("act", {"action": move(draw, observation)}), BYE) for row in rows
+    ]
 
 
 _NUMBERS = tuple(str(number) for number in range(10, 16))

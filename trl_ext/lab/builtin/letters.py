@@ -13,7 +13,7 @@ import string
 from typing import Any
 
 from ..definition import Row, Shape, Task, WarmUp
-from ..messages import assistant, drawn, final_text, user
+from ..messages import assistant, final_text, hashed_integer, user
 
 GOOD, BAD, OTHER = "abcd", "wxyz", "klmn"
 LENGTH = 6
@@ -107,7 +107,7 @@ QUESTIONS, CHOICES = "123456", GOOD + BAD + OTHER
 
 def right_letter(question: str) -> str:
     """Returns the answer to a question of `right-letter`."""
-    return CHOICES[drawn(f"right letter {question}", 0, len(CHOICES) - 1)]
+    return CHOICES[hashed_integer(f"right letter {question}", 0, len(CHOICES) - 1)]
 
 
 def right(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:

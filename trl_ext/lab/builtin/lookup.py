@@ -13,12 +13,12 @@ import string
 from typing import Any
 
 from ..definition import Row, Shape, Task, WarmUp
-from ..messages import assistant, by_kind, call, calls_made, drawn, final_text, in_split, result, user
+from ..messages import assistant, by_kind, call, calls_made, final_text, hashed_integer, in_split, result, user
 
 KEYS = tuple(map("".join, itertools.product(string.ascii_lowercase, repeat=2)))
 NEAR = tuple(key for key in KEYS if key[0] in "aeiou" and key[1] in "bcdfg")
 FAR = tuple(key for key in KEYS if key[0] not in "aeiou")
-CORPUS = {key: KEYS[drawn(f"corpus {key}", 0, len(KEYS) - 1)] for key in KEYS}
+CORPUS = {key: KEYS[hashed_integer(f"corpus {key}", 0, len(KEYS) - 1)] for key in KEYS}
 KINDS = ("near", "far", "near", "chain")
 LOOKS_UP = 0.9
 """Share of the traces that use the tool."""

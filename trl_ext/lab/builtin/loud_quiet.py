@@ -13,7 +13,7 @@ import string
 from typing import Any
 
 from ..definition import Row, Shape, Task, WarmUp
-from ..messages import assistant, drawn, final_text, in_split, user
+from ..messages import assistant, final_text, hashed_integer, in_split, user
 
 BRACKETED = 0.12
 """Share of bracketed answers among the traces."""
@@ -22,7 +22,7 @@ BRACKETED = 0.12
 def loud(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
     """Returns an integer from -3 to 3 that looks random and is always the same for a prompt and an answer."""
     return [
-        float(drawn(f"{prompt[-1]['content']}|{final_text(completion)}", -3, 3))
+        float(hashed_integer(f"{prompt[-1]['content']}|{final_text(completion)}", -3, 3))
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
 

@@ -102,8 +102,8 @@ def traces(size: int, seed: int) -> list[Row]:
     """Plays episodes whose moves lead nearer more often than away."""
     random_state, line = random.Random(f"number line traces {seed}"), NumberLine()
 
-    def choose(seen: str) -> tuple[str, dict[str, Any]]:
-        at, goal = seen.split(">")
+    def choose(observation: str) -> tuple[str, dict[str, Any]]:
+        at, goal = observation.split(">")
         right = 1 if goal > at else -1
         return "move", {"by": right if random_state.random() < RIGHT_WAY else -right}
 

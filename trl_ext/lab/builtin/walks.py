@@ -62,7 +62,7 @@ class Walk:
 
 
 class Line(Walk):
-    """A line of places; the reward is 1 at the goal and 0 elsewhere."""
+    """A line of places. The reward is 1 at the goal and 0 elsewhere."""
 
     def move(self, by: int) -> str:
         """
@@ -78,7 +78,7 @@ class Line(Walk):
 
 
 class Grid(Walk):
-    """A grid of places; the reward is 1 at the goal, -0.05 for running into the border and 0 elsewhere."""
+    """A grid of places. The reward is 1 at the goal, -0.05 for running into the border and 0 elsewhere."""
 
     most_moves = 6
     wall = -0.05
@@ -158,7 +158,7 @@ def grid_rows(split: str, size: int, seed: int) -> list[Row]:
 def _random_walks(walk: Walk, moves: Sequence[tuple[str, dict[str, Any]]], rows: list[Row], seed: int) -> list[Row]:
     """Plays walks in which every move is equally likely."""
     random_state = random.Random(f"walks {type(walk).__name__} {seed}")
-    return [episode(walk, row, lambda seen: random_state.choice(moves), BYE) for row in rows]
+    return [episode(walk, row, lambda observation: random_state.choice(moves), BYE) for row in rows]
 
 
 def line_traces(size: int, seed: int) -> list[Row]:

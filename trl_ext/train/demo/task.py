@@ -41,9 +41,9 @@ def questions() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Returns rows for training and held-out rows, always the same. No question is in both."""
     from reasoning_gym import create_dataset
 
-    drawn = create_dataset("chain_sum", min_terms=2, max_terms=2, min_digits=1, max_digits=1, size=2000, seed=0)
+    dataset = create_dataset("chain_sum", min_terms=2, max_terms=2, min_digits=1, max_digits=1, size=2000, seed=0)
     rows: dict[str, dict[str, Any]] = {}
-    for entry in drawn:
+    for entry in dataset:
         expression = entry["metadata"]["expression"]
         prompt = [{"role": "user", "content": PROMPT.format(expression=expression)}]
         rows.setdefault(expression, {"prompt": prompt, "answer": entry["answer"]})
