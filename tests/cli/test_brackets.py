@@ -148,8 +148,8 @@ def test_summary_of_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> 
 
 def test_errors_of_a_worker(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv(child_errors.FOLDER, str(tmp_path))
-    child_errors.record(ConfigError(BRACKETS))
-    child_errors.tell(tmp_path, 1)
+    child_errors.write_error(ConfigError(BRACKETS))
+    child_errors.print_errors(tmp_path, 1)
     assert capsys.readouterr().err == f"error: {BRACKETS}\n"
 
 

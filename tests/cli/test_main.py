@@ -47,6 +47,18 @@ def test_every_command_explains_itself(name, capsys):
     assert f"trl_ext {name}" in capsys.readouterr().out
 
 
+HELP = [[], *([name] for name in main.COMMANDS if name != "compare")]
+HELP += [["bench", name] for name in ("overhead", "probes", "shared-prefix")]
+
+
+@pytest.mark.parametrize("command", HELP, ids=" ".join)
+def test_help_fits_a_terminal(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main.main([*command, "--help"])
+    assert [line for line in capsys.readouterr().out.splitlines() if len(line) > 80] == []
+
+
 def test_train_help_teaches_and_trl_help_lists_its_options(capsys):
     with pytest.raises(SystemExit):
         main.main(["train", "--help"])

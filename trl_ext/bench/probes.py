@@ -71,29 +71,13 @@ def measure(
         For each arm `name`, `seconds` (median step), `share` (median over rounds of the part of the step that plain
         GRPO does not have), and `token_ratio` (tokens of all probes by computed tokens, None for plain GRPO).
     """
-    from transformers import PreTrainedTokenizerFast
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # idle threads that spin would count as work
     try:
         with tempfile.TemporaryDirectory() as folder, quiet():
             shape: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}
             model = tiny_model(f"{folder}/model", max_position_embeddings=2 * length, **shape)
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
-            trainers = {}
-            for number, (name, options) in enumerate(ARMS.items()):
-                trainer = tiny_trainer(
-                    "grpo",
-                    model,
-                    f"{folder}/{number}",
-                    rewards=[by_place],
-                    trainer={"processing_class": tokenizer},
-                    max_steps=steps + WARM_UP,
-                    max_completion_length=length,
-                    generation_kwargs={"min_new_tokens": length},
-                )
-                plugins: dict[str, Any] = {f"{__name__}:Paragraphs": None}
-                trainers[name] = api.attach(trainer, plugins if options is None else plugins | {"spae": options})
+            trainers = _trainers(model, folder, steps, length)
             total = steps + WARM_UP
             times = step_times(trainers, lambda rounds: progress(rounds, total), time.process_time)
     finally:
@@ -112,3 +96,25 @@ def measure(
             }
         )
     return rows
+
+
+def _trainers(model: str, folder: str, steps: int, length: int) -> dict[str, Any]:
+    """Builds the trainer of every arm."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+    trainers = {}
+    for number, (name, options) in enumerate(ARMS.items()):
+        trainer = tiny_trainer(
+            "grpo",
+            model,
+            f"{folder}/{number}",
+            rewards=[by_place],
+            trainer={"processing_class": tokenizer},
+            max_steps=steps + WARM_UP,
+            max_completion_length=length,
+            generation_kwargs={"min_new_tokens": length},
+        )
+        plugins: dict[str, Any] = {f"{__name__}:Paragraphs": None}
+        trainers[name] = api.attach(trainer, plugins if options is None else plugins | {"spae": options})
+    return trainers

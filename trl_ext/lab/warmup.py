@@ -33,11 +33,37 @@ def train(job: dict[str, Any], scratch: str) -> Any:
         ProgressCallback,
         Trainer,
     )
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
     torch.set_num_threads(1)  # sums in another order would give other weights
-    settings = job["settings"]
-    config = SFTConfig(
+    config = _config(job["settings"], scratch)
+    if "pictures" in job["rows"][0]:  # SFTTrainer takes pictures only with messages, not with tokens and labels
+        config.remove_unused_columns = False
+        trainer = Trainer(
+            model=AutoModelForImageTextToText.from_pretrained(job["model"], dtype=torch.float32),
+            args=config,
+            train_dataset=Dataset.from_list(job["rows"]),
+            data_collator=pictures.collator(pictures.processor_of(job["model"], Shape(**job["shape"]))),
+        )
+    else:
+        trainer = SFTTrainer(
+            model=AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32),
+            args=config,
+            train_dataset=Dataset.from_list(job["rows"]),
+            processing_class=AutoTokenizer.from_pretrained(job["model"]),
+        )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_progress_lines())
+    trainer.train()
+    return trainer.accelerator.unwrap_model(trainer.model)
+
+
+def _config(settings: dict[str, Any], scratch: str) -> Any:
+    """Returns the training arguments."""
+    from trl import SFTConfig
+
+    return SFTConfig(
         output_dir=scratch,
         max_steps=settings["steps"],
         per_device_train_batch_size=settings["batch_size"],
@@ -59,26 +85,6 @@ def train(job: dict[str, Any], scratch: str) -> Any:
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    if "pictures" in job["rows"][0]:  # SFTTrainer takes pictures only with messages, not with tokens and labels
-        config.remove_unused_columns = False
-        trainer = Trainer(
-            model=AutoModelForImageTextToText.from_pretrained(job["model"], dtype=torch.float32),
-            args=config,
-            train_dataset=Dataset.from_list(job["rows"]),
-            data_collator=pictures.collator(pictures.processor_of(job["model"], Shape(**job["shape"]))),
-        )
-    else:
-        trainer = SFTTrainer(
-            model=AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32),
-            args=config,
-            train_dataset=Dataset.from_list(job["rows"]),
-            processing_class=AutoTokenizer.from_pretrained(job["model"]),
-        )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(_progress_lines())
-    trainer.train()
-    return trainer.accelerator.unwrap_model(trainer.model)
 
 
 def write_weights(model: Any, folder: Path) -> None:

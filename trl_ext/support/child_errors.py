@@ -22,7 +22,7 @@ TRACEBACK = "TRL_EXT_TRACEBACK"
 """Environment variable that asks for tracebacks of our own errors too."""
 
 
-def record(error: BaseException) -> int:
+def write_error(error: BaseException) -> int:
     """Writes an error for the parent, or prints it if there is none, and returns the exit code of the worker."""
     ours = isinstance(error, TrlExtError | UsageError)
     message = str(error) if ours else f"{type(error).__name__}: {error}"
@@ -39,7 +39,7 @@ def record(error: BaseException) -> int:
     return 2 if ours else 1
 
 
-def tell(folder: str | Path, code: int) -> int:
+def print_errors(folder: str | Path, code: int) -> int:
     """Prints each distinct error of the workers and returns the exit code of the run.
 
     Args:

@@ -66,49 +66,67 @@ def conformance(
     Returns:
         The results in order. That of a failed check says what happened and what was expected.
     """
-    checks: list[Check] = []
     folder = Path(folder)
-
-    def check(name: str, test: Callable[[], str]) -> bool:
-        progress(name)
-        try:
-            checks.append(Check(name, True, test()))
-        except (AssertionError, TrlExtError) as error:
-            checks.append(Check(name, False, str(error)))
-        return checks[-1].passed
-
+    checklist = _Checklist(progress)
     specs: list[declaration.PluginSpec] = []
 
     def declared() -> str:
         specs.extend(catalog_find.resolve({reference: options}))
         return f"{specs[0].name}: {', '.join(specs[0].hooks) or 'no hooks'}"
 
-    if not check("declaration", declared):
-        return checks
+    if not checklist.check("declaration", declared):
+        return checklist.checks
     spec = specs[0]
     if "run" in spec.hooks:
-        checks.append(Check("runs", True, "not looked at: it owns a whole run, which only its own tests can check"))
-        return checks
+        detail = "not looked at: it owns a whole run, which only its own tests can check"
+        return [*checklist.checks, Check("runs", True, detail)]
     needs_tools = "tools" in spec.cls.needs
     with_tools = needs_tools or "trainer_arguments" in spec.hooks
     model = settings.pop("model", None) or tiny_model(folder / "model", tools=with_tools)
     for kind in kinds or spec.cls.trainers:
         arguments: dict[str, Any] = {"trainer": dict(trainer or {}), **settings}
         if kind == "grpo" and needs_tools and not set(TOOL_SOURCES) & set(arguments["trainer"]):
-            arguments["trainer"]["tools"] = [calculator]
-            rollouts: dict[str, Any] = {"max_completion_length": 150, "max_tool_calling_iterations": 2}
-            rollouts["generation_kwargs"] = calls(model, "calculator", likelihood=5.0, expression="6 * 7")
-            arguments = rollouts | arguments
-        runs = _Runs(kind, model, folder, reference, options, arguments)
-        if check(f"{kind}: trains, every hook fires", runs.trains):
-            check(f"{kind}: the same run gives the same numbers", runs.repeats)
-            if kind != "dpo" and not SHAPES_SAMPLING & set(spec.hooks):
-                check(f"{kind}: setting it up leaves the random stream alone", runs.samples_like_stock)
-            check(f"{kind}: a resumed run ends where an uninterrupted one does", runs.resumes)
-            if kind in ROUNDS and "inspect" in spec.hooks:
-                check(f"{kind}: recording a round changes nothing", runs.records)
-            check(f"{kind}: switching it off restores the trainer", runs.restores)
-    return checks
+            arguments = _with_calculator(model, arguments)
+        _check_trainer(checklist, spec, _Runs(kind, model, folder, reference, options, arguments))
+    return checklist.checks
+
+
+class _Checklist:
+    """Runs checks and keeps their results."""
+
+    def __init__(self, progress: Callable[[str], None]) -> None:
+        self.checks: list[Check] = []
+        self._progress = progress
+
+    def check(self, name: str, test: Callable[[], str]) -> bool:
+        """Runs a check and returns whether it passed."""
+        self._progress(name)
+        try:
+            self.checks.append(Check(name, True, test()))
+        except (AssertionError, TrlExtError) as error:
+            self.checks.append(Check(name, False, str(error)))
+        return self.checks[-1].passed
+
+
+def _with_calculator(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Adds a calculator to the arguments of a trainer, and rollouts that call it."""
+    rollouts: dict[str, Any] = {"max_completion_length": 150, "max_tool_calling_iterations": 2}
+    rollouts["generation_kwargs"] = calls(model, "calculator", likelihood=5.0, expression="6 * 7")
+    return rollouts | arguments | {"trainer": arguments["trainer"] | {"tools": [calculator]}}
+
+
+def _check_trainer(checklist: _Checklist, spec: declaration.PluginSpec, runs: _Runs) -> None:
+    """Runs the checks with one trainer. The first one makes the run that the others compare with."""
+    kind = runs.kind
+    if not checklist.check(f"{kind}: trains, every hook fires", runs.trains):
+        return
+    checklist.check(f"{kind}: the same run gives the same numbers", runs.repeats)
+    if kind != "dpo" and not SHAPES_SAMPLING & set(spec.hooks):
+        checklist.check(f"{kind}: setting it up leaves the random stream alone", runs.samples_like_stock)
+    checklist.check(f"{kind}: a resumed run ends where an uninterrupted one does", runs.resumes)
+    if kind in ROUNDS and "inspect" in spec.hooks:
+        checklist.check(f"{kind}: recording a round changes nothing", runs.records)
+    checklist.check(f"{kind}: switching it off restores the trainer", runs.restores)
 
 
 @dataclasses.dataclass

@@ -59,7 +59,7 @@ def launch(
     os.environ[command_line.COMMAND] = shlex.join(command)
     with tempfile.TemporaryDirectory(prefix="trl_ext-") as folder:
         os.environ[child_errors.FOLDER] = folder
-        return child_errors.tell(folder, trl_launch.launch(launcher))
+        return child_errors.print_errors(folder, trl_launch.launch(launcher))
 
 
 def wants_demo(given: Mapping[str, Any]) -> bool:

@@ -34,7 +34,7 @@ class Comparison:
     after: dict[str, float]
 
 
-def compare(history: Sequence[Mapping[str, Any]]) -> Comparison | None:
+def before_and_after(history: Sequence[Mapping[str, Any]]) -> Comparison | None:
     """Compares the first with the last evaluation, or the first with the last steps if there are fewer than two."""
     evaluations = [(logs.get("step", 0), shown(logs, "eval_")) for logs in history if is_evaluation(logs)]
     evaluations = [entry for entry in evaluations if entry[1]]
@@ -61,7 +61,7 @@ def write_summary(trainer: Any, request: Request, parsed: Parsed, seconds: float
     folder = Path(trainer.args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     history = trainer.state.log_history
-    comparison = compare(history)
+    comparison = before_and_after(history)
     if comparison is not None:
         rows = [
             [name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"]

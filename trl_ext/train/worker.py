@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # nobody above would see it
-        return child_errors.record(error)
+        return child_errors.write_error(error)
     return 0
 
 
