@@ -31,12 +31,14 @@ class PluginSpec:
         options: Its checked options.
         origin: Where it came from: a package, a file, or `built in`.
         version: The version of the package, or `file` or `module`.
+        reference: How it was asked for: a name, a file or `module:attribute`.
     """
 
     cls: type[Plugin]
     options: Any
     origin: str
     version: str
+    reference: str
 
     @property
     def name(self) -> str:

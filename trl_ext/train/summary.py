@@ -13,7 +13,7 @@ from typing import Any
 from ..support.tables import print_table
 from ..support.versions import versions
 from ..trl_internals.arguments import Parsed
-from .command_line import COMMAND, Request
+from .command_line import Request
 from .log_metrics import is_evaluation, is_training, shown
 
 RECORD, PICTURE = "trl_ext_run.json", "trl_ext_curves.png"
@@ -97,7 +97,7 @@ def describe(
     steps = [dict(logs) for logs in history if is_training(logs)]
     data = request.task or script.dataset_name or [source.path for source in mixture.datasets]
     return {
-        "command": os.environ.get(COMMAND),
+        "command": request.command,
         "trainer": request.kind,
         "plugins": [
             {"name": spec.name, "version": spec.version, "origin": spec.origin, "options": spec.option_values}
