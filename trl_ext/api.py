@@ -45,10 +45,15 @@ def enable(*plugins: str | Mapping[str, Any], **options: Mapping[str, Any]) -> H
         ...     print(handle)
         <trl_ext: gdpo on grpo>
     """
+    return enable_specs(_resolve(plugins, options))
+
+
+def enable_specs(specs: tuple[PluginSpec, ...]) -> Handle:
+    """Does the same for plugins that are found already, with their options."""
     global _active
     if _active is not None:
         raise ConfigError(f"{_active!r} is already enabled. Name all plugins in one call, or disable it first.")
-    handle = Handle(_resolve(plugins, options))
+    handle = Handle(specs)
     handle._install()
     _active = handle
     return handle

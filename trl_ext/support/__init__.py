@@ -1,1 +1,1 @@
-"""Small tools that know nothing of plugins or TRL."""
+"""Helpers that know nothing of plugins or TRL: consoles, cache folders, imports, errors of child processes."""

@@ -1,4 +1,4 @@
-"""The metrics of a log entry that lines, tables and pictures show."""
+"""Metrics of a log entry that lines, tables and pictures show."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 _PLAIN = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
-"""What is shown of runs without reward functions, that is DPO."""
+"""Shown metrics of DPO, which has no reward functions."""
 
 
 def shown(logs: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The few metrics of a log entry that lines, table and picture show, under short labels.
+    """Returns the few metrics of a log entry that are shown, by short label.
 
     Args:
         logs: A log entry of TRL.
@@ -27,8 +27,10 @@ def shown(logs: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def is_evaluation(logs: Mapping[str, Any]) -> bool:
+    """Returns whether a log entry comes from an evaluation."""
     return "eval_loss" in logs or "eval_reward" in logs
 
 
 def is_training(logs: Mapping[str, Any]) -> bool:
+    """Returns whether a log entry comes from a training step."""
     return "loss" in logs

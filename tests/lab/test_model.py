@@ -1,4 +1,4 @@
-"""Making models: warm-up that learns and repeats exactly, the cache, and what a person sees when it cannot be."""
+"""The warmed-up model of a task: its name, traces that do not fit, and a cache that cannot be written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_ext import ConfigError, lab
@@ -122,7 +121,7 @@ def test_many_ask_and_one_makes(untrained: Untrained, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("trace", "message"),
     [
-        ({"prompt": user("code 1"), "completion": assistant("é")}, "trace 1 has characters that are no tokens"),
+        ({"prompt": user("code 1"), "completion": assistant("é")}, "trace 1 has characters that are not tokens"),
         (
             {"prompt": user("code 1"), "completion": assistant("1" * 8)},
             r"trace 1 has 9 tokens after the prompt, more t",
@@ -148,9 +147,6 @@ def test_a_warm_up_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.syspath_prepend(tmp_path)  # the process that trains finds what this one finds
     with pytest.raises(ConfigError, match=r"task 'echo': the warm-up failed\.\n[\s\S]*this torch is broken"):
         lab.model_folder(echo(steps=1), lambda line: None)
-
-
-# --- the cache --------------------------------------------------------------------------------------------------------
 
 
 def test_a_cache_that_cannot_be_written(untrained: Untrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,42 +188,3 @@ def test_weights_that_cannot_be_written(
     with pytest.raises(ConfigError, match=r"cannot write into the cache folder .*/lab: File too large\."):
         lab.model_folder(echo(steps=1), lambda line: None)
     assert [entry.suffix for entry in (tmp_path / "cache" / "lab").iterdir()] == [".lock"]
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, "No space left on device"),
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-        SafetensorError('IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })'),
-    ],
-)
-def test_a_disk_that_fills_up(error: Exception, tmp_path: Path) -> None:
-    def make(folder: Path) -> None:
-        (folder / "half").write_text("half")
-        raise error
-
-    with pytest.raises(ConfigError, match=r"cannot write into the cache folder .*: No space left on device\."):
-        cache.kept(tmp_path / "deep" / "made", make)
-    assert [entry.name for entry in (tmp_path / "deep").iterdir()] == ["made.lock"]
-
-
-def test_other_errors_are_left_alone(tmp_path: Path) -> None:
-    for error in (KeyboardInterrupt(), OSError("not a model"), SafetensorError("invalid header"), ValueError("x")):
-
-        def make(folder: Path, error: BaseException = error) -> None:
-            raise error
-
-        with pytest.raises(type(error)):
-            cache.kept(tmp_path / "made", make)
-    assert not (tmp_path / "made").exists()
-
-
-def test_where_things_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TRL_EXT_CACHE", str(tmp_path))
-    assert cache.cache_folder() == tmp_path
-    monkeypatch.delenv("TRL_EXT_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
-    assert cache.cache_folder() == Path("/elsewhere/trl_ext")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache.cache_folder() == Path.home() / ".cache" / "trl_ext"
