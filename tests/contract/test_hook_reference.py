@@ -129,12 +129,10 @@ def public(module: ModuleType) -> set[str]:
     }
 
 
-def test_links_inside_the_page_lead_to_headings() -> None:
+def test_every_heading_has_an_anchor_of_its_own() -> None:
     headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", REFERENCE, flags=re.DOTALL), re.MULTILINE)
     anchors = [generator().anchor(heading) for heading in headings]
-    links = re.findall(r"\]\(#([^)]+)\)", REFERENCE)
-    assert len(set(anchors)) == len(anchors) and len(links) > 100
-    assert set(links) <= set(anchors)
+    assert len(set(anchors)) == len(anchors) > 100
 
 
 # --- the docstrings ---------------------------------------------------------------------------------------------------
