@@ -18,6 +18,7 @@ from trl_ext_hooks import Config, Plugin
 from .errors import ConfigError
 from .plan import make_plan
 from .registry import PluginSpec, build_manager
+from .support.files import write_atomically
 
 if TYPE_CHECKING:
     from .compat.scripts import Parsed
@@ -163,9 +164,7 @@ class LocalJob:
     def log(self, metrics: Mapping[str, float], *, step: int, steps: int) -> None:
         self.history.append({f"{self.owner}/{name}": float(value) for name, value in metrics.items()} | {"step": step})
         if self.is_main:
-            unfinished = self.folder / f"{ROUNDS}.part"
-            unfinished.write_text(json.dumps(self.history, indent=1) + "\n")
-            unfinished.rename(self.folder / ROUNDS)
+            write_atomically(self.folder / ROUNDS, json.dumps(self.history, indent=1) + "\n")
         for listener in self.listeners:
             listener(step, steps)
 

@@ -15,6 +15,7 @@ from typing import Any
 from ._version import __version__
 from .compat.scripts import Parsed
 from .request import COMMAND, Request
+from .support.files import write_atomically
 from .tables import print_table
 
 RECORD, PICTURE = "trl_ext_run.json", "trl_ext_curves.png"
@@ -94,9 +95,7 @@ def report(trainer: Any, asked: Request, parsed: Parsed, seconds: float) -> None
         ]
         print_table(["", "before", "after", "change"], rows, title=comparison.source)
     content = describe(trainer, asked, parsed, seconds, comparison)
-    unfinished = folder / f"{RECORD}.part"
-    unfinished.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    unfinished.rename(folder / RECORD)
+    write_atomically(folder / RECORD, json.dumps(content, indent=2, default=str) + "\n")
     written = [RECORD]
     try:
         from .curves import draw

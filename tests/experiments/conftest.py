@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +137,14 @@ def result(folder: Path) -> dict[str, Any]:
 def records(folder: Path) -> dict[str, dict[str, Any]]:
     """File name -> record, of all runs in an output folder."""
     return {file.name: json.loads(file.read_text()) for file in sorted((folder / "runs").glob("*.json"))}
+
+
+@contextlib.contextmanager
+def file_size_limit(process: int, size: int) -> Iterator[None]:
+    """A process, and those that it starts, can write no file above a size, as on a full disk."""
+    before = resource.prlimit(process, resource.RLIMIT_FSIZE)
+    resource.prlimit(process, resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(process, resource.RLIMIT_FSIZE, before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 from trl_ext.errors import TrlExtError
 from trl_ext.experiments import records
 from trl_ext.experiments.records import Job, UnwritableError
+
+from .conftest import file_size_limit
 
 
 @pytest.fixture
@@ -68,9 +71,8 @@ def test_half_a_record_is_named(job: Job) -> None:
 def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     records.write(file, {"old": 1})
-    (tmp_path / "found.json.part").symlink_to("/dev/full")
-    with pytest.raises(UnwritableError, match=r"cannot write .*found.json: No space left on device"):
-        records.write(file, {"new": 2})
+    with file_size_limit(os.getpid(), 1000), pytest.raises(UnwritableError, match=r"cannot write .*found.json: File"):
+        records.write(file, {"new": "x" * 2000})
     assert json.loads(file.read_text()) == {"old": 1} and list(tmp_path.iterdir()) == [file]
     with pytest.raises(UnwritableError, match="No such file or directory"):
         records.write(tmp_path / "nowhere" / "found.json", {})

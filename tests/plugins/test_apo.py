@@ -391,7 +391,7 @@ def mortal(model: str, folder: Path, diary: Path, options: dict[str, Any], setti
     module = types.ModuleType("apo_rewards")
     module.many_digits = many_digits  # type: ignore[attr-defined]
     sys.modules["apo_rewards"] = module
-    rename, original = Path.rename, sampling.sampler
+    rename, replace, original = Path.rename, os.replace, sampling.sampler
 
     def at(event: str) -> None:
         known = diary.exists() and event in diary.read_text().splitlines()
@@ -403,7 +403,6 @@ def mortal(model: str, folder: Path, diary: Path, options: dict[str, Any], setti
     def move(self: Path, target: Path) -> Path:
         released = target.parent == folder and target.name not in (
             "apo.json",
-            "trl_ext_rounds.json",
             "model.safetensors",
         )
         if folder not in target.parents or released:  # one of the files that are copied at the end is enough
@@ -413,11 +412,19 @@ def mortal(model: str, folder: Path, diary: Path, options: dict[str, Any], setti
         at(f"did {target}")
         return Path(target)
 
+    def move_file(source: Path, target: Path) -> None:
+        if target != folder / "trl_ext_rounds.json":
+            return replace(source, target)
+        at(f"before {target}")
+        replace(source, target)
+        at(f"did {target}")
+
     def counted(*args: Any, **kwargs: Any) -> Any:
         sample = original(*args, **kwargs)
         return lambda prompts, seed: (at(f"sample {seed}"), sample(prompts, seed))[1]
 
     Mortal.at, Path.rename, sampling.sampler = at, move, counted  # type: ignore[method-assign,assignment]
+    os.replace = move_file  # type: ignore[assignment]
     go(
         model,
         folder,

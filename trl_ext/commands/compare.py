@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=True, highlight=False)
     command = shlex.join(["trl_ext", "compare", args.recipe, *(["--seeds", str(args.seeds)] if args.seeds else [])])
     found = comparing.compare(asked, folder, args.jobs, console, command)
-    records.write_text(folder / "compare.html", page.render(found))
+    records.write_file(folder / "compare.html", page.render(found))
     drawn = _draw(found, folder / "compare.png")
     brief = {name: value for name, value in found.items() if name not in ("curves", "completions")}
     if record is not None:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .curves import COLORS, levels, limits
-from .records import write_bytes
+from .records import write_file
 
 _INK = "#333333"
 
@@ -39,7 +39,7 @@ def draw(found: Mapping[str, Any], file: Path) -> None:
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     content = io.BytesIO()
     figure.savefig(content, format="png")
-    write_bytes(file, content.getvalue())
+    write_file(file, content.getvalue())
 
 
 def _panel(

@@ -7,12 +7,10 @@ looked at, can be changed without repeating anything.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +18,7 @@ from typing import Any, Literal
 from trl_ext_hooks import TrainerKind
 
 from ..errors import TrlExtError
+from ..support.files import write_atomically
 
 
 class UnwritableError(TrlExtError):
@@ -95,24 +94,18 @@ def write(file: Path, content: Any) -> None:
     Raises:
         UnwritableError: The disk is full, or the folder cannot be written.
     """
-    write_text(file, json.dumps(plain(content), indent=1, allow_nan=False) + "\n")
+    write_file(file, json.dumps(plain(content), indent=1, allow_nan=False) + "\n")
 
 
-def write_text(file: Path, text: str) -> None:
-    write_bytes(file, text.encode())
+def write_file(file: Path, content: str | bytes) -> None:
+    """Writes a file of a comparison.
 
-
-def write_bytes(file: Path, content: bytes) -> None:
-    unfinished = file.with_name(f"{file.name}.part")
+    Raises:
+        UnwritableError: The disk is full, or the folder cannot be written.
+    """
     try:
-        with unfinished.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        unfinished.replace(file)
+        write_atomically(file, content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
         raise UnwritableError(
             f"cannot write {file}: {error.strerror or error}. Runs that have ended are kept: make room or choose "
             f"another folder with --output, and start the same command again."

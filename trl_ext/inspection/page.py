@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..support.files import write_atomically
 from .recording import Recording
 
 _HERE = Path(__file__).parent
@@ -56,7 +57,7 @@ def write(recordings: Sequence[Recording], path: Path) -> None:
         ConfigError: The file cannot be written.
     """
     try:
-        path.write_text(page(recordings), encoding="utf-8")
+        write_atomically(path, page(recordings))
     except OSError as error:
         raise ConfigError(
             f"the page cannot be written to {path}: {error.strerror or error}. --html PATH writes it elsewhere."

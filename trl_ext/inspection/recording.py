@@ -15,6 +15,7 @@ from typing import Any
 
 from .._version import __version__
 from ..errors import ConfigError
+from ..support.files import write_atomically
 
 FORMAT = 1
 FOLDER = "inspect"
@@ -167,11 +168,9 @@ class Recording:
 
 
 def write(recording: Recording, folder: Path) -> Path:
-    """Writes the file of a round under another name first, so that nobody reads half of it."""
+    """Writes the file of a round; nobody reads half of it."""
     path = folder / f"round-{recording.round}.json"
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(dataclasses.asdict(recording), separators=(",", ":"), allow_nan=False) + "\n")
-    unfinished.rename(path)
+    write_atomically(path, json.dumps(dataclasses.asdict(recording), separators=(",", ":"), allow_nan=False) + "\n")
     return path
 
 
