@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trl_ext.experiments import results
+from trl_ext.compare.text_report import interval
 
 ROOT = Path(__file__).parents[1]
 RECIPES, RESULTS = ROOT / "recipes" / "tiny", ROOT / "recipes" / "tiny" / "results"
@@ -22,7 +22,7 @@ def table(found: list[dict[str, Any]]) -> str:
         first = f"[{name}](../recipes/tiny/{name}.yaml): {result['claim']}<br>{task}"
         numbers, expected = [], []
         for metric in result["metrics"]:
-            arms = [f"{arm} {results.interval(value)}" for arm, value in metric["estimates"].items()]
+            arms = [f"{arm} {interval(value)}" for arm, value in metric["estimates"].items()]
             never = [f"{len(seeds)} {arm} never" for arm, seeds in metric["censored"].items() if seeds]
             numbers.append(f"{metric['label']}: {'; '.join([*arms, *never])}")
             for entry in metric["expectations"]:

@@ -111,8 +111,8 @@ def record(trainer: T, rounds: int = 1, folder: str | Path | None = None, max_ro
     Raises:
         ConfigError: The trainer has no rounds, is recorded already, or an argument cannot be.
     """
+    from .inspection.file_format import FOLDER
     from .inspection.recorder import Recorder
-    from .inspection.recording import FOLDER
 
     if rounds < 1 or max_rows < 1:
         raise ConfigError(f"`rounds` and `max_rows` must be at least 1, got {rounds} and {max_rows}.")

@@ -20,7 +20,7 @@ from trl_ext_hooks import TrainerKind
 from . import api, registry
 from .compat import access
 from .errors import TrlExtError
-from .inspection.recording import find, read
+from .inspection.file_format import find, read
 from .plan import ROUNDS, TOOL_SOURCES
 from .testing import calls, metrics_of, tiny_model, tiny_trainer
 from .tools import calculator

@@ -64,9 +64,9 @@ def _train(argv: list[str]) -> None:
 
 def _train_on_task(task: str, asked: request.Request, parsed: Any, save: bool) -> None:
     """What TRL's script does for model and data that are named, for a task of the lab."""
-    from .experiments.running import build
+    from .train.on_task import build_trainer
 
-    trainer = build(task, asked.kind, parsed, asked.sizes, _warn)
+    trainer = build_trainer(task, asked.kind, parsed, asked.sizes, _warn)
     trainer.train(resume_from_checkpoint=parsed[1].resume_from_checkpoint)
     if save:
         trainer.save_model(parsed[1].output_dir)
@@ -78,9 +78,9 @@ def _owned_job(asked: request.Request, parsed: Any) -> Any:
         from .job import from_script
 
         return from_script(parsed)
-    from .experiments.running import on_task
+    from .train.on_task import build_job
 
-    return on_task(asked.task, parsed, asked.sizes, _warn)
+    return build_job(asked.task, parsed, asked.sizes, _warn)
 
 
 def _wants_bars(asked: request.Request) -> bool:

@@ -437,17 +437,17 @@ def mortal(model: str, folder: Path, diary: Path, options: dict[str, Any], setti
 
 def test_a_kill_anywhere_repeats_nothing(model: str, tmp_path: Path) -> None:
     """SIGKILL before every file gets its name and before every step, one after the other, until the run ends."""
-    from trl_ext.experiments import processes
+    from trl_ext.compare import child_process
 
     options, settings = {"rounds": 2, "held_out": 2}, {"save_strategy": "steps", "save_steps": 1}
     whole = go(model, tmp_path / "whole", options, **settings)
     folder, diary, kills = tmp_path / "run", tmp_path / "diary", 0
     while True:
-        worker = processes.start(mortal, model, folder, diary, options, settings, log=str(tmp_path / "log"))
-        message = worker.hear()
-        if isinstance(message, processes.Result):
+        child = child_process.start(mortal, model, folder, diary, options, settings, log=str(tmp_path / "log"))
+        message = child.receive()
+        if isinstance(message, child_process.Result):
             break
-        assert isinstance(message, processes.Failure) and "SIGKILL" in message.message, message
+        assert isinstance(message, child_process.Failure) and "SIGKILL" in message.message, message
         kills += 1
     lines = diary.read_text().splitlines()
     assert kills == len({line for line in lines if line.startswith("before")}) >= 18

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import sys
 from pathlib import Path
-from typing import Any
 
 from ..errors import OptionError
 
@@ -60,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from ..experiments import comparing, page, recipe, records, results
+    from ..compare import html_report, plots, recipe, schedule, store, text_report
     from ..tables import print_table
 
     for name in ("seeds", "jobs"):
@@ -69,32 +67,21 @@ def run(args: argparse.Namespace) -> int:
     record = Path(args.record) if args.record else None
     if record is not None and not record.parent.is_dir():
         raise OptionError(f"--record {record}: there is no folder {record.parent}.")
-    asked = recipe.read(args.recipe).with_seeds(args.seeds)
-    folder = Path(args.output or Path("runs") / "compare" / asked.name)
+    checked = recipe.read(args.recipe).with_seeds(args.seeds)
+    folder = Path(args.output or Path("runs") / "compare" / checked.name)
     console = Console(stderr=True, highlight=False)
     command = shlex.join(["trl_ext", "compare", args.recipe, *(["--seeds", str(args.seeds)] if args.seeds else [])])
-    found = comparing.compare(asked, folder, args.jobs, console, command)
-    records.write_file(folder / "compare.html", page.render(found))
-    drawn = _draw(found, folder / "compare.png")
-    brief = {name: value for name, value in found.items() if name not in ("curves", "completions")}
+    content = schedule.run_comparison(checked, folder, args.jobs, console, command)
+    store.write_file(folder / "compare.html", html_report.render(content))
+    store.write_file(folder / "compare.png", plots.picture(content))
+    brief = {name: value for name, value in content.items() if name not in ("curves", "completions")}
     if record is not None:
-        records.write(record, brief)
+        store.write(record, brief)
     if args.json:
-        print(json.dumps(records.plain(brief), indent=1))
+        print(json.dumps(store.plain(brief), indent=1))
     else:
-        print_table(results.COLUMNS, results.rows(found), title=found["claim"])
-        for line in results.sentences(found):
+        print_table(text_report.COLUMNS, text_report.rows(content), title=content["claim"])
+        for line in text_report.sentences(content):
             print(line)
-        written = ["compare.html", *(["compare.png"] if drawn else []), "compare.json"]
-        print(f"{', '.join(written)} in {folder}")
-    return 0 if found["complete"] and found["met"] else 1
-
-
-def _draw(found: dict[str, Any], file: Path) -> bool:
-    try:
-        from ..experiments.picture import draw
-    except ImportError:
-        print("no picture: matplotlib is not installed (pip install 'trl_ext[demo]' draws it).", file=sys.stderr)
-        return False
-    draw(found, file)
-    return True
+        print(f"compare.html, compare.png, compare.json in {folder}")
+    return 0 if content["complete"] and content["met"] else 1

@@ -17,8 +17,8 @@ from ..compat import access
 from ..errors import ConfigError, PluginError
 from ..session import Session, untouched_random_state
 from ..stages.selection import KEPT
-from . import recording as files
-from .recording import Prompt, Recording, RewardStage, Row
+from . import file_format
+from .file_format import Prompt, Recording, RewardStage, Row
 from .tokens import decoder, texts
 
 _NOT_SHOWN = ("prompt", "completion", "image", "images")
@@ -54,9 +54,9 @@ class Recorder:
 
     def write(self, recording: Recording) -> None:
         if recording.round == 1:
-            for old in files.files(self.folder):
+            for old in file_format.files(self.folder):
                 old.unlink()
-        files.write(recording, self.folder)
+        file_format.write(recording, self.folder)
         if recording.round == 1:
             print(f"trl_ext: recording rounds; look at them with: trl_ext inspect {self.folder}", file=sys.stderr)
 

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from ..tables import print_table
-from .recording import Recording, Row
-from .text import chain, number, signed, sparkline, visible
+from .file_format import Recording, Row
+from .formatting import chain, number, signed, sparkline, visible
 
 _POSITIVE = ((0.66, "white on #2166ac"), (0.33, "black on #67a9cf"), (0.02, "black on #d1e5f0"))
 _NEGATIVE = ((0.66, "white on #b35806"), (0.33, "black on #f1a340"), (0.02, "black on #fee0b6"))

@@ -1,0 +1,1 @@
+"""`trl_ext train`: from the command line to a trained model."""
