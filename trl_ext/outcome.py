@@ -17,12 +17,12 @@ from .compat.scripts import Parsed
 from .request import COMMAND, Request
 from .support.files import write_atomically
 from .tables import print_table
+from .train import curves
+from .train.log_metrics import is_evaluation, is_training, shown
 
 RECORD, PICTURE = "trl_ext_run.json", "trl_ext_curves.png"
 
 _PACKAGES = ("trl", "transformers", "torch", "accelerate", "peft", "datasets")
-_PLAIN = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
-"""What is shown of runs without reward functions, that is DPO."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,31 +32,6 @@ class Comparison:
     source: str
     before: dict[str, float]
     after: dict[str, float]
-
-
-def shown(logs: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The few metrics of a log entry that lines, table and picture show, under short labels.
-
-    Args:
-        logs: A log entry of TRL.
-        prefix: `eval_` for evaluations.
-    """
-    start, end = f"{prefix}rewards/", "/mean"
-    names = [key[len(start) : -len(end)] for key in logs if key.startswith(start) and key.endswith(end)]
-    keys = {f"{start}{name}{end}": name for name in names}
-    if names:
-        keys |= {f"{prefix}reward": "total reward", f"{prefix}completions/mean_length": "length"}
-    else:
-        keys |= {f"{prefix}{key}": label for key, label in _PLAIN.items()}
-    return {label: float(logs[key]) for key, label in keys.items() if logs.get(key) is not None}
-
-
-def is_evaluation(logs: Mapping[str, Any]) -> bool:
-    return "eval_loss" in logs or "eval_reward" in logs
-
-
-def is_training(logs: Mapping[str, Any]) -> bool:
-    return "loss" in logs
 
 
 def compare(history: Sequence[Mapping[str, Any]]) -> Comparison | None:
@@ -97,13 +72,10 @@ def report(trainer: Any, asked: Request, parsed: Parsed, seconds: float) -> None
     content = describe(trainer, asked, parsed, seconds, comparison)
     write_atomically(folder / RECORD, json.dumps(content, indent=2, default=str) + "\n")
     written = [RECORD]
-    try:
-        from .curves import draw
-    except ImportError:
-        print(f"no picture: matplotlib is not installed (pip install 'trl_ext[demo]' draws {PICTURE}).")
-    else:
-        if draw(history, folder / PICTURE, _title(asked, parsed, trainer)):
-            written.insert(0, PICTURE)
+    picture = curves.draw(history, _title(asked, parsed, trainer))
+    if picture is not None:
+        write_atomically(folder / PICTURE, picture)
+        written.insert(0, PICTURE)
     print(f"{trainer.state.global_step} steps in {seconds:.0f} s; {' and '.join(written)} in {folder}", flush=True)
 
 

@@ -11,6 +11,7 @@ from . import outcome
 from .compat.scripts import Parsed
 from .request import Request
 from .tables import duration
+from .train.log_metrics import is_evaluation, is_training, shown
 
 
 class Progress(TrainerCallback):
@@ -70,12 +71,12 @@ class Progress(TrainerCallback):
     ) -> None:
         if not (self.lines and state.is_world_process_zero and logs):
             return
-        evaluation = outcome.is_evaluation(logs)
-        if not (evaluation or outcome.is_training(logs)):
+        evaluation = is_evaluation(logs)
+        if not (evaluation or is_training(logs)):
             return  # the totals at the end of training
         digits = len(str(state.max_steps))
         where = "held-out " if evaluation else f"step {state.global_step:>{digits}}/{state.max_steps}"
-        parts = [f"{label} {value:.3f}" for label, value in outcome.shown(logs, "eval_" if evaluation else "").items()]
+        parts = [f"{label} {value:.3f}" for label, value in shown(logs, "eval_" if evaluation else "").items()]
         if not evaluation:
             parts.append(f"left {duration(self._left(state))}")
         print(f"{where:<{2 * digits + 6}}  {'  '.join(parts)}", flush=True)

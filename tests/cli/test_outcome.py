@@ -1,12 +1,10 @@
 """Lines, table, record and picture of a run, on log histories as TRL writes them."""
 
-import sys
 import types
 
 import pytest
 
 from trl_ext import failures, outcome, progress
-from trl_ext.curves import draw, smooth
 
 
 def training(step, good=0.0, reward=0.0, length=8.0):
@@ -17,14 +15,6 @@ def training(step, good=0.0, reward=0.0, length=8.0):
 def evaluation(step, good):
     logs = {"eval_loss": 0.1, "eval_rewards/good/mean": good, "eval_reward": good}
     return logs | {"eval_completions/mean_length": 4.0, "step": step}
-
-
-def test_shown_metrics():
-    assert outcome.shown(training(1, 0.5, 0.25)) == {"good": 0.5, "total reward": 0.25, "length": 8.0}
-    assert outcome.shown(evaluation(1, 0.5), "eval_") == {"good": 0.5, "total reward": 0.5, "length": 4.0}
-    pairs = {"loss": 0.7, "rewards/chosen": 1.0, "rewards/accuracies": 0.5, "rewards/margins": 0.1}
-    assert outcome.shown(pairs) == {"loss": 0.7, "accuracy": 0.5, "margin": 0.1}
-    assert outcome.shown(training(1) | {"rewards/good/mean": None}) == {"total reward": 0.0, "length": 8.0}
 
 
 def test_held_out_evaluations_are_compared():
@@ -44,21 +34,6 @@ def test_without_evaluation_the_training_steps_are_compared_and_it_says_so():
     assert "good" not in outcome.compare(odd).before and outcome.compare(odd).after["good"] == 1.0
 
 
-def test_smoothing_keeps_constants_ends_and_length():
-    assert smooth([2.0] * 30) == [2.0] * 30
-    values = [float(i) for i in range(30)]
-    assert smooth(values) == pytest.approx(values)
-    assert smooth([1.0, 5.0]) == [1.0, 5.0]
-
-
-def test_picture(tmp_path):
-    history = [evaluation(0, 0.1), *(training(i, i / 20, i / 20) for i in range(1, 20)), evaluation(19, 0.8)]
-    assert draw(history, tmp_path / "curves.png", "a title")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert not draw([training(1)], tmp_path / "none.png", "a title")
-    assert not (tmp_path / "none.png").exists()
-
-
 def finished(folder, history):
     """A trainer after its run, as far as the record reads it."""
     state = types.SimpleNamespace(log_history=history, global_step=2)
@@ -72,15 +47,14 @@ def finished(folder, history):
     )
 
 
-def test_without_matplotlib_it_says_which_extra_draws(tmp_path, monkeypatch, capsys):
+def test_what_a_run_leaves(tmp_path, capsys):
     from trl_ext.request import Request
 
-    monkeypatch.setitem(sys.modules, "trl_ext.curves", None)
     trainer, parsed = finished(tmp_path / "out", [training(1, 0.0), training(2, 1.0)])
     outcome.report(trainer, Request({}, (), "grpo", None, {}, []), parsed, 3.0)
-    text = capsys.readouterr().out
-    assert "pip install 'trl_ext[demo]'" in text and "+1.000" in text
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["trl_ext_run.json"]
+    assert "+1.000" in capsys.readouterr().out
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"trl_ext_run.json", "trl_ext_curves.png"}
+    assert (tmp_path / "out/trl_ext_curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (75, "1:15"), (3725, "1:02:05")])

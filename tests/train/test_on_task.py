@@ -13,7 +13,7 @@ import pytest
 
 from trl_ext import cli, worker
 
-from ..compare.conftest import ROUNDS, cache, recipe, task  # noqa: F401
+from ..compare.conftest import ROUNDS
 
 
 @pytest.mark.slow
