@@ -149,75 +149,11 @@ def test_a_folder_without_recordings(inspect: Any, tmp_path: Path) -> None:
     assert "trl_ext train --plugin gdpo --inspect 2" in err and "trl_ext inspect --plugin gdpo" in err
 
 
-def spoil(content: dict[str, Any], change: str) -> Any:
-    row = content["rows"][0]
-    match change:
-        case "newer":
-            return content | {"format": 2, "trl_ext": "9.0"}
-        case "no rows":
-            return content | {"rows": []}
-        case "other key":
-            return content | {"unknown": 1}
-        case "less":
-            del content["prompts"]
-        case "tokens":
-            row["tokens"].pop()
-        case "prompt":
-            row["prompt"] = 9
-        case "rewards":
-            row["rewards"][0].pop()
-        case "advantages":
-            row["advantages"][2].pop()
-        case "span":
-            row["spans"][0]["end"] = 999
-        case "span keys":
-            del row["spans"][0]["end"]
-        case "curve":
-            row["curves"][0]["values"].pop()
-        case "row":
-            content["rows"][0] = 3
-    return content
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ("newer", ["was written by trl_ext 9.0 in format 2; this trl_ext", "reads formats up to 1", "--upgrade"]),
-        ("no rows", ["is damaged: it has no rows. Record the round again."]),
-        ("other key", ["is damaged: TypeError", "unknown"]),
-        ("less", ["is damaged: KeyError: 'prompts'"]),
-        ("tokens", ["is damaged: row 0 has 42 token ids and another number of texts"]),
-        ("prompt", ["row 0 has prompt 9 of 3"]),
-        ("rewards", ["row 0 has rewards for other columns"]),
-        ("advantages", ["row 0 has advantages for other stages or tokens"]),
-        ("span", ["row 0 has a span outside its"]),
-        ("span keys", ["is damaged: KeyError: 'end'"]),
-        ("curve", ["row 0 has a curve with fewer values"]),
-        ("row", ["is damaged: TypeError"]),
-    ],
-)
-def test_a_file_that_cannot_be_shown(change: str, words: list[str], copy: Path, inspect: Any) -> None:
+def test_a_file_that_cannot_be_shown(copy: Path, inspect: Any) -> None:
     file = copy / "inspect" / "round-1.json"
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps(spoil(content, change)))
+    file.write_text("{")
     code, out, err = inspect(file)
-    assert code == 2 and out == "" and str(file) in err
-    assert all(word in err for word in words), err
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("{", ["is no recorded round: it is not JSON"]),
-        ("[]", ["is no recorded round: it has no number `format`", "--inspect 2"]),
-        ('{"rows": []}', ["is no recorded round: it has no number `format`"]),
-        ("\udcff", ["is no recorded round: it is not JSON"]),
-    ],
-)
-def test_another_file(content: str, words: list[str], inspect: Any, tmp_path: Path) -> None:
-    (tmp_path / "some.json").write_bytes(content.encode(errors="surrogateescape"))
-    code, _, err = inspect(tmp_path / "some.json")
-    assert code == 2 and all(word in err for word in words), err
+    assert code == 2 and out == "" and f"{file} is not a recorded round (invalid JSON: " in err
 
 
 @pytest.mark.parametrize("value", ["0", "1.5", "many"])

@@ -1,6 +1,6 @@
-"""The file of a recorded round: its layout, writing and reading.
+"""The file format of a recorded round: its layout, writing and reading.
 
-`<output_dir>/inspect/round-<k>.json` holds one `Recording`. Numbers are rounded to six digits; what is not a finite
+`<output_dir>/inspect/round-<k>.json` holds one `Recording`. Numbers are rounded to six digits. What is not a finite
 number (a reward that does not apply, a gap in a curve) is null.
 """
 
@@ -38,7 +38,7 @@ class RewardStage:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt token by token; rows refer to it by its place in the list."""
+    """A prompt token by token. Rows refer to it by its place in the list."""
 
     ids: list[int]
     tokens: list[str]
@@ -53,12 +53,12 @@ class Row:
         group: Its group.
         prompt: Which prompt.
         ids, tokens, mask: Per token: id, text, and 1 where the loss counts it. A token that is only the beginning of a
-            character has no text; the one that completes the character has it.
+            character has no text. The one that completes the character has it.
         rewards: Per reward stage, one value per column.
         advantages: Per advantage stage, one number, or one per token.
         columns: What the data set says about the row.
         fields: What plugins say about it (`annotate` and `batch_fields`).
-        kept: Whether the round learns from the row; False where the hook `keep_rows` left it out.
+        kept: Whether the round learns from the row. False where the hook `keep_rows` left it out.
         calls: Tool calls: `name`, `arguments`, `result`.
         values: By name, one number per token, such as `old_per_token_logps`.
         spans: `by`, `start`, `end`, `label`, `value`.
@@ -82,21 +82,21 @@ class Row:
     curves: list[dict[str, Any]]
 
     def advantage(self, stage: int) -> float:
-        """The advantage of the row; token-wise ones averaged over the tokens that the loss counts."""
-        found = self.advantages[stage]
-        if not isinstance(found, list):
-            return found
-        counted = [value for value, use in zip(found, self.mask, strict=True) if use]
+        """Returns the advantage of the row. Token-wise ones are averaged over the tokens that the loss counts."""
+        advantage = self.advantages[stage]
+        if not isinstance(advantage, list):
+            return advantage
+        counted = [value for value, use in zip(advantage, self.mask, strict=True) if use]
         return sum(counted) / max(1, len(counted))
 
     def token_advantages(self, stage: int) -> list[float | None]:
-        """One per token; None on tokens that the loss does not count."""
-        found = self.advantages[stage]
-        values = found if isinstance(found, list) else [found] * len(self.mask)
+        """Returns an advantage for each token, None on tokens that the loss does not count."""
+        advantage = self.advantages[stage]
+        values = advantage if isinstance(advantage, list) else [advantage] * len(self.mask)
         return [value if use else None for value, use in zip(values, self.mask, strict=True)]
 
     def total(self, stage: int, weights: Sequence[float]) -> float | None:
-        """The weighted sum of the rewards that apply; None where none does."""
+        """Returns the weighted sum of the rewards that apply, None where none does."""
         pairs = [(value, weight) for value, weight in zip(self.rewards[stage], weights, strict=True)]
         applying = [value * weight for value, weight in pairs if value is not None]
         return sum(applying) if applying else None
@@ -136,52 +136,52 @@ class Recording:
     format: int = FORMAT
 
     def notes(self) -> list[str]:
-        """What a reader has to know besides the numbers."""
-        found = []
+        """Returns what a reader has to know besides the numbers."""
+        notes = []
         if self.left_out:
-            found.append(f"{self.left_out} further rows of the round were not recorded.")
+            notes.append(f"{self.left_out} further rows of the round were not recorded.")
         for plugin in self.plugins:
             if "no_advantages" in plugin["claims"]:
-                found.append(f"{plugin['name']} trains without advantages: those of this round are not used.")
+                notes.append(f"{plugin['name']} trains without advantages: those of this round are not used.")
             elif "advantages" in plugin["hooks"] and plugin["name"] not in self.advantage_stages:
-                found.append(f"{plugin['name']} left the advantages of this round as they were.")
-        return found
+                notes.append(f"{plugin['name']} left the advantages of this round as they were.")
+        return notes
 
     def groups(self) -> dict[int, list[Row]]:
-        """The rows of every group, in order."""
-        found: dict[int, list[Row]] = {}
+        """Returns the rows of each group, in order."""
+        groups: dict[int, list[Row]] = {}
         for row in self.rows:
-            found.setdefault(row.group, []).append(row)
-        return found
+            groups.setdefault(row.group, []).append(row)
+        return groups
 
     def telling_group(self) -> int:
-        """The first group whose rows have different advantages in the end, or the first one."""
+        """Returns the first group whose rows end with different advantages, or the first one."""
         for group, members in self.groups().items():
             if len({row.advantage(-1) for row in members}) > 1:
                 return group
         return self.rows[0].group
 
     def scale(self, stage: int) -> float:
-        """The largest magnitude of an advantage in the round; 1 where all are 0."""
+        """Returns the largest magnitude of an advantage in the round, 1 where all are 0."""
         values = (abs(value) for row in self.rows for value in row.token_advantages(stage) if value is not None)
         return max(values, default=0.0) or 1.0
 
 
 def write(recording: Recording, folder: Path) -> Path:
-    """Writes the file of a round; nobody reads half of it."""
+    """Writes the file of a round, whole or not at all, and returns it."""
     path = folder / f"round-{recording.round}.json"
     write_atomically(path, json.dumps(dataclasses.asdict(recording), separators=(",", ":"), allow_nan=False) + "\n")
     return path
 
 
 def files(folder: Path) -> list[Path]:
-    """The recordings in a folder, by round."""
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    """Returns the recordings in a folder, by round."""
+    numbered = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered)]
 
 
 def find(place: str) -> list[Path]:
-    """The recordings behind an argument: a file, a folder of recordings, or the output folder of a run.
+    """Returns the recordings behind an argument: a file, a folder of recordings, or the output folder of a run.
 
     Raises:
         ConfigError: There are none.
@@ -192,25 +192,25 @@ def find(place: str) -> list[Path]:
     if not path.is_dir():
         raise ConfigError(f"{place}: there is no such file or folder (looked in {Path.cwd()}).")
     for folder in (path / FOLDER, path):
-        if folder.is_dir() and (found := files(folder)):
-            return found
+        if folder.is_dir() and (paths := files(folder)):
+            return paths
     raise ConfigError(f"{place} holds no recorded rounds (round-1.json, ..., here or in {FOLDER}/). {HOW}")
 
 
 def read(path: Path) -> Recording:
-    """One file.
+    """Reads one file.
 
     Raises:
-        ConfigError: It cannot be read, is no recording, is damaged, or was written by a newer trl_ext.
+        ConfigError: It cannot be read, is not a recording, is damaged, or was written by a newer trl_ext.
     """
     try:
         content = json.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from error
     except ValueError as error:
-        raise ConfigError(f"{path} is no recorded round: it is not JSON ({error}). {HOW}") from error
+        raise ConfigError(f"{path} is not a recorded round (invalid JSON: {error}). {HOW}") from error
     if not (isinstance(content, Mapping) and isinstance(content.get("format"), int)):
-        raise ConfigError(f"{path} is no recorded round: it has no number `format`. {HOW}")
+        raise ConfigError(f"{path} is not a recorded round (it has no number `format`). {HOW}")
     if content["format"] > FORMAT:
         raise ConfigError(
             f"{path} was written by trl_ext {content.get('trl_ext', '(unknown)')} in format {content['format']}; this "
@@ -227,16 +227,16 @@ def read(path: Path) -> Recording:
 
 
 def _build(content: Mapping[str, Any]) -> Recording:
-    parts = {
+    nested = {
         "prompts": [Prompt(**entry) for entry in content["prompts"]],
         "reward_stages": [RewardStage(**entry) for entry in content["reward_stages"]],
         "rows": [Row(**entry) for entry in content["rows"]],
     }
-    return Recording(**{**content, **parts})
+    return Recording(**{**content, **nested})
 
 
 def _problems(recording: Recording) -> Iterator[str]:
-    """What does not fit together in a file that was cut or edited."""
+    """Says what does not fit together in a file that was cut or edited."""
     if not recording.rows:
         yield "it has no rows"
     columns = [len(stage.names) for stage in recording.reward_stages]
