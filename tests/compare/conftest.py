@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from trl_ext import cli
+from trl_ext.compare.runs import Run
 
 TASK = """
 from trl_ext.lab import Shape, Task, WarmUp
@@ -137,6 +138,13 @@ def result(folder: Path) -> dict[str, Any]:
 def records(folder: Path) -> dict[str, dict[str, Any]]:
     """File name -> record, of all runs in an output folder."""
     return {file.name: json.loads(file.read_text()) for file in sorted((folder / "runs").glob("*.json"))}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A run of an arm called `plain`."""
+    identity = {"settings": {"beta": 0.0}, "plugins": [], "versions": {"trl": "1.16.0"}}
+    return Run("plain", 3, "grpo", {}, {"beta": 0.0}, "tiny", {}, identity, str(tmp_path))
 
 
 @contextlib.contextmanager

@@ -116,7 +116,7 @@ def expecting(**changes: Any) -> dict[str, Any]:
             {"arms": {"a": {"plugin": ["gdpo"]}, "b": None}},
             ["experiment.arms.a: there is no key 'plugin'", "'plugins'"],
         ),
-        ({"arms": {"a": {"plugins": "gdpo"}, "b": None}}, ["experiment.arms.a.plugins", "write [gdpo]"]),
+        ({"arms": {"a": {"plugins": "gdpo"}, "b": None}}, ["experiment.arms.a.plugins", "Write [gdpo]"]),
         ({"arms": {"a": {"plugins": {"gdpo": 3}}, "b": None}}, ["options of plugin 'gdpo' must be a mapping, got 3"]),
         ({"metrics": []}, ["experiment.metrics: expected a list such as"]),
         ({"metrics": [{"reduce": "final"}]}, ["experiment.metrics[0]: `name` is missing"]),

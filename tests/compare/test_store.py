@@ -1,13 +1,11 @@
-"""What is on disk is whole or not there, and its name changes with what determines a run and with nothing else."""
+"""What is on disk is whole or not there."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,12 +15,6 @@ from trl_ext.compare.store import UnwritableError
 from trl_ext.errors import TrlExtError
 
 from .conftest import file_size_limit
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    identity = {"settings": {"beta": 0.0}, "plugins": [], "versions": {"trl": "1.16.0"}}
-    return Run("plain", 3, "grpo", {}, {"beta": 0.0}, "tiny", {}, identity, str(tmp_path))
 
 
 def test_a_record_comes_back(run: Run) -> None:
@@ -36,26 +28,6 @@ def test_a_record_comes_back(run: Run) -> None:
         "history": [{"loss": None, "reward": 0.5}],
     }
     assert [file.name for file in Path(run.folder).iterdir()] == [f"plain-3-{run.key[:10]}.json"]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"seed": 4},
-        {"identity": {"settings": {"beta": 0.1}, "plugins": [], "versions": {"trl": "1.16.0"}}},
-        {"identity": {"settings": {"beta": 0.0}, "plugins": ["gdpo"], "versions": {"trl": "1.16.0"}}},
-        {"identity": {"settings": {"beta": 0.0}, "plugins": [], "versions": {"trl": "1.15.0"}}},
-    ],
-    ids=str,
-)
-def test_the_key_changes_with_what_determines_the_numbers(change: dict[str, Any], run: Run) -> None:
-    assert dataclasses.replace(run, **change).key != run.key
-
-
-def test_the_key_does_not_change_with_names_and_places(run: Run, tmp_path: Path) -> None:
-    assert dataclasses.replace(run, arm="baseline", folder="elsewhere").key == run.key
-    reordered = {"versions": {"trl": "1.16.0"}, "plugins": [], "settings": {"beta": 0.0}}
-    assert dataclasses.replace(run, identity=reordered).key == run.key
 
 
 def test_a_file_of_another_run_is_not_taken(run: Run) -> None:

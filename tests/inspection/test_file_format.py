@@ -75,7 +75,7 @@ def spoil(content: dict[str, Any], change: str) -> Any:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("newer", ["was written by trl_ext 9.0 in format 2; this trl_ext", "reads formats up to 1", "--upgrade"]),
+        ("newer", ["was written by trl_ext 9.0 in format 2. This trl_ext", "reads formats up to 1", "--upgrade"]),
         ("no rows", ["is damaged: it has no rows. Record the round again."]),
         ("other key", ["is damaged: TypeError", "unknown"]),
         ("less", ["is damaged: KeyError: 'prompts'"]),

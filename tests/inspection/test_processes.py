@@ -28,7 +28,7 @@ def test_one_and_two_processes_record_the_same(model: str, recorded: Recording, 
         timeout=300,  # a collective that one process skips would hang
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("look at them with: trl_ext inspect") == 1
+    assert done.stderr.count("Look at them with: trl_ext inspect") == 1
     files = file_format.find(str(tmp_path))
     assert [path.name for path in files] == ["round-1.json", "round-2.json"]
     two = file_format.read(files[0])

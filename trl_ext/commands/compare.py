@@ -12,16 +12,16 @@ from ..errors import OptionError
 _DESCRIPTION = """\
 Trains every arm of a recipe (plain TRL, plugin sets, settings) with every seed, on the same data, and says what the
 runs show: means with bootstrap confidence intervals over seeds, and whether an arm is better, worse or not
-distinguishable. Every run is a process of its own; runs that have ended are kept and not repeated when the command is
+distinguishable. Every run is a process of its own. Runs that have ended are kept and not repeated when the command is
 started again."""
 _EPILOG = """\
 examples:
   trl_ext compare recipes/tiny/gdpo.yaml
       ten seeds of GDPO and of plain GRPO on a small language model, minutes on two cores
   trl_ext compare recipes/tiny/gdpo.yaml --seeds 2
-      a quick look; the full comparison later uses these runs
+      a quick look, whose runs the full comparison later uses
   trl_ext compare run.yaml --output runs/mine --json
-      a file of your own, with your model and data; the result as JSON
+      a file of your own, with your model and data, and the result as JSON
 
 a recipe is a YAML file of TRL with two blocks more:
   learning_rate: 1.0e-3
@@ -38,8 +38,8 @@ a recipe is a YAML file of TRL with two blocks more:
 recipes/README.md explains every key.
 
 Into the output folder: compare.html (curves, table, completions side by side, settings), compare.png, compare.json, and
-in runs/ a file per run. Exit code 0: all runs ended and every expectation was met; 1: a run crashed or diverged, or an
-expectation was not met; 2: something is wrong with the recipe or the folder.
+in runs/ a file per run. Exit code 0: all runs ended and every expectation was met. 1: a run crashed or diverged, or an
+expectation was not met. 2: something is wrong with the recipe or the folder.
 """
 
 

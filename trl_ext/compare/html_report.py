@@ -43,7 +43,8 @@ def _facts(content: Mapping[str, Any]) -> str:
     """Names trainer, task, size of the model, and numbers of arms and seeds."""
     size = f", a model of {_parameters(content['parameters'])}" if content["parameters"] else ""
     place = f"task {content['task']}" if content["task"] else content["model"] or "model unknown"
-    numbers = f"{len(content['arms'])} arms, {len(content['seeds'])} seeds"
+    seeds = len(content["seeds"])
+    numbers = f"{len(content['arms'])} arms, {seeds} seed{'s' * (seeds != 1)}"
     return f"{content['trainer'].upper()} on {place}{size}; {numbers}"
 
 

@@ -20,7 +20,7 @@ class Value:
 
     Attributes:
         value: The number.
-        censored: The level was never reached; the number is the last step + 1, a lower bound.
+        censored: The level was never reached, and the number is the last step + 1, a lower bound.
     """
 
     value: float
@@ -37,7 +37,7 @@ class Measure:
             at most `level`.
         level: The value to reach.
         window: Number of logged values.
-        arm: In place of `level`, the arm whose end is to be reached, seed by seed; see `end` and `to`.
+        arm: In place of `level`, the arm whose end is to be reached, seed by seed (see `end` and `to`).
     """
 
     kind: Kind

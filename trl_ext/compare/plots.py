@@ -82,7 +82,8 @@ def curve_chart(arms: Mapping[str, Mapping[str, Any]], color: Mapping[str, str],
         figure, panel = _figure(_HEIGHT, left=48, bottom=30)
         _draw_curves(panel, arms, color, level)
         steps = [step for curve in arms.values() for step in curve["steps"]]
-        panel.set_xlim(min(steps), max(steps) if max(steps) > min(steps) else min(steps) + 1)
+        first, last = min(steps), max(steps)
+        panel.set_xlim((first, last) if first < last else (first - 1, last + 1))
         return _chart(figure, panel)
 
 
@@ -176,7 +177,7 @@ def _draw_curves(
         (line,) = panel.plot(steps, curve["mean"], color=color[arm], linewidth=1.8, label=arm)
         line.set_gid(f"curve:{arm}")
         if len(steps) == 1:
-            line.set_marker("o")
+            line.set_marker("o")  # a line of one point would be invisible
         if "low" in curve:
             edge = [*curve["low"], *reversed(curve["high"])]
             (band,) = panel.fill([*steps, *reversed(steps)], edge, color=color[arm], alpha=0.2, linewidth=0)

@@ -78,7 +78,7 @@ def _read_seeds(value: Any) -> tuple[int, ...]:
 def _read_plugins(value: Any, info: ValidationInfo) -> dict[str, dict[str, Any]]:
     """Adds the options of the block `plugins:` to those that an arm gives."""
     if isinstance(value, str):
-        raise ConfigError(f"expected a list or a mapping of plugins, got {value!r}; write [{value}].")
+        raise ConfigError(f"expected a list or a mapping of plugins, got {value!r}. Write [{value}].")
     if isinstance(value, Sequence):
         value = dict.fromkeys(map(str, value))
     if not isinstance(value, Mapping | None):

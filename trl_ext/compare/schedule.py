@@ -26,12 +26,12 @@ _NONE = object()
 
 
 def run_comparison(recipe: Recipe, folder: Path, at_once: int | None, console: Console, command: str) -> dict[str, Any]:
-    """Runs a comparison and returns everything that is known about it; `compare.json` holds the same.
+    """Runs a comparison and returns everything that is known about it, as in `compare.json`.
 
     Args:
         recipe: What to compare.
         folder: Where records, logs and pages go. Runs that are there already are used.
-        at_once: Number of runs at a time; None for one per core, or one where they share an accelerator.
+        at_once: Number of runs at a time. None for one per core, or one where they share an accelerator.
         console: For progress.
         command: The command line, for the page.
 
@@ -183,7 +183,7 @@ def check_names(metrics: Sequence[Metric], arm: str, logged: set[str]) -> None:
         if metric.name not in logged:
             raise ConfigError(
                 f"no metric called {metric.name!r} is logged by arm {arm!r}.{near(metric.name, logged)}\n"
-                f"Correct `experiment.metrics` and start again; runs that have ended are not repeated."
+                f"Correct `experiment.metrics` and start again. Runs that have ended are not repeated."
             )
 
 

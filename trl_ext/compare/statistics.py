@@ -119,7 +119,7 @@ def _tail(n: int) -> float:
     normal = NormalDist()
     z = normal.inv_cdf((1 + LEVEL) / 2)
     f = n - 1
-    # Student's quantile, expanded in 1 / f (Abramowitz and Stegun 26.7.5); for f < 3 it is far out in any case
+    # Student's quantile, expanded in 1 / f (Abramowitz and Stegun 26.7.5). For f < 3 it is far out in any case
     t = z + (z**3 + z) / (4 * f) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * f**2)
     t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * f**3)
     return normal.cdf(-math.sqrt(n / f) * t)

@@ -24,7 +24,7 @@ def summarize(recipe: Recipe, records: Records) -> dict[str, Any]:
     elif statistics.chance(len(recipe.seeds)) > 1 - statistics.LEVEL:
         notes.append(
             f"{len(recipe.seeds)} seeds are few: arms that do not differ would get a verdict in "
-            f"{statistics.chance(len(recipe.seeds)):.0%} of such comparisons; from 6 seeds on it is less than 5%."
+            f"{statistics.chance(len(recipe.seeds)):.0%} of such comparisons. From 6 seeds on it is less than 5%."
         )
     return {
         "arms": {arm: _arm(arm, recipe.seeds, records) for arm in recipe.arms},

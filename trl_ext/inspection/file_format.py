@@ -213,7 +213,7 @@ def read(path: Path) -> Recording:
         raise ConfigError(f"{path} is not a recorded round (it has no number `format`). {HOW}")
     if content["format"] > FORMAT:
         raise ConfigError(
-            f"{path} was written by trl_ext {content.get('trl_ext', '(unknown)')} in format {content['format']}; this "
+            f"{path} was written by trl_ext {content.get('trl_ext', '(unknown)')} in format {content['format']}. This "
             f"trl_ext {__version__} reads formats up to {FORMAT}. Install the newer one: pip install --upgrade trl_ext"
         )
     try:

@@ -15,7 +15,7 @@ _BIDI = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 def visible(text: str) -> str:
     """Makes model output safe to print: nothing in it can steer a terminal or turn the order of a line around.
 
-    Line feeds and tabs stay; other control characters become their pictures (ESC is ␛) or `\\u202e`.
+    Line feeds and tabs stay. Other control characters become their pictures (ESC is ␛) or `\\u202e`.
     """
     return "".join(letter if letter.isprintable() or letter in "\n\t" else _shown(letter) for letter in text)
 

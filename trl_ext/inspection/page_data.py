@@ -279,14 +279,14 @@ def _row(recording: Recording, row: Row, scales: Scales) -> dict[str, Any]:
 
 def lanes(spans: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Returns spans in lanes in which none overlaps another. Spans of one kind share a lane where they can."""
-    found: list[list[dict[str, Any]]] = []
+    filled: list[list[dict[str, Any]]] = []
     for span in sorted(spans, key=lambda span: (span["start"], -span["end"])):
-        fitting = (lane for lane in found if _kind(lane[0]) == _kind(span) and lane[-1]["end"] <= span["start"])
+        fitting = (lane for lane in filled if _kind(lane[0]) == _kind(span) and lane[-1]["end"] <= span["start"])
         lane = next(fitting, None)
         if lane is None:
-            found.append(lane := [])
+            filled.append(lane := [])
         lane.append(span)
-    return found
+    return filled
 
 
 def _span(span: dict[str, Any], scales: Scales) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Recorder:
                 old.unlink()
         file_format.write(recording, self.folder)
         if recording.round == 1:
-            print(f"trl_ext: recording rounds; look at them with: trl_ext inspect {self.folder}", file=sys.stderr)
+            print(f"trl_ext: recording rounds. Look at them with: trl_ext inspect {self.folder}", file=sys.stderr)
 
 
 class RoundRecord:
