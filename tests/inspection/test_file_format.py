@@ -49,6 +49,9 @@ def spoil(content: dict[str, Any], change: str) -> Any:
             return content | {"format": 2, "trl_ext": "9.0"}
         case "no rows":
             return content | {"rows": []}
+        case "no stages":
+            row["advantages"] = []
+            return content | {"rows": [row], "advantage_stages": []}
         case "other key":
             return content | {"unknown": 1}
         case "less":
@@ -77,6 +80,7 @@ def spoil(content: dict[str, Any], change: str) -> Any:
     [
         ("newer", ["was written by trl_ext 9.0 in format 2. This trl_ext", "reads formats up to 1", "--upgrade"]),
         ("no rows", ["is damaged: it has no rows. Record the round again."]),
+        ("no stages", ["is damaged: it has no rewards or no advantages"]),
         ("other key", ["is damaged: TypeError", "unknown"]),
         ("less", ["is damaged: KeyError: 'prompts'"]),
         ("tokens", ["is damaged: row 0 has 42 token ids and another number of texts"]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 from trl_ext.inspection import page_data
 from trl_ext.inspection.file_format import Recording
 from trl_ext.inspection.formatting import number, signed
+from trl_ext.inspection.layers import layers_of
 
 
 @pytest.fixture(scope="module")
@@ -42,38 +42,6 @@ def test_the_head(recorded: Recording, content: dict[str, Any]) -> None:
     several = page_data.describe(dataclasses.replace(recorded, processes=2, left_out=3))
     assert "before step 1 on 2 processes · " in several["facts"]
     assert several["notes"] == ["3 further rows of the round were not recorded."]
-
-
-def test_layers(content: dict[str, Any]) -> None:
-    assert [(layer["set"], layer["short"], layer["signed"]) for layer in content["layers"]] == [
-        ("advantage", "TRL", True),
-        ("advantage", "after gdpo", True),
-        ("advantage", "after steps", True),
-        ("change by", "gdpo", True),
-        ("change by", "steps", True),
-        ("other values", "doubt", False),
-    ]
-    assert content["layer"] == 2
-    for layer in content["layers"]:
-        ramp = layer["ramp"]
-        assert ramp == sorted(ramp) and (ramp[0], ramp[-1]) == ((-1.0, 1.0) if layer["signed"] else (0.0, 1.0))
-        assert len(layer["ends"]) == 2 and (layer["ends"][1].startswith("+") or not layer["signed"])
-
-
-def test_shades_are_the_root_of_the_share_with_the_sign(recorded: Recording, content: dict[str, Any]) -> None:
-    scale = recorded.scale(2)
-    for row in recorded.rows:
-        entry = next(e for group in content["groups"] for e in group["rows"] if e["row"] == row.row)
-        for value, shade in zip(row.token_advantages(2), entry["shades"][2], strict=True):
-            assert shade == pytest.approx(math.copysign(math.sqrt(abs(value or 0) / scale), value or 0), abs=1e-3)
-
-
-def test_tokens_that_are_not_counted_have_no_shade(recorded: Recording) -> None:
-    length = len(recorded.rows[0].ids)
-    content = page_data.describe(changed(recorded, 0, mask=[0] * length))
-    shades = content["groups"][0]["rows"][0]["shades"]
-    assert all(shades[layer] == [None] * length for layer in range(5))
-    assert None not in shades[5]  # another value has nothing to do with the loss
 
 
 def test_the_table_says_what_the_terminal_says(recorded: Recording, content: dict[str, Any]) -> None:
@@ -141,6 +109,14 @@ def test_nothing_invisible_reaches_the_page(recorded: Recording) -> None:
     shown = list(texts(content))
     assert not [text for text in shown for character in "\x1b\u202e\x07" if character in text]
     assert "␛[2J\\u202e␇" in shown and content["groups"][0]["facts"] == " · ␛[2J\\u202e␇ ␛[2J\\u202e␇"
+
+
+def test_equal_shades_are_written_once(recorded: Recording, content: dict[str, Any]) -> None:
+    shades = content["groups"][0]["rows"][0]["shades"]
+    trl, _, steps = shades[:3]
+    assert trl == layers_of(recorded)[0].shades(0)[0] and steps == layers_of(recorded)[2].shades(0)
+    empty = changed(recorded, 0, tokens=[], ids=[], mask=[], values={}, spans=[], curves=[], advantages=[0.0, 0.0, []])
+    assert page_data.describe(empty)["groups"][0]["rows"][0]["shades"][:3] == [[], [], []]
 
 
 def test_values_of_plugins(recorded: Recording) -> None:

@@ -215,7 +215,7 @@ def _chart(figure: Figure, panel: Axes) -> Chart:
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata=_NO_METADATA)
     # without the outer element, a style that would hold for the whole page, fonts, and names that several charts share
-    surplus = r"\A.*?<svg[^>]*>|</svg>\s*\Z|<style.*?</style>|font-family: [^;\"]*;"
+    surplus = r"\A.*?<svg[^>]*>|</svg>\s*\Z|<style.*?</style>|<metadata.*?</metadata>|font-family: [^;\"]*;"
     svg = re.sub(surplus, "", file.getvalue(), flags=re.DOTALL)
     svg = re.sub(r'<g id="(?:(curve|band|dots):([^"]*)|[^"]*)"(/?)>', _group, svg)
     for color, theme in _THEME.items():

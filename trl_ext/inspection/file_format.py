@@ -239,6 +239,8 @@ def _problems(recording: Recording) -> Iterator[str]:
     """Says what does not fit together in a file that was cut or edited."""
     if not recording.rows:
         yield "it has no rows"
+    if not (recording.reward_stages and recording.advantage_stages):
+        yield "it has no rewards or no advantages"
     columns = [len(stage.names) for stage in recording.reward_stages]
     for row in recording.rows:
         length, name = len(row.ids), f"row {row.row}"

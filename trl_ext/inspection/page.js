@@ -20,6 +20,12 @@ function make(tag, attributes = {}, ...children) {
 }
 
 const arrows = (nodes) => nodes.flatMap((node, i) => (i ? [make("span", { class: "arrow" }, "→"), node] : [node]));
+/** A shade for each token: pages hold one for all where they are equal. */
+function shadesOf(row, layer) {
+  const shades = row.shades[layer];
+  return Array.isArray(shades) ? shades : row.ids.map(() => shades);
+}
+
 const colourOf = (span) => `var(--s${span.colour})`;
 
 /** The class of a shade: plus, minus or none with a sign, other without one, uncounted for null. */
@@ -124,7 +130,7 @@ function groupOf(round, group, opened) {
 // --- a row -----------------------------------------------------------------------------------------------------------
 
 function rowOf(round, row) {
-  const layer = round.layers[state.layer], shades = row.shades[state.layer];
+  const layer = round.layers[state.layer], shades = shadesOf(row, state.layer);
   const pills = row.pills.map(({ text, shade }) => shaded("span", shade, true, "pill num", text));
   const tokens = make("div", { class: "tokens", style: { "line-height": String(1.75 + 0.3 * row.lanes.length) } });
   const nodes = row.tokens.map((text, i) => {
@@ -162,7 +168,7 @@ function callsOf(row) {
 
 /** Pictures over the same axis of tokens: the coloured layer, spans, curves and other values. */
 function tracksOf(round, row) {
-  const length = Math.max(1, row.ids.length), layer = round.layers[state.layer], shades = row.shades[state.layer];
+  const length = Math.max(1, row.ids.length), layer = round.layers[state.layer], shades = shadesOf(row, state.layer);
   const box = make("div", { class: "tracks num" });
   const add = (name, height, shapes, ends = "") => box.append(
     make("div", { class: "name" }, name),
@@ -177,7 +183,7 @@ function tracksOf(round, row) {
   for (const curve of row.curves) add(curve.name, 36, lineOf(curve, length), curve.ends);
   round.layers.forEach((other, i) => {
     if (!other.signed && other !== layer && Object.hasOwn(row.values, other.name))
-      add(other.name, 10, stripes(row.shades[i], false), row.values[other.name]);
+      add(other.name, 10, stripes(shadesOf(row, i), false), row.values[other.name]);
   });
   return box;
 }

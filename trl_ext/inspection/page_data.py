@@ -1,61 +1,22 @@
 """The content of the page: every label, share and shade that its script draws, so that it computes nothing itself.
 
-A shade is how strongly something is coloured: from -1 to 1 where the sign has a meaning, else from 0 to 1, and null
-where the loss does not count a token or there is no value.
+Shades are explained in `layers`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from .file_format import Recording, Row
 from .formatting import chain_of, number, signed, visible
+from .layers import Layer, Values, ends_of, layers_of
 
-Values = list[float | None]
 _COLOURS = 6
 """Colours that the style has for spans."""
-_STEPS = {True: (-1.0, -0.66, -0.33, -0.1, 0.0, 0.1, 0.33, 0.66, 1.0), False: (0.0, 0.25, 0.5, 0.75, 1.0)}
-"""Places of the legend on the scale of a layer, with and without a sign."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """Something that tokens can be coloured by.
-
-    Attributes:
-        name: Its full name.
-        set: The set of layers among which it is chosen.
-        short: Its name in the set.
-        signed: Whether plus and minus have different colours.
-        values: For every row of the round, a value for each token.
-    """
-
-    name: str
-    set: str
-    short: str
-    signed: bool
-    values: list[Values]
-
-    @functools.cached_property
-    def ends(self) -> tuple[float, float]:
-        """The lowest and the highest value."""
-        return _ends(value for values in self.values for value in values)
-
-    def shade(self, value: float | None) -> float | None:
-        """Returns how strongly a value is coloured. The root makes small values visible beside large ones."""
-        if value is None:
-            return None
-        low, high = self.ends
-        if self.signed:
-            strength = min(1.0, math.sqrt(abs(value) / (max(abs(low), abs(high)) or 1.0)))
-            return round(math.copysign(strength, value), 3)
-        return round((value - low) / (high - low), 3) if high > low else 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +40,7 @@ class Scales:
 
 def describe(recording: Recording) -> dict[str, Any]:
     """Returns what the page shows of a round."""
-    layers = _layers(recording)
-    shades = [[_shades(layer, values) for values in layer.values] for layer in layers]
+    layers = layers_of(recording)
     scales = _scales(recording, layers)
     places = {row.row: place for place, row in enumerate(recording.rows)}
     names = [recording.trainer.upper(), *(visible(plugin["name"]) for plugin in recording.plugins)]
@@ -99,7 +59,8 @@ def describe(recording: Recording) -> dict[str, Any]:
                 "slopes": _slopes(recording, members, scales),
                 "table": _table(recording, members, scales),
                 "rows": [
-                    _row(recording, row, scales) | {"shades": [of_layer[places[row.row]] for of_layer in shades]}
+                    _row(recording, row, scales)
+                    | {"shades": [_compact(layer.shades(places[row.row])) for layer in layers]}
                     for row in members
                 ],
             }
@@ -114,29 +75,10 @@ def describe(recording: Recording) -> dict[str, Any]:
         "notes": [visible(note) for note in recording.notes()],
         "stages": [visible(by) for by in recording.advantage_stages],
         "ends": [signed(scales.reach), "0", signed(-scales.reach)],
-        "layers": [_legend(layer) for layer in layers],
+        "layers": [layer.legend() for layer in layers],
         "layer": len(recording.advantage_stages) - 1,
         "groups": groups,
     }
-
-
-# --- layers -----------------------------------------------------------------------------------------------------------
-
-
-def _layers(recording: Recording) -> list[Layer]:
-    """Returns the advantages after each stage, what each plugin changed, and the other values of tokens."""
-    stages, rows = recording.advantage_stages, recording.rows
-    layers = []
-    for stage, by in enumerate(stages):
-        name, short = (f"advantage after {by}", f"after {by}") if stage else (f"advantage of {by}", by)
-        layers.append(Layer(name, "advantage", short, True, [row.token_advantages(stage) for row in rows]))
-    for stage, by in enumerate(stages[1:], 1):
-        changes = [_differences(row.token_advantages(stage - 1), row.token_advantages(stage)) for row in rows]
-        layers.append(Layer(f"change by {by}", "change by", by, True, changes))
-    for name in _distinct(name for row in rows for name in row.values):
-        values = [row.values.get(name, [None] * len(row.ids)) for row in rows]
-        layers.append(Layer(name, "other values", name, False, values))
-    return layers
 
 
 def _scales(recording: Recording, layers: Sequence[Layer]) -> Scales:
@@ -156,30 +98,6 @@ def _scales(recording: Recording, layers: Sequence[Layer]) -> Scales:
         curves={key: (min(values), max(values)) for key, values in curves.items()},
         values={layer.name: layer.ends for layer in layers if not layer.signed},
     )
-
-
-def _differences(before: Values, after: Values) -> Values:
-    pairs = zip(before, after, strict=True)
-    return [None if old is None or new is None else new - old for old, new in pairs]
-
-
-def _shades(layer: Layer, values: Values) -> Values:
-    return [layer.shade(value) for value in values]
-
-
-def _legend(layer: Layer) -> dict[str, Any]:
-    """Returns a layer's names, and the colours of its scale with the numbers at both ends."""
-    low, high = layer.ends
-    scale = max(abs(low), abs(high)) or 1.0
-    values = [step * scale if layer.signed else low + step * (high - low) for step in _STEPS[layer.signed]]
-    return {
-        "name": visible(layer.name),
-        "set": layer.set,
-        "short": visible(layer.short),
-        "signed": layer.signed,
-        "ends": [signed(values[0]), signed(values[-1])] if layer.signed else [number(low), number(high)],
-        "ramp": [layer.shade(value) for value in values],
-    }
 
 
 # --- groups -----------------------------------------------------------------------------------------------------------
@@ -203,7 +121,7 @@ def _table(recording: Recording, members: Sequence[Row], scales: Scales) -> dict
     weights = {name: weight for stage in stages for name, weight in zip(stage.names, stage.weights, strict=True)}
     fields = _distinct(name for row in members for name in row.fields)
     ends = {
-        column: _ends(value for row in recording.rows for value in _history(recording, row, column))
+        column: ends_of(value for row in recording.rows for value in _history(recording, row, column))
         for column in columns
     }
     table = []
@@ -330,6 +248,11 @@ def _kind(span: dict[str, Any]) -> str:
     return f"{span['by']}: {label}"
 
 
+def _compact(values: Values) -> Values | float | None:
+    """Returns one value for all tokens where they have the same, as most advantages do."""
+    return values[0] if len(set(values)) == 1 else values
+
+
 def _label(value: Any) -> str:
     if isinstance(value, float):
         return number(value)
@@ -338,12 +261,6 @@ def _label(value: Any) -> str:
 
 def _range(low: float, high: float) -> str:
     return f"{number(low)} … {number(high)}"
-
-
-def _ends(values: Any) -> tuple[float, float]:
-    """Returns the lowest and the highest of the known values, 0 and 0 where none is known."""
-    known = [value for value in values if value is not None]
-    return (min(known), max(known)) if known else (0.0, 0.0)
 
 
 def _sign(value: float) -> int:
