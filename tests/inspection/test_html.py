@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from trl_ext import ConfigError
-from trl_ext.inspection import file_format, html, page_data
+from trl_ext.inspection import file_format, formatting, html, page_data
 from trl_ext.inspection.file_format import Recording
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -167,3 +167,38 @@ def test_a_browser_draws_it(recordings: list[Recording], tmp_path: Path) -> None
     assert '<b>add</b>({"a": 1}) → <script>2</script>' in plain
     for name in ("numbers", "brief", "bonus ×0.5", "advantage: TRL", "advantage: steps", "letters", "doubt"):
         assert name in plain, name
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH; the checks above ran without it")
+def test_pointing_and_choosing(recordings: list[Recording], tmp_path: Path) -> None:
+    """The tip of the first token, then another layer, then another round."""
+    probe = """<script>
+      addEventListener("error", (event) => { document.body.dataset.error = event.message; });
+      const press = (name) => [...document.querySelectorAll("button")].find((b) => b.textContent === name).click();
+      const pressed = () => [...document.querySelectorAll("[aria-pressed=true]")].map((b) => b.textContent).join(" ");
+      const token = document.querySelector(".t");
+      token.dispatchEvent(new PointerEvent("pointermove", { bubbles: true, clientX: 5, clientY: 5 }));
+      document.body.dataset.tip = document.querySelector("#tip").textContent;
+      document.body.dataset.here = document.querySelectorAll(".t.here").length;
+      press("doubt");
+      document.body.dataset.other = document.querySelectorAll(".t.other").length;
+      press("2");
+      document.body.dataset.pressed = pressed();
+    </script></body>"""
+    text = html.page(recordings)
+    policy = re.search(r"<meta http-equiv[^>]*>", text)
+    assert policy  # it would not let the probe run
+    path = tmp_path / "page.html"
+    path.write_text(text.replace(policy[0], "").replace("</body>", probe))
+    dom = drawn(path, tmp_path / "profile")
+    (body,) = [attributes for tag, attributes in Elements(dom).found if tag == "body"]
+    assert "data-error" not in body, body
+    row = recordings[0].rows[0]
+    first = formatting.signed(row.token_advantages(2)[0])
+    tip = body["data-tip"] or ""
+    assert tip.startswith(f'"{row.tokens[0]}"token 0, id {row.ids[0]}') and f"advantage: steps{first}" in tip
+    assert f"doubt{formatting.number(row.values['doubt'][0])}" in tip and "stepshalf 1" in tip
+    assert body["data-here"] == "1"
+    group = recordings[0].groups()[recordings[0].telling_group()]
+    assert body["data-other"] == str(sum(len(row.ids) for row in group))
+    assert body["data-pressed"] == "2 doubt" and "<title>round 2: GRPO → gdpo → steps</title>" in dom
