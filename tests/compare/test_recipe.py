@@ -136,6 +136,10 @@ def expecting(**changes: Any) -> dict[str, Any]:
         (metric(expect=3), ["metrics[0].expect: expected a list, got 3"]),
         (metric(reduce={"final": 0}), ["reduce.final: expected a number of at least 1, got 0"]),
         (expecting(against=None), ["`against` is missing, as in {arm: gdpo"]),
+        (
+            expecting(claim="better"),
+            ["expect[0]: there is no key 'claim'", "Known: against, apart, arm, by, is, within"],
+        ),
         (expecting(arm="gdop"), ["expect[0].arm: 'gdop' is none of the choices", "Did you mean 'gdpo'?"]),
         (expecting(against="gdpo"), ["'gdpo' is compared with itself"]),
         (expecting(**{"is": "beter"}), ["expect[0].is: 'beter' is none of the choices", "Did you mean 'better'?"]),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from ..errors import ConfigError, near
 
@@ -26,25 +26,31 @@ _CONSEQUENCE = "default_factory_not_called"
 
 
 class Block(BaseModel):
-    """A mapping of a YAML file. Values are not converted, and a validator refuses one by raising `ConfigError`."""
+    """A mapping of a YAML file. Values are not converted, and a validator refuses one by raising `ConfigError`.
+
+    A file is read with a context, and names keys by their aliases. Python may construct a block by the names of its
+    fields.
+    """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", populate_by_name=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _check_keys(cls, value: Any) -> Any:
+    def _check_keys(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuses unknown keys with the nearest known ones, and missing keys with their description."""
         if isinstance(value, cls):
             return value
         if not isinstance(value, Mapping | None):
             raise ConfigError(f"expected a mapping, got {value!r}.")
         content = {str(key): entry for key, entry in (value or {}).items()}
-        fields = {str(field.validation_alias or name): (name, field) for name, field in cls.model_fields.items()}
+        if info.context is None:
+            return content
+        fields = {str(field.validation_alias or name): field for name, field in cls.model_fields.items()}
         for key in content:
-            if key not in fields and key not in cls.model_fields:
+            if key not in fields:
                 raise ConfigError(f"there is no key {key!r}.{near(key, fields)}")
-        for key, (name, field) in fields.items():
-            if field.is_required() and not {key, name} & content.keys():
+        for key, field in fields.items():
+            if field.is_required() and key not in content:
                 raise ConfigError(f"`{key}` is missing, {field.description}.")
         return content
 
@@ -61,13 +67,14 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 
 def _sentence(entry: Any) -> str:
+    """Says what was expected and what came."""
     kind, value, context = entry["type"], entry["input"], entry.get("ctx", {})
     if kind == "value_error":  # raised by a validator of ours
         return str(context["error"])
     if kind == "literal_error":
         choices = re.findall("'([^']*)'", context["expected"])
         return f"{value!r} is none of the choices.{near(str(value), choices)}"
-    expected = _EXPECTED.get(kind, entry["msg"].removeprefix("Input should be ")).format(**context)
+    expected = _EXPECTED[kind].format(**context) if kind in _EXPECTED else entry["msg"].removeprefix("Input should be ")
     return f"expected {expected}, got {value!r}."
 
 

@@ -144,6 +144,7 @@ def levels(content: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _picture(content: Mapping[str, Any]) -> bytes:
+    """Draws the panels, with one legend for all."""
     names = list(content["curves"])
     columns = 2 if len(names) == 4 else min(max(len(names), 1), 3)
     rows = math.ceil(max(len(names), 1) / columns)
@@ -172,6 +173,7 @@ def _picture(content: Mapping[str, Any]) -> bytes:
 def _draw_curves(
     panel: Axes, arms: Mapping[str, Mapping[str, Any]], color: Mapping[str, str], level: float | None
 ) -> None:
+    """Draws mean curves and bands into a panel."""
     for arm, curve in arms.items():
         steps = curve["steps"]
         (line,) = panel.plot(steps, curve["mean"], color=color[arm], linewidth=1.8, label=arm)
@@ -212,6 +214,7 @@ def _figure(height: int, left: int, bottom: int) -> tuple[Figure, Axes]:
 
 
 def _chart(figure: Figure, panel: Axes) -> Chart:
+    """Saves a figure as SVG and takes from it what a page needs."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata=_NO_METADATA)
     # without the outer element, a style that would hold for the whole page, fonts, and names that several charts share
@@ -228,5 +231,6 @@ def _chart(figure: Figure, panel: Axes) -> Chart:
 
 
 def _group(match: re.Match[str]) -> str:
+    """Turns the name of a group into a class and the name of its arm, and drops other names."""
     attributes = f' class="{match[1]}" data-arm="{match[2]}"' if match[1] else ""
     return f"<g{attributes}{match[3]}>"

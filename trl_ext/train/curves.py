@@ -61,6 +61,7 @@ def _series(entries: Any, prefix: str = "") -> dict[str, list[tuple[int, float]]
 
 
 def _panel(panel: Any, name: str, training: list[tuple[int, float]], held_out: list[tuple[int, float]]) -> None:
+    """Draws a metric: the training steps, their smoothed curve, and the held-out evaluations."""
     steps, values = [step for step, _ in training], [value for _, value in training]
     panel.plot(steps, values, color=_TRAINING, alpha=0.3, linewidth=1, marker=".", markersize=4, label="training step")
     panel.plot(steps, smooth(values), color=_TRAINING, linewidth=2, label="smoothed")
