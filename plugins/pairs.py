@@ -5,22 +5,23 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from trl_ext import plan, registry
+from trl_ext.catalog import builtins, declaration, find
+from trl_ext.plan import compose
 
 README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- pairs: written by `make docs` -->\n", "<!-- end of pairs -->\n"
 
 
-def pairs() -> list[tuple[registry.PluginSpec, registry.PluginSpec, str | None]]:
+def pairs() -> list[tuple[declaration.PluginSpec, declaration.PluginSpec, str | None]]:
     """Every pair of built-ins with the reason why they exclude each other, or None."""
-    specs = registry.resolve({name: None for name in sorted(registry.BUILTINS)})
-    return [(left, right, plan.why_apart(left, right)) for left, right in itertools.combinations(specs, 2)]
+    specs = find.resolve({name: None for name in sorted(builtins.BUILTINS)})
+    return [(left, right, compose.why_apart(left, right)) for left, right in itertools.combinations(specs, 2)]
 
 
 def table() -> str:
     lines = ["| together | trainers | |", "|---|---|---|"]
     for left, right, reason in pairs():
-        common = "" if reason else ", ".join(kind.upper() for kind in plan.common_trainers([left, right]))
+        common = "" if reason else ", ".join(kind.upper() for kind in compose.common_trainers([left, right]))
         lines.append(f"| `{left.name}`, `{right.name}` | {common} | {reason or 'works'} |")
     return "\n".join(lines) + "\n"
 

@@ -227,7 +227,7 @@ def space_pieces() -> Any:
 def nothing_left_behind() -> Iterator[None]:
     """Fails a test after which TRL is not as before, and cleans up for the next one."""
     from trl_ext import api
-    from trl_ext.compat import seams
+    from trl_ext.trl_internals import seams
 
     classes = [seams.trainer_class(kind) for kind in ("grpo", "rloo", "dpo")]
     before = [dict(vars(cls)) for cls in classes]

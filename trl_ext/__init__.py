@@ -15,7 +15,7 @@ from .errors import CompatError, ConfigError, OptionError, PluginError, TrlExtEr
 
 if TYPE_CHECKING:
     from .api import Handle, attach, detach, enable, extend, record
-    from .job import run
+    from .campaign.job import run
 
 _LAZY = ("Handle", "attach", "detach", "enable", "extend", "record", "run")
 
@@ -39,7 +39,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        from . import api, job
+        from . import api
+        from .campaign import job
 
         return getattr(job if name == "run" else api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

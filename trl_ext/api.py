@@ -15,11 +15,15 @@ from typing import Any, TypeVar
 
 from trl_ext_hooks import Config, TrainerKind
 
-from . import job, registry, report
-from .compat import access, seams
+from .campaign import job
+from .catalog import declaration, find
+from .catalog.declaration import PluginSpec
 from .errors import CompatError, ConfigError
-from .plan import ROUNDS, TOOL_SOURCES, Plan, check_kind, common_trainers, compose, make_plan, provided_arguments
-from .registry import PluginSpec
+from .plan import show
+from .plan.check import make_plan, provided_arguments
+from .plan.compose import Plan, check_kind, common_trainers, compose
+from .plan.stages import ROUNDS, TOOL_SOURCES
+from .trl_internals import generation, rewards, seams, trainer_state
 
 T = TypeVar("T")
 _active: Handle | None = None
@@ -200,7 +204,7 @@ class Handle:
                 problems.append(error)
         if len(problems) == len(self.kinds):  # a trainer that cannot be served is refused when it is built
             raise problems[0]
-        for kind in registry.KINDS:
+        for kind in declaration.KINDS:
             self._undo.append(_wrap_init(seams.trainer_class(kind), self))
 
     def _built(self, trainer: Any) -> None:
@@ -248,7 +252,7 @@ def _construct(
     if bound.get("args") is not None:  # without arguments TRL makes its own, and the plan waits for them
         config = _config_of_arguments(kind, bound)
         plan = make_plan(specs, config)
-        if "tools" in plan.needs and not access.renders_tool_calls(bound):
+        if "tools" in plan.needs and not generation.renders_tool_calls(bound):
             raise ConfigError(
                 f"{' and '.join(plan.needs['tools'])}: rollouts must be able to call tools, and the chat template of "
                 f"this model loses a tool call or its result (a message of the role 'tool'). Use a model that was "
@@ -258,7 +262,7 @@ def _construct(
     if config is None or plan is None:
         plan = make_plan(specs, _config_of_trainer(trainer, kind))
     elif config.reward_names is None:
-        plan = make_plan(specs, dataclasses.replace(config, reward_names=access.reward_names(trainer)))
+        plan = make_plan(specs, dataclasses.replace(config, reward_names=rewards.reward_names(trainer)))
     _put_in_front(trainer, plan)
 
 
@@ -277,8 +281,8 @@ def _check_class(cls: type[Any], specs: tuple[PluginSpec, ...]) -> TrainerKind:
 
 def _put_in_front(trainer: Any, plan: Plan) -> None:
     """Gives the instance a class with our mixin in front, and sets the plugins up."""
-    from .compat.mixins import MIXINS
-    from .session import Session
+    from .engine.host import Session
+    from .trl_internals.mixins import MIXINS
 
     cls = type(trainer)
     if "_trl_ext" in vars(trainer):
@@ -293,7 +297,7 @@ def _put_in_front(trainer: Any, plan: Plan) -> None:
         detach(trainer)
         raise
     if plan.specs and trainer.accelerator.is_main_process:
-        report.print_plan(plan)
+        show.print_plan(plan)
 
 
 def _resolve(
@@ -304,11 +308,11 @@ def _resolve(
         for reference, values in ({plugin: None} if isinstance(plugin, str) else plugin).items():
             requests[reference] = values
     for name, values in options.items():
-        same = [r for r in requests if registry.means(r, name)]
+        same = [r for r in requests if find.means(r, name)]
         requests[same[0] if same else name] = values
     if not requests:
         raise ConfigError("name at least one plugin, for example trl_ext.enable('gdpo').")
-    return registry.resolve(requests)
+    return find.resolve(requests)
 
 
 def _users(specs: tuple[PluginSpec, ...]) -> set[str]:
@@ -318,14 +322,14 @@ def _users(specs: tuple[PluginSpec, ...]) -> set[str]:
 def _config_of_arguments(kind: TrainerKind, bound: Mapping[str, Any]) -> Config:
     functions = bound.get("reward_funcs") or ()
     functions = functions if isinstance(functions, list | tuple) else [functions]
-    names = None if bound.get("environment_factory") is not None else tuple(map(access.reward_name, functions))
+    names = None if bound.get("environment_factory") is not None else tuple(map(rewards.reward_name, functions))
     sources = tuple(name for name in TOOL_SOURCES if bound.get(name))
     return Config(kind, bound["args"], names, _columns(bound.get("train_dataset")), (), sources)
 
 
 def _config_of_trainer(trainer: Any, kind: TrainerKind) -> Config:
-    names, columns = access.reward_names(trainer), _columns(trainer.train_dataset)
-    return Config(kind, trainer.args, names, columns, (), access.tool_sources(trainer))
+    names, columns = rewards.reward_names(trainer), _columns(trainer.train_dataset)
+    return Config(kind, trainer.args, names, columns, (), trainer_state.tool_sources(trainer))
 
 
 def _columns(dataset: Any) -> tuple[str, ...] | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from trl_ext import lab
 from trl_ext.lab.builtin.modes import SHORT, correct
-from trl_ext.lab.text import final_text
+from trl_ext.lab.messages import final_text
 
 
 def mode_score(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:

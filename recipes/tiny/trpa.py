@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trl_ext.lab.text import final_text
+from trl_ext.lab.messages import final_text
 from trl_ext_hooks import Plugin, Rewards, Scored, hookimpl
 
 BAIT = "a"

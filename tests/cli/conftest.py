@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trl_ext import cli
+from trl_ext.cli import main
 from trl_ext.testing import tiny_data
+from trl_ext.trl_internals import launch
 
 SETTINGS = {
     "reward_funcs": ["trl_ext.testing.digits", "trl_ext.testing.brevity"],
@@ -82,15 +83,14 @@ def script(tmp_path):
 @pytest.fixture
 def refused(monkeypatch, capsys):
     """`refused(*argv)` runs the console script in this process and returns its error; nothing may be launched."""
-    from trl_ext.compat import scripts
 
     def launched(args):
         raise AssertionError(f"launched {args.training_script_args}")
 
-    monkeypatch.setattr(scripts, "launch", launched)
+    monkeypatch.setattr(launch, "launch", launched)
 
     def run(*argv) -> str:
-        code = cli.main([*map(str, argv)])
+        code = main.main([*map(str, argv)])
         text = capsys.readouterr().err
         assert code == 2, text
         assert "Traceback" not in text

@@ -5,14 +5,16 @@ import os
 
 import pytest
 
-from trl_ext import ConfigError, request
-from trl_ext.commands import train
-from trl_ext.compat import scripts
+from trl_ext import ConfigError
+from trl_ext.cli import train
+from trl_ext.train import command_line
+from trl_ext.trl_internals import arguments
+from trl_ext.trl_internals import launch as trl_launch
 
 
 def understood(*argv):
-    args, rest = request.Parser().parse_known_args([*map(str, argv)])
-    return args, request.understand(args, rest)
+    args, rest = command_line.Parser().parse_known_args([*map(str, argv)])
+    return args, command_line.understand(args, rest)
 
 
 def test_plugins_come_from_everywhere_and_later_ones_win(config):
@@ -34,7 +36,7 @@ def test_plugin_may_be_repeated_and_take_several():
 
 def test_the_worker_understands_what_is_forwarded(config):
     args, asked = understood("--plugin", "gdpo", "--set", "gdpo.group_eps=0.1", "--config", config(), "--beta", "0.1")
-    _, same = understood(*request.forwarded(args, asked), *asked.arguments)
+    _, same = understood(*command_line.forwarded(args, asked), *asked.arguments)
     assert (same.plugins, same.kind, same.settings, same.arguments) == (
         asked.plugins,
         asked.kind,
@@ -51,7 +53,7 @@ def test_env_block_is_set(config, monkeypatch):
 
 def test_split_between_trl_and_accelerate():
     argv = ["--learning_rate", "2", "--num_processes", "2", "--use_peft", "--cpu", "--reward_funcs", "a.b", "c.d"]
-    divided = scripts.split("grpo", argv, {"main_process_port": 0, "same_network": True, "debug_on": 1, "beta": 0.1})
+    divided = trl_launch.split("grpo", argv, {"main_process_port": 0, "same_network": True, "debug_on": 1, "beta": 0.1})
     assert divided.trl == ["--learning_rate", "2", "--use_peft", "--reward_funcs", "a.b", "c.d"]
     assert divided.launch == [
         "--main_process_port",
@@ -68,33 +70,35 @@ def test_split_between_trl_and_accelerate():
 
 def test_the_parent_accepts_a_batch_that_only_several_processes_can_divide():
     """TRL's own parent refuses this: two rows a process, groups of four."""
-    divided = scripts.split("grpo", ["--per_device_train_batch_size", "2", "--num_generations", "4"], {})
+    divided = trl_launch.split("grpo", ["--per_device_train_batch_size", "2", "--num_generations", "4"], {})
     assert divided.launch == []
     with pytest.raises(ConfigError, match=r"TRL refuses these settings: .*divisible"):
-        scripts.parse("grpo", [*divided.trl, "--use_cpu", "true", "--bf16", "false"], {})
+        arguments.parse("grpo", [*divided.trl, "--use_cpu", "true", "--bf16", "false"], {})
 
 
 def test_accelerate_gets_its_options_and_the_worker():
-    launch = scripts.launch_arguments("grpo", ["--accelerate_config=zero2", "--num_processes", "3"], ["--a", "b"], ())
+    launch = trl_launch.launch_arguments(
+        "grpo", ["--accelerate_config=zero2", "--num_processes", "3"], ["--a", "b"], ()
+    )
     assert launch.config_file.endswith("zero2.yaml") and launch.num_processes == 3
-    assert launch.module and launch.training_script == scripts.WORKER and launch.training_script_args == ["--a", "b"]
+    assert launch.module and launch.training_script == trl_launch.WORKER and launch.training_script_args == ["--a", "b"]
 
 
 def test_several_processes_without_an_accelerator(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "")
-    launch = scripts.launch_arguments("grpo", ["--num_processes", "2", "--cpu"], [], ())
-    scripts.fit_to_machine(launch, accelerator=False)
+    launch = trl_launch.launch_arguments("grpo", ["--num_processes", "2", "--cpu"], [], ())
+    trl_launch.fit_to_machine(launch, accelerator=False)
     assert launch.multi_gpu and not launch.cpu and os.environ["ACCELERATE_USE_CPU"] == "true"
     assert launch.num_cpu_threads_per_process >= 1
-    launch = scripts.launch_arguments("grpo", [], [], ())
-    scripts.fit_to_machine(launch, accelerator=False)
+    launch = trl_launch.launch_arguments("grpo", [], [], ())
+    trl_launch.fit_to_machine(launch, accelerator=False)
     assert launch.cpu and not launch.multi_gpu and launch.num_processes == 1
 
 
 def test_defaults_on_a_cpu_leave_the_users_choice():
     def defaults(*argv, mixed=None, **settings):
-        return train.cpu_defaults(scripts.split("grpo", argv, settings), mixed)
+        return train.cpu_defaults(trl_launch.split("grpo", argv, settings), mixed)
 
     assert defaults() == {"use_cpu": True, "bf16": False}
     assert defaults("--bf16", "true", use_cpu=True) == {}
@@ -104,7 +108,7 @@ def test_defaults_on_a_cpu_leave_the_users_choice():
 
 def test_settings_survive_as_arguments():
     values = {"reward_funcs": ["a.b", "c.d"], "use_peft": True, "save_strategy": "no", "learning_rate": 1e-3}
-    divided = scripts.split("grpo", train.as_arguments(values), {})
+    divided = trl_launch.split("grpo", train.as_arguments(values), {})
     assert divided.given == values and divided.launch == []
 
 
@@ -113,12 +117,12 @@ def test_settings_survive_as_arguments():
     [("true", True), (True, True), ("false", None), (False, None), (None, None), ("none", None), ("a/b", "a/b")],
 )
 def test_resume_words(value, expected):
-    assert scripts.resume_value(value) == expected
+    assert arguments.resume_value(value) == expected
 
 
 def test_every_trainer_parses(model, data, tmp_path):
     for kind in ("grpo", "rloo", "dpo"):
         argv = ["--model_name_or_path", model, "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
-        parsed = scripts.parse(kind, argv, {"dataset_name": data["grpo"], "resume_from_checkpoint": "true"})
+        parsed = arguments.parse(kind, argv, {"dataset_name": data["grpo"], "resume_from_checkpoint": "true"})
         assert parsed[1].resume_from_checkpoint is True and parsed[2].model_name_or_path == model
-        assert json.loads(json.dumps(scripts.load_data(parsed)[0]))["prompt"]
+        assert json.loads(json.dumps(arguments.load_data(parsed)[0]))["prompt"]

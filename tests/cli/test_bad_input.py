@@ -5,9 +5,11 @@ import types
 
 import pytest
 
-from trl_ext import ConfigError, preflight, worker
-from trl_ext.commands import train
-from trl_ext.compat import scripts
+from trl_ext import ConfigError
+from trl_ext.cli import train
+from trl_ext.support import reward_functions
+from trl_ext.train import preflight, worker
+from trl_ext.trl_internals import arguments
 
 
 @pytest.mark.parametrize(
@@ -190,7 +192,7 @@ def test_a_batch_that_trl_refuses(work, config):
 )
 def test_reward_functions_that_do_not_exist(path, words):
     with pytest.raises(ConfigError) as error:
-        preflight.reward_functions([path])
+        reward_functions.reward_functions([path])
     assert all(word in str(error.value) for word in words)
 
 
@@ -268,7 +270,7 @@ def test_wants_demo():
 
 def test_a_worker_without_a_parent_tells_its_error(capsys, monkeypatch):
     monkeypatch.delenv("TRL_EXT_FAILURES", raising=False)
-    monkeypatch.setattr(scripts, "parse", lambda *args: 1 / 0)
+    monkeypatch.setattr(arguments, "parse", lambda *args: 1 / 0)
     assert worker.main(["--trainer", "grpo"]) == 1
     text = capsys.readouterr().err
     assert "Traceback" in text and text.endswith("error: ZeroDivisionError: division by zero\n")

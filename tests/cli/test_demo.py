@@ -6,9 +6,10 @@ import threading
 import pytest
 import yaml
 
-from trl_ext import cli, demo
-from trl_ext.compat import scripts
-from trl_ext.demo import model, task
+from trl_ext.cli import main
+from trl_ext.train import demo
+from trl_ext.train.demo import model, task
+from trl_ext.trl_internals import launch
 
 
 def say(*texts):
@@ -71,18 +72,18 @@ def test_every_setting_is_trls_and_gives_way_to_the_users(tmp_path, monkeypatch)
     monkeypatch.setattr(model, "folder", lambda say: tmp_path / "model")
     monkeypatch.setenv("TRL_EXT_CACHE", str(tmp_path))
     launched = []
-    monkeypatch.setattr(scripts, "launch", lambda args: launched.append(args.training_script_args) or 0)
+    monkeypatch.setattr(launch, "launch", lambda args: launched.append(args.training_script_args) or 0)
     for name in ("TRL_EXT_COMMAND", "TRL_EXT_FAILURES", "ACCELERATE_USE_CPU"):
         monkeypatch.setenv(name, "")
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({"max_steps": 3, "plugins": {"gdpo": None}}))
-    assert cli.main(["train", "--config", str(file), "--learning_rate", "0.5"]) == 0
-    divided = scripts.split("grpo", launched[0][launched[0].index("--learning_rate") :], {})
+    assert main.main(["train", "--config", str(file), "--learning_rate", "0.5"]) == 0
+    divided = launch.split("grpo", launched[0][launched[0].index("--learning_rate") :], {})
     assert not divided.launch
     assert divided.given["learning_rate"] == 0.5 and "max_steps" not in divided.given  # the file has it
     assert divided.given["output_dir"] == "runs/demo-gdpo" and divided.given["lora_r"] == 16
     for kind in ("grpo", "rloo"):
-        scripts.split(kind, [], demo.settings(kind, [], print))
+        launch.split(kind, [], demo.settings(kind, [], print))
 
 
 @pytest.mark.slow

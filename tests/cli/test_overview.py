@@ -6,15 +6,16 @@ import sys
 
 import pytest
 
-from trl_ext import cli, registry
-from trl_ext.tables import print_table
+from trl_ext.catalog import builtins
+from trl_ext.cli import main
+from trl_ext.support.tables import print_table
 
 LIGHT = """
 import sys, time
 began = time.perf_counter()
-import trl_ext, trl_ext.cli
+import trl_ext, trl_ext.cli.main
 try:
-    trl_ext.cli.main(["--help"])
+    trl_ext.cli.main.main(["--help"])
 except SystemExit:
     pass
 seconds = time.perf_counter() - began
@@ -35,39 +36,39 @@ def test_import_and_help_are_light():
 
 def test_help_names_every_command_and_gives_examples(capsys):
     with pytest.raises(SystemExit):
-        cli.main(["--help"])
+        main.main(["--help"])
     text = capsys.readouterr().out
-    assert all(f"  {name}" in text for name in cli.COMMANDS)
+    assert all(f"  {name}" in text for name in main.COMMANDS)
     assert "trl_ext train --plugin gdpo" in text
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", main.COMMANDS)
 def test_every_command_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main([name, "--help"])
+        main.main([name, "--help"])
     assert stop.value.code == 0
     assert f"trl_ext {name}" in capsys.readouterr().out
 
 
 def test_train_help_teaches_and_trl_help_lists_its_options(capsys):
     with pytest.raises(SystemExit):
-        cli.main(["train", "--help"])
+        main.main(["train", "--help"])
     text = capsys.readouterr().out
     assert "--help-trl" in text and "plugins:" in text and "--accelerate_config zero2" in text
-    assert cli.main(["train", "--trainer", "rloo", "--help-trl"]) == 0
+    assert main.main(["train", "--trainer", "rloo", "--help-trl"]) == 0
     text = capsys.readouterr().out
     assert "--num_generations" in text and "--model_name_or_path" in text
 
 
 def test_unknown_command(capsys):
-    assert cli.main(["trian"]) == 2
+    assert main.main(["trian"]) == 2
     assert "Did you mean 'train'?" in capsys.readouterr().err
 
 
 def test_traceback_on_demand(monkeypatch):
     monkeypatch.setenv("TRL_EXT_TRACEBACK", "1")
     with pytest.raises(Exception, match="trian"):
-        cli.main(["trian"])
+        main.main(["trian"])
 
 
 @pytest.fixture(autouse=True)
@@ -77,12 +78,12 @@ def no_width_is_given(monkeypatch):
 
 
 def test_plugins_lists_built_ins(capsys):
-    assert cli.main(["plugins", "--json"]) == 0
+    assert main.main(["plugins", "--json"]) == 0
     found = {plugin["name"]: plugin for plugin in json.loads(capsys.readouterr().out)}
-    assert set(registry.BUILTINS) <= set(found)
+    assert set(builtins.BUILTINS) <= set(found)
     gdpo = found["gdpo"]
     assert gdpo["paper"] == "arXiv 2601.05242" and gdpo["trainers"] == ["grpo"] and "advantages" in gdpo["hooks"]
-    assert cli.main(["plugins"]) == 0
+    assert main.main(["plugins"]) == 0
     text = capsys.readouterr().out
     assert gdpo["summary"] in text  # on one line, however long it is
 
@@ -94,16 +95,16 @@ def test_plugins_shows_a_broken_package_and_goes_on(tmp_path, monkeypatch, capsy
     (info / "entry_points.txt").write_text("[trl_ext]\nstrange = strange_module:Strange\n")
     (tmp_path / "strange_module.py").write_text("import a_package_that_nobody_has\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert cli.main(["plugins"]) == 0
+    assert main.main(["plugins"]) == 0
     shown = capsys.readouterr()
     assert "gdpo" in shown.out and "broken: strange:" in shown.err and "a_package_that_nobody_has" in shown.err
-    assert cli.main(["plugins", "--json"]) == 0
+    assert main.main(["plugins", "--json"]) == 0
     found = {plugin["name"]: plugin["broken"] for plugin in json.loads(capsys.readouterr().out)}
     assert found["gdpo"] is None and "a_package_that_nobody_has" in found["strange"]
 
 
 def test_show_prints_every_option_with_its_source(capsys):
-    assert cli.main(["show", "gdpo", "--json"]) == 0
+    assert main.main(["show", "gdpo", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     options = {option["name"]: option for option in found["options"]}
     assert options["group_eps"] == {
@@ -115,7 +116,7 @@ def test_show_prints_every_option_with_its_source(capsys):
         "source": "authors' TRL fork, TRL 1.16",
     }
     assert found["claims"] == ["estimator"]
-    assert cli.main(["show", "gdpo"]) == 0
+    assert main.main(["show", "gdpo"]) == 0
     text = capsys.readouterr().out
     assert all(option["name"] in text and option["source"] in text for option in options.values())
 
@@ -144,13 +145,13 @@ def test_show_takes_files_and_modules(tmp_path, monkeypatch, capsys):
     file.write_text(PLUGIN)
     monkeypatch.syspath_prepend(tmp_path)
     for reference in (str(file), "floor_for_show:Floor"):
-        assert cli.main(["show", reference]) == 0
+        assert main.main(["show", reference]) == 0
         text = capsys.readouterr().out
         assert "floor" in text and "required" in text and "least advantage" in text
 
 
 def test_show_an_unknown_plugin(capsys):
-    assert cli.main(["show", "gdop"]) == 2
+    assert main.main(["show", "gdop"]) == 2
     assert "Did you mean 'gdpo'" in capsys.readouterr().err
 
 

@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
-from trl_ext import ConfigError, registry
-from trl_ext.commands import check, doctor, new
-from trl_ext.conformance import conformance
+from trl_ext import ConfigError
+from trl_ext.catalog import declaration
+from trl_ext.cli import check, doctor, new
+from trl_ext.testing import conformance
 from trl_ext_hooks import Plugin, hookimpl
 
 
@@ -109,14 +110,14 @@ def test_doctor_knows_this_machine(capsys):
     assert doctor.run(arguments(doctor, "--json")) == 0
     findings = json.loads(capsys.readouterr().out)
     assert findings["problems"] == []
-    assert set(findings["trainers"]) == set(registry.KINDS)
+    assert set(findings["trainers"]) == set(declaration.KINDS)
     assert findings["versions"]["trl"]
     assert doctor.run(arguments(doctor)) == 0
     assert "ready to train" in capsys.readouterr().out
 
 
 def test_doctor_names_a_missing_seam(monkeypatch, capsys):
-    from trl_ext.compat import seams
+    from trl_ext.trl_internals import seams
 
     monkeypatch.delattr(seams.trainer_class("grpo"), "_calculate_rewards")
     assert doctor.run(arguments(doctor)) == 1

@@ -11,7 +11,7 @@ import pytest
 from trl_ext import OptionError
 from trl_ext.bench import overhead, probes, shared_prefix
 from trl_ext.bench.turns import step_times
-from trl_ext.commands import bench
+from trl_ext.cli import bench
 
 
 def run(*argv):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from trl_ext import cli
+from trl_ext.cli import main
 from trl_ext.compare.runs import Run
 
 TASK = """
@@ -125,7 +125,7 @@ def compare(
 
     def run(*argv: Any) -> tuple[int, str, str]:
         capfd.readouterr()
-        code = cli.main(["compare", *map(str, argv)])
+        code = main.main(["compare", *map(str, argv)])
         return code, *capfd.readouterr()
 
     return run

@@ -137,7 +137,7 @@ def test_this_process_needs_neither_torch_nor_trl() -> None:
     import subprocess
 
     code = (
-        "import sys, trl_ext.compare.schedule, trl_ext.compare.html_report, trl_ext.commands.compare\n"
+        "import sys, trl_ext.compare.schedule, trl_ext.compare.html_report, trl_ext.cli.compare\n"
         "print(sorted({'torch', 'trl', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

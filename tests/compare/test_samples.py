@@ -7,7 +7,7 @@ import types
 from typing import Any
 
 from trl_ext.compare import samples
-from trl_ext.compat import access
+from trl_ext.trl_internals import trainer_state
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
 TALK = [
@@ -29,7 +29,7 @@ def trainer(**rewards: list[Any]) -> Any:
 
 
 def test_two_completions_of_every_prompt() -> None:
-    found = samples.sample(access.logged_round(trainer(right=[0.0, 1.0] * 4)))
+    found = samples.sample(trainer_state.logged_round(trainer(right=[0.0, 1.0] * 4)))
     assert [(row["prompt"], row["completion"]) for row in found] == [
         ("question 0", "answer 0"),
         ("question 0", "answer 1"),
@@ -45,13 +45,13 @@ def test_two_completions_of_every_prompt() -> None:
 
 
 def test_a_reward_that_came_later_belongs_to_the_last_rows() -> None:
-    found = access.logged_round(trainer(right=[0.0] * 8, late=[1.0] * 6))
+    found = trainer_state.logged_round(trainer(right=[0.0] * 8, late=[1.0] * 6))
     assert [row["rewards"]["late"] for row in found] == [None, None, *[1.0] * 6]
 
 
 def test_a_trainer_without_completions() -> None:
-    assert access.logged_round(types.SimpleNamespace(_logs={})) == []
-    assert access.logged_round(types.SimpleNamespace()) == [] == samples.sample([])
+    assert trainer_state.logged_round(types.SimpleNamespace(_logs={})) == []
+    assert trainer_state.logged_round(types.SimpleNamespace()) == [] == samples.sample([])
 
 
 def test_text() -> None:

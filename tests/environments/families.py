@@ -53,7 +53,7 @@ def tokenizer(image: str, **named: str) -> Any:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from trl_ext.testing import _RESPONSE
+    from trl_ext.testing.tiny import _RESPONSE
 
     letters = [chr(code) for code in range(32, 127)] + ["\n"]
     marks = ["<tool_call>", "</tool_call>"]

@@ -19,11 +19,11 @@ import pytest
 from transformers.utils import get_json_schema
 
 from trl_ext import ConfigError
-from trl_ext.compat import seams
 from trl_ext.environments import GymEnvironment, episode_return, gym, minigrid_text, success
 from trl_ext.environments.actions import reader
+from trl_ext.environments.observations import describe
 from trl_ext.environments.player import Spaces
-from trl_ext.environments.text import describe
+from trl_ext.trl_internals import seams
 
 MOVES = ["left", "down", "right", "up"]
 WAY = ["down", "down", "right", "right", "down", "right"]

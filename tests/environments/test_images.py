@@ -16,10 +16,10 @@ from trl import GRPOTrainer
 
 import trl_ext.environments
 from trl_ext import lab
-from trl_ext.compat import seams
 from trl_ext.environments import episode_return, gym
 from trl_ext.environments.adapter import PICTURES
 from trl_ext.testing import metrics_of, tiny_args
+from trl_ext.trl_internals import seams
 
 pytestmark = pytest.mark.skipif(seams.trl_version() < PICTURES, reason="pictures need TRL 1.15")
 README = (Path(trl_ext.environments.__file__).parent / "README.md").read_text()

@@ -366,7 +366,7 @@ def test_settings_that_cannot_work(wrong: dict[str, Any], message: str) -> None:
 
 def test_it_stands_in_the_options_of_a_plugin() -> None:
     """As a mapping in YAML, with unknown keys refused."""
-    from trl_ext.options import coerce
+    from trl_ext.catalog.options import coerce
 
     made = coerce({"url": "http://localhost/v1", "model": "m", "timeout": 3}, str | HttpJudge)
     assert made == HttpJudge(url="http://localhost/v1", model="m", timeout=3.0)

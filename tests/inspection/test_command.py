@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 import yaml
 
-from trl_ext import cli, request
-from trl_ext.commands import inspect as command
-from trl_ext.compat import scripts
+from trl_ext.cli import inspect as command
+from trl_ext.cli import main
 from trl_ext.inspection import file_format
 from trl_ext.testing import tiny_data
+from trl_ext.train import command_line
+from trl_ext.trl_internals import arguments as trl_arguments
+from trl_ext.trl_internals import launch
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def inspect(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str,
 
     def run(*argv: Any) -> tuple[int, str, str]:
         capsys.readouterr()
-        code = cli.main(["inspect", *map(str, argv)])
+        code = main.main(["inspect", *map(str, argv)])
         out = capsys.readouterr()
         assert "Traceback" not in out.err
         return code, out.out, out.err
@@ -88,7 +90,7 @@ def test_the_page_goes_where_it_is_asked_to(copy: Path, inspect: Any, tmp_path: 
 
 def test_looking_needs_no_torch(copy: Path) -> None:
     code = (
-        "import sys; from trl_ext import cli; cli.main(['inspect', sys.argv[1]]);"
+        "import sys; from trl_ext.cli import main; main.main(['inspect', sys.argv[1]]);"
         "print(sorted({'torch', 'trl', 'transformers', 'numpy'} & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(copy)], capture_output=True, text=True)
@@ -98,11 +100,11 @@ def test_looking_needs_no_torch(copy: Path) -> None:
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("inspect", "train"):
         with pytest.raises(SystemExit) as stopped:
-            cli.main([name, "--help"])
+            main.main([name, "--help"])
         assert stopped.value.code == 0
         out = capsys.readouterr().out
         assert "--inspect" in out
-    cli.main([])
+    main.main([])
     assert "inspect" in capsys.readouterr().out
 
 
@@ -158,7 +160,7 @@ def test_a_file_that_cannot_be_shown(copy: Path, inspect: Any) -> None:
 
 @pytest.mark.parametrize("value", ["0", "1.5", "many"])
 def test_a_number_of_rounds_that_cannot_be(value: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", "--inspect", value]) == 2
+    assert main.main(["train", "--inspect", value]) == 2
     message = capsys.readouterr().err
     assert f"argument --inspect: expected a number of rounds, at least 1, got '{value}'" in message
 
@@ -167,33 +169,35 @@ def test_a_number_of_rounds_that_cannot_be(value: str, capsys: pytest.CaptureFix
 
 
 def test_the_worker_gets_both_arguments() -> None:
-    args, rest = request.Parser().parse_known_args(["--plugin", "gdpo", "--inspect", "3", "--no_save"])
-    asked = request.understand(args, rest)
-    again, _ = request.Parser().parse_known_args(request.forwarded(args, asked))
+    args, rest = command_line.Parser().parse_known_args(["--plugin", "gdpo", "--inspect", "3", "--no_save"])
+    asked = command_line.understand(args, rest)
+    again, _ = command_line.Parser().parse_known_args(command_line.forwarded(args, asked))
     assert (again.inspect, again.no_save) == (3, True)
-    plain, _ = request.Parser().parse_known_args([])
-    assert "--inspect" not in request.forwarded(plain, asked) and "--no_save" not in request.forwarded(plain, asked)
+    plain, _ = command_line.Parser().parse_known_args([])
+    assert "--inspect" not in command_line.forwarded(plain, asked) and "--no_save" not in command_line.forwarded(
+        plain, asked
+    )
 
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Arguments of the launcher, which ends at once and records nothing."""
     calls: list[Any] = []
-    monkeypatch.setattr(scripts, "launch", lambda args: calls.append(args) or 0)
+    monkeypatch.setattr(launch, "launch", lambda args: calls.append(args) or 0)
     return calls
 
 
 def test_one_round_of_the_embedded_default(
     launched: Any, inspect: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from trl_ext.demo import model, task
+    from trl_ext.train.demo import model, task
 
     monkeypatch.setattr(model, "folder", lambda say: Path("the-model"))
     monkeypatch.setattr(task, "folder", lambda say: Path("the-data"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     code, _, err = inspect("--plugin", "gdpo")
     assert code == 2 and "the run ended before a round was trained on" in err  # as nothing was launched
-    parser = scripts.trl_parser("grpo")
+    parser = trl_arguments.trl_parser("grpo")
     own = ["--trainer", "grpo", "--plugin", "gdpo", "--inspect", "1", "--no_save"]
     arguments = launched[0].training_script_args
     assert arguments[: len(own)] == own
@@ -212,7 +216,7 @@ def test_settings_of_the_user_win(launched: Any, inspect: Any, tmp_path: Path) -
     assert code == 2 and tmp_path.is_dir()
     arguments = launched[0].training_script_args
     assert arguments[arguments.index("--inspect") + 1] == "4"
-    settings = vars(scripts.trl_parser("grpo").parse_known_args(arguments)[0])
+    settings = vars(trl_arguments.trl_parser("grpo").parse_known_args(arguments)[0])
     assert settings["max_steps"] == 7 and settings["output_dir"] == str(tmp_path)
 
 

@@ -10,8 +10,8 @@ import torch
 
 import trl_ext
 from trl_ext import ConfigError, PluginError
-from trl_ext.conformance import conformance
 from trl_ext.inspection import file_format
+from trl_ext.testing import conformance
 from trl_ext_hooks import Curve, Plugin, Span, Views, hookimpl
 
 

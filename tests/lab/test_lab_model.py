@@ -16,10 +16,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_ext import ConfigError, cache, lab
+from trl_ext import ConfigError, lab
 from trl_ext.lab import Shape, WarmUp, warmup
 from trl_ext.lab import model as making
-from trl_ext.lab.text import assistant, user
+from trl_ext.lab.messages import assistant, user
+from trl_ext.support import cache
 
 Untrained = Callable[[str], lab.Task]
 TINY = Shape(width=32, layers=1, heads=2, feed_forward=64, positions=32)

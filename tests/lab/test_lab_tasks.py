@@ -23,9 +23,9 @@ from trl_ext.lab.builtin import (
     walks,
 )
 from trl_ext.lab.builtin.chains import Chain
+from trl_ext.lab.messages import assistant, call, calls_made, drawn, final_text, result
 from trl_ext.lab.model import _tokenized
 from trl_ext.lab.pictures import as_json
-from trl_ext.lab.text import assistant, call, calls_made, drawn, final_text, result
 from trl_ext.lab.tokenizer import Vocabulary
 
 TASKS = lab.tasks()

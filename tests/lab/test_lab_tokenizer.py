@@ -16,7 +16,7 @@ from trl.chat_template_utils import (
 )
 
 from trl_ext import ConfigError, lab
-from trl_ext.lab.text import assistant, call, result, user
+from trl_ext.lab.messages import assistant, call, result, user
 from trl_ext.lab.tokenizer import Vocabulary, tools_of
 
 

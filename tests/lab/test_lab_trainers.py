@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from trl_ext import ConfigError, lab
-from trl_ext.compat.seams import trainer_class
 from trl_ext.lab import WarmUp
 from trl_ext.lab.builtin import calculator
-from trl_ext.lab.text import calls_made
+from trl_ext.lab.messages import calls_made
 from trl_ext.testing import tiny_args
+from trl_ext.trl_internals.seams import trainer_class
 
 PAIRS = [(name, kind) for name, task in lab.tasks().items() for kind in task.trainers]
 

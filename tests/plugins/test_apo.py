@@ -22,9 +22,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import trl_ext
-from trl_ext.compat import seams
-from trl_ext.conformance import conformance
-from trl_ext.testing import tiny_args, tiny_data, tiny_model
+from trl_ext.testing import conformance, tiny_args, tiny_data, tiny_model
+from trl_ext.trl_internals import seams
 from trl_ext_hooks import PairLogps, Plugin, UsageError, hookimpl
 from trl_ext_plugins.apo.maths import coefficients, extrapolate, momentum
 from trl_ext_plugins.apo.pairs import best_and_worst, collect, wins
@@ -194,7 +193,7 @@ def test_samples_come_from_the_start_and_pairs_from_their_scores(finished: Path,
         for pair, entry in zip(pairs_of(finished, number), entries, strict=True):
             best, worst = best_and_worst(entry["completions"], entry["scores"]) or (0, 0)
             assert pair["chosen"] == entry["completions"][best] and pair["rejected"] == entry["completions"][worst]
-        from trl_ext.sampling import sampler
+        from trl_ext.campaign.sampling import sampler
 
         options = {"num": 4, "temperature": 1.0, "top_p": 1.0, "max_tokens": 6}
         loaded = AutoModelForCausalLM.from_pretrained(begin)
@@ -386,7 +385,7 @@ class Mortal(Plugin):
 
 def mortal(model: str, folder: Path, diary: Path, options: dict[str, Any], settings: dict[str, Any], tell: Any) -> None:
     """A run that kills its own process before each file or folder gets its name and before each step, once each."""
-    from trl_ext import sampling
+    from trl_ext.campaign import sampling
 
     module = types.ModuleType("apo_rewards")
     module.many_digits = many_digits  # type: ignore[attr-defined]
@@ -592,7 +591,7 @@ def test_a_round_without_pairs_does_not_count(
 def test_outputs_are_scored_on_prompts_that_no_round_sees(
     model: str, tmp_path: Path, lora: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trl_ext import sampling
+    from trl_ext.campaign import sampling
 
     extra: dict[str, Any] = {"peft_config": LoraConfig(r=2, target_modules="all-linear")} if lora else {}
     extra |= {"learning_rate": 1e-2}
@@ -701,9 +700,9 @@ def test_settings_are_refused_before_anything_is_loaded(
 
 @pytest.mark.parametrize("command", [["plugins"], ["show", "apo"]])
 def test_the_other_method_of_that_name_is_named(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    from trl_ext import cli
+    from trl_ext.cli import main
 
-    assert cli.main(command) == 0
+    assert main.main(command) == 0
     assert "not TRL's Anchored apo_zero and apo_down" in " ".join(capsys.readouterr().out.split())
 
 
@@ -726,11 +725,12 @@ def test_options_are_checked(options: dict[str, Any], expected: str) -> None:
 
 
 def test_odd_options_are_told(model: str, tmp_path: Path, watch: str) -> None:
-    from trl_ext import plan, registry
+    from trl_ext.catalog import find
+    from trl_ext.plan import check as plan_check
     from trl_ext_hooks import Config
 
-    specs = registry.resolve({"apo": OPTIONS | {"alpha": -0.1, "betas": [1.0, 0.1, 0.1]}})
-    notes = plan.make_plan(specs, Config("dpo", tiny_args("dpo", tmp_path), (), None, ())).notes
+    specs = find.resolve({"apo": OPTIONS | {"alpha": -0.1, "betas": [1.0, 0.1, 0.1]}})
+    notes = plan_check.make_plan(specs, Config("dpo", tiny_args("dpo", tmp_path), (), None, ())).notes
     assert any("averages outputs" in note for note in notes) and any("do not fall" in note for note in notes)
 
 

@@ -8,22 +8,22 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
-from trl_ext import registry
-from trl_ext.compat.seams import trl_version
-from trl_ext.conformance import conformance
+from trl_ext.catalog import builtins, declaration, find
+from trl_ext.testing import conformance
+from trl_ext.trl_internals.seams import trl_version
 
-CLASSES = {name: registry.find(name)[0] for name in registry.BUILTINS}
+CLASSES = {name: find.find(name)[0] for name in builtins.BUILTINS}
 EVERY = [
     (name, kind)
     for name, cls in CLASSES.items()
-    if "run" not in registry.implemented(cls)  # owns a whole run, which only its own tests can check
+    if "run" not in declaration.implemented(cls)  # owns a whole run, which only its own tests can check
     for kind in cls.trainers
 ]
 
 
 @pytest.mark.parametrize(("name", "kind"), EVERY)
 def test_a_built_in_conforms(name: str, kind: str, smoke: Any, tmp_path: Path) -> None:
-    forwards = {"logps", "pair_logps", "pair_metrics"} & set(registry.implemented(CLASSES[name]))
+    forwards = {"logps", "pair_logps", "pair_metrics"} & set(declaration.implemented(CLASSES[name]))
     if kind == "dpo" and forwards and trl_version() < Version("1.15"):
         pytest.skip("DPO's forward can be owned from TRL 1.15 on")
     requests, settings = smoke(kind, name)
@@ -32,5 +32,5 @@ def test_a_built_in_conforms(name: str, kind: str, smoke: Any, tmp_path: Path) -
 
 
 def test_every_file_of_settings_belongs_to_a_built_in() -> None:
-    known = {name.replace("-", "_") for name in registry.BUILTINS}
+    known = {name.replace("-", "_") for name in builtins.BUILTINS}
     assert {file.stem for file in (Path(__file__).parent / "smoke").glob("*.py")} <= known

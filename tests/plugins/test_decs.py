@@ -728,9 +728,9 @@ def test_together_with_shared_prefixes(run: Any) -> None:
 def test_the_recipe_is_a_trl_file_with_known_options() -> None:
     from trl.scripts.grpo import make_parser
 
-    from trl_ext import registry
+    from trl_ext.catalog import find
 
     recipe = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "decs.yaml").read_text())
-    (spec,) = registry.resolve(recipe.pop("plugins"))
+    (spec,) = find.resolve(recipe.pop("plugins"))
     assert spec.cls is DECS
     assert make_parser().set_defaults_with_config(**recipe) == []

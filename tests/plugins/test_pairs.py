@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import trl_ext
-from trl_ext import plan
-from trl_ext.compat import seams
+from trl_ext.plan import compose, stages
 from trl_ext.testing import tiny_args, tiny_data
+from trl_ext.trl_internals import seams
 
 FILE = Path(__file__).parents[2] / "plugins" / "pairs.py"
 _spec = importlib.util.spec_from_file_location("pairs", FILE)
@@ -30,7 +30,7 @@ def test_allowed_pairs_train_and_others_are_refused(left, right, reason, build, 
         with pytest.raises(trl_ext.ConfigError, match=r"cannot be combined|no trainer"):
             trl_ext.enable(left.name, right.name)
         return
-    kinds = plan.common_trainers([left, right])
+    kinds = compose.common_trainers([left, right])
     if kinds == ["dpo"] and seams.trl_version() < seams.Version("1.15"):
         pytest.skip("DPO's forward can be owned from TRL 1.15 on")
     if "run" in (*left.hooks, *right.hooks):
@@ -45,5 +45,5 @@ def test_allowed_pairs_train_and_others_are_refused(left, right, reason, build, 
             trainer = build(kind, **settings)
             trainer.train()
             fired = {name for name, _ in trainer._trl_ext.calls}
-        assert fired >= {spec.name for spec in (left, right) if set(spec.hooks) - set(plan.LIFECYCLE)}
+        assert fired >= {spec.name for spec in (left, right) if set(spec.hooks) - set(stages.LIFECYCLE)}
         assert trainer.state.global_step == 2

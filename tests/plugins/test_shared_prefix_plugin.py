@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig
 
 import trl_ext
-from trl_ext.compat import seams
 from trl_ext.shared_prefix import RefusedError
 from trl_ext.testing import metrics_of, tiny_model, tiny_trainer
+from trl_ext.trl_internals import seams
 from trl_ext_hooks import Generation, Plugin, hookimpl
 
 PACK = {"shared-prefix": {"min_gain": 0}}

@@ -679,9 +679,9 @@ def test_advice_and_rloo(build: Any) -> None:
 def test_the_recipe_is_a_trl_file_with_known_options() -> None:
     from trl.scripts.grpo import make_parser
 
-    from trl_ext import registry
+    from trl_ext.catalog import find
 
     recipe = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "spae.yaml").read_text())
-    (spec,) = registry.resolve(recipe.pop("plugins"))
+    (spec,) = find.resolve(recipe.pop("plugins"))
     assert spec.cls is SPAE
     assert make_parser().set_defaults_with_config(**recipe) == []

@@ -16,9 +16,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trl_ext
-from trl_ext.compat import seams
-from trl_ext.conformance import conformance
-from trl_ext.testing import metrics_of, tiny_data, tiny_model, tiny_trainer
+from trl_ext.testing import conformance, metrics_of, tiny_data, tiny_model, tiny_trainer
+from trl_ext.trl_internals import seams
 from trl_ext_hooks import Plugin, hookimpl
 from trl_ext_plugins.tgdpo import guidance_factors, guided_margin, implicit_rewards
 
@@ -152,7 +151,7 @@ def test_trl_s_loss_is_the_authors(build: Any, case: dict[str, Any], monkeypatch
         ids = torch.ones_like(mask)
         batch = {"input_ids": ids, "attention_mask": ids, "completion_mask": mask}
         row = {"prompt_ids": [1], "chosen_ids": [1], "rejected_ids": [1]}
-        from trl_ext.stages.pairs import KEY, Rows
+        from trl_ext.engine.stages.pairs import KEY, Rows
 
         loss = trainer.compute_loss(trainer.model, batch | {KEY: Rows([row] * (len(mask) // 2))})
         (gradient,) = torch.autograd.grad(loss, policy)
@@ -321,7 +320,7 @@ def test_columns_and_a_function_agree(train: Any, model: str, function: str, set
 def test_precomputed_guidance_is_the_same_run(
     build: Any, train: Any, guide: str, tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trl_ext.compat import frozen
+    from trl_ext.trl_internals import frozen_models
 
     tiny_data("dpo").save_to_disk(str(tmp_path / "data"))
     data = Dataset.load_from_disk(str(tmp_path / "data"))  # data on disk have a cache
@@ -329,8 +328,8 @@ def test_precomputed_guidance_is_the_same_run(
     with trl_ext.enable(tgdpo={"guide": guide}):
         live = train("dpo", data=data, **extra, **settings)
     scored: list[int] = []
-    original = frozen.score
-    monkeypatch.setattr(frozen, "score", lambda *a: (scored.append(1), original(*a))[1])
+    original = frozen_models.score
+    monkeypatch.setattr(frozen_models, "score", lambda *a: (scored.append(1), original(*a))[1])
     with trl_ext.enable(tgdpo={"guide": guide, "precompute": True}):
         ahead = build("dpo", data=data, **extra, **settings)
         assert ahead._trl_ext.plugins["tgdpo"]._guide is None

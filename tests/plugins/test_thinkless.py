@@ -589,7 +589,7 @@ def test_impossible_options(options: dict[str, Any], text: str) -> None:
 
 def test_the_help_says_how_to_choose_alpha(capsys: Any) -> None:
     """A rule, the metric that says whether it is kept, and examples on both ends that keep it."""
-    from trl_ext.cli import main
+    from trl_ext.cli.main import main
 
     assert main(["show", "thinkless", "--json"]) == 0
     (alpha,) = [entry for entry in json.loads(capsys.readouterr().out)["options"] if entry["name"] == "alpha"]

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 
 import trl_ext
-from trl_ext import lab, registry
-from trl_ext.lab.text import assistant
+from trl_ext import lab
+from trl_ext.catalog import find
+from trl_ext.lab.messages import assistant
 
 TINY = Path(__file__).parents[2] / "recipes" / "tiny"
 
 
 def part(reference: str) -> Any:
-    cls, _, _ = registry.find(str(TINY / reference))
+    cls, _, _ = find.find(str(TINY / reference))
     return cls(cls.Options())
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from trl_ext import cli, lab, registry
+from trl_ext import lab
+from trl_ext.catalog import find
+from trl_ext.cli import main
 from trl_ext.compare import recipe as recipes
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +47,7 @@ def test_its_result_is_committed_of_this_recipe_and_as_expected(file: Path) -> N
         settings = found["settings"] | found["arms"][name]["settings"]
         wanted = {k: v for k, v in (asked.settings | arm.settings).items() if k not in ("seed", "output_dir")}
         assert settings == settings | wanted
-        plugins = [registry.find(reference)[0].name for reference in arm.plugins]
+        plugins = [find.find(reference)[0].name for reference in arm.plugins]
         assert sorted(plugin["name"] for plugin in found["arms"][name]["plugins"]) == sorted(plugins)
     assert [metric["label"] for metric in found["metrics"]] == [metric.label for metric in asked.metrics]
     assert found["complete"] and found["met"]
@@ -84,7 +86,7 @@ def test_the_example_of_the_guide_is_a_recipe(tmp_path: Path) -> None:
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.main(["compare", "--help"])
+        main.main(["compare", "--help"])
     text = capsys.readouterr().out
     for word in ("recipes/tiny/gdpo.yaml", "--seeds 2", "--json", "experiment:", "Exit code 0", "compare.html"):
         assert word in text

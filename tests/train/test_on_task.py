@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from trl_ext import cli, worker
+from trl_ext.cli import main
+from trl_ext.train import worker
 
 from ..compare.conftest import ROUNDS
 
@@ -30,7 +31,7 @@ def test_it_trains_on_the_task(recipe: Any, cache: str, tmp_path: Path) -> None:
 
 
 def test_an_unknown_trainer_in_the_block(recipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", "--config", recipe({"trainer": "gpro"})]) == 2
+    assert main.main(["train", "--config", recipe({"trainer": "gpro"})]) == 2
     assert "experiment.trainer is 'gpro'. Did you mean 'grpo'?" in capsys.readouterr().err
 
 

@@ -20,8 +20,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from ..compat.access import add_fused_head
 from ..shared_prefix import ModelCost, flop_ratio, pack, shared_prefix_logps
+from ..trl_internals.forwards import add_fused_head
 
 Shape = tuple[int, int, int]
 Form = Literal["documented", "fused", "logits"]

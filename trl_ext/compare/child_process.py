@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection, forkserver
 from typing import Any
 
-from .. import failures
 from ..errors import TrlExtError
+from ..support import child_errors
 
 PRELOAD = "trl_ext.compare.preload"
 PATIENCE = 5.0
@@ -80,7 +80,7 @@ class ChildProcess:
             message: Message = self.pipe.recv()
         except (EOFError, OSError):  # an OSError where it died in the middle of a message
             self.process.join()
-            message = Failure(failures.how_it_ended(self.process.exitcode))
+            message = Failure(child_errors.how_it_ended(self.process.exitcode))
         if isinstance(message, Result | Failure):
             self.process.join(timeout=PATIENCE)  # threads of libraries may keep it from ending
             self.stop()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..support import pages
-from ..tables import duration
+from ..support.tables import duration
 from . import plots
 from .store import plain
 from .text_report import COLUMNS, rows, sentences

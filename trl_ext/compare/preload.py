@@ -4,6 +4,6 @@ import datasets
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext.compare import prepare, run_one
-from trl_ext.compat import mixins
+from trl_ext.trl_internals import mixins
 
 __all__ = ["GRPOConfig", "GRPOTrainer", "datasets", "mixins", "prepare", "run_one"]

@@ -15,17 +15,22 @@ from typing import Any
 import trl_ext_hooks
 from trl_ext_hooks import TrainerKind
 
-from .. import api, job, lab, outcome, plan, preflight, registry
-from ..compat import access, scripts, seams
+from .. import api, lab
+from ..campaign import job
+from ..catalog import declaration, find
 from ..errors import ConfigError, near
-from ..train import on_task
+from ..plan import compose
+from ..support import reward_functions, versions
+from ..train import on_task, preflight
+from ..trl_internals import arguments, launch, seams
+from ..trl_internals import rewards as trl_rewards
 from . import store
 from .child_process import Said, Tell
 from .recipe import Arm, Recipe
 from .runs import Prepared
 
 _HOST = Path(api.__file__).parent
-_NUMBERS = ("api.py", "plan.py", "session.py", "job.py", "sampling.py", "stages", "compat")
+_NUMBERS = ("api.py", "campaign", "engine", "plan", "trl_internals")
 """Parts of the host that can change what a run computes."""
 _DEFAULTS = {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
 
@@ -37,9 +42,9 @@ def prepare(recipe: Recipe, tell: Tell) -> Prepared:
         TrlExtError: Something in it cannot work. The message says what to change.
     """
     seams.check_version()
-    specs = {name: plan.compose(registry.resolve(arm.plugins)) for name, arm in recipe.arms.items()}
+    specs = {name: compose.compose(find.resolve(arm.plugins)) for name, arm in recipe.arms.items()}
     kind = _trainer(recipe, [spec for arm_specs in specs.values() for spec in arm_specs])
-    accelerator = scripts.accelerator_found()
+    accelerator = launch.accelerator_found()
     settings = {name: _settings(recipe, arm, accelerator) for name, arm in recipe.arms.items()}
     resolved: dict[str, Any] = {}
     rewards: tuple[str, ...] | None = None
@@ -68,16 +73,16 @@ def prepare(recipe: Recipe, tell: Tell) -> Prepared:
             "plugins": _options(specs[name]),
             "code": code,
             "plugin_code": _digest(file for spec in specs[name] for file in _module_files(spec.cls)),
-            "versions": outcome.versions(),
+            "versions": versions.versions(),
         }
         for name in recipe.arms
     }
     return Prepared(kind, settings, identities, rewards, accelerator)
 
 
-def _trainer(recipe: Recipe, specs: Sequence[registry.PluginSpec]) -> TrainerKind:
+def _trainer(recipe: Recipe, specs: Sequence[declaration.PluginSpec]) -> TrainerKind:
     """Returns the trainer of the recipe, or the first one that the task and all plugins serve."""
-    offered = registry.KINDS if recipe.task is None else tuple(lab.task(recipe.task).trainers)
+    offered = declaration.KINDS if recipe.task is None else tuple(lab.task(recipe.task).trainers)
     if recipe.trainer is None:
         kinds = [kind for kind in offered if all(kind in spec.cls.trainers for spec in specs)]
         if not kinds:
@@ -91,7 +96,7 @@ def _trainer(recipe: Recipe, specs: Sequence[registry.PluginSpec]) -> TrainerKin
         raise ConfigError(
             f"experiment.trainer: task {recipe.task!r} is not for {recipe.trainer}. It is for {', '.join(offered)}."
         )
-    plan.check_kind(specs, recipe.trainer)
+    compose.check_kind(specs, recipe.trainer)
     return recipe.trainer
 
 
@@ -110,13 +115,13 @@ def _settings(recipe: Recipe, arm: Arm, accelerator: bool) -> dict[str, Any]:
 def _try(
     recipe: Recipe,
     arm: Arm,
-    specs: Sequence[registry.PluginSpec],
+    specs: Sequence[declaration.PluginSpec],
     kind: TrainerKind,
     settings: Mapping[str, Any],
     tell: Tell,
-) -> tuple[scripts.Parsed, tuple[str, ...] | None]:
+) -> tuple[arguments.Parsed, tuple[str, ...] | None]:
     """Goes as far as a run can go without training. Returns TRL's arguments and the names of the rewards."""
-    parser = scripts.trl_parser(kind)
+    parser = arguments.trl_parser(kind)
     for name in parser.apply(settings):
         raise ConfigError(f"TRL's {kind.upper()} has no setting {name!r}.{near(name, parser.options())}")
     if recipe.task is None and settings.get("model_name_or_path") is None:
@@ -124,7 +129,7 @@ def _try(
             f"the recipe says neither on what to train nor which model. Name a task (`experiment: {{task: NAME}}`; "
             f"there are {', '.join(lab.tasks())}), or model_name_or_path and dataset_name."
         )
-    parsed = scripts.parse(kind, [], settings)
+    parsed = arguments.parse(kind, [], settings)
 
     def say(text: str) -> None:
         tell(Said(text))
@@ -139,17 +144,17 @@ def _try(
         return parsed, None
     with api.enable(arm.plugins) if arm.plugins else contextlib.nullcontext():
         trainer = on_task.build_trainer(recipe.task, kind, parsed, recipe.sizes, say)
-    return parsed, access.reward_names(trainer) or None
+    return parsed, trl_rewards.reward_names(trainer) or None
 
 
-def _values(parsed: scripts.Parsed) -> list[dict[str, Any]]:
+def _values(parsed: arguments.Parsed) -> list[dict[str, Any]]:
     """Returns TRL's arguments without those that name files."""
     script, training, model, mixture = parsed
     values = [vars(script), training.to_dict(), vars(model), vars(mixture)]
     return [{k: v for k, v in group.items() if k not in ("output_dir", "logging_dir", "run_name")} for group in values]
 
 
-def _options(specs: Sequence[registry.PluginSpec]) -> list[dict[str, Any]]:
+def _options(specs: Sequence[declaration.PluginSpec]) -> list[dict[str, Any]]:
     """Returns name, version, origin and options of plugins as JSON can hold them."""
     return [
         {
@@ -172,7 +177,7 @@ def _sources(recipe: Recipe, settings: Iterable[Mapping[str, Any]]) -> set[Path]
             for function in value if isinstance(value, tuple) else (value,):
                 files |= _module_files(function) if callable(function) else set()
     for arm_settings in settings:
-        for function in preflight.reward_functions(arm_settings.get("reward_funcs") or ()).values():
+        for function in reward_functions.reward_functions(arm_settings.get("reward_funcs") or ()).values():
             files |= _module_files(function)
     return files
 

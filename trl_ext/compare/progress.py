@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from ..tables import duration
+from ..support.tables import duration
 from .runs import Run
 
 

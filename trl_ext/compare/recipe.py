@@ -16,8 +16,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, Va
 
 from trl_ext_hooks import TrainerKind
 
-from .. import registry, request
+from ..catalog import find
 from ..errors import ConfigError, OptionError, near
+from ..train import command_line
 from .blocks import Block, Count, Number, explain
 from .measures import KINDS, Direction, Measure
 
@@ -84,7 +85,7 @@ def _read_plugins(value: Any, info: ValidationInfo) -> dict[str, dict[str, Any]]
     if not isinstance(value, Mapping | None):
         raise ConfigError(f"expected a list or a mapping of plugins, got {value!r}.")
     shared = (info.context or {}).get("plugins", {})
-    return {name: {**shared.get(name, {}), **options} for name, options in registry.merge([], value, {}).items()}
+    return {name: {**shared.get(name, {}), **options} for name, options in find.merge([], value, {}).items()}
 
 
 def _read_arms(value: Any, info: ValidationInfo) -> dict[str, Any]:
@@ -303,21 +304,21 @@ def read(path: str) -> Recipe:
         ConfigError, OptionError: Naming the file, the key, what it holds and what is expected.
     """
     try:
-        settings = request.read_config(path)
+        settings = command_line.read_config(path)
     except ConfigError as error:
         raise ConfigError(str(error).removeprefix("--config ")) from error
-    plugins, block = (settings.pop(name, None) for name in request.BLOCKS)
+    plugins, block = (settings.pop(name, None) for name in command_line.BLOCKS)
     for name, reason in _REFUSED.items():
         if settings.get(name):
             raise ConfigError(f"{path}: leave out `{name}`: {reason}.")
     try:
-        context = {"plugins": registry.merge([], plugins, {})}
+        context = {"plugins": find.merge([], plugins, {})}
         experiment = Experiment.model_validate(block, context=context)
     except ValidationError as error:
         raise ConfigError(explain(error, path, "experiment")) from error
     except (ConfigError, OptionError) as error:
         raise type(error)(f"{path}: {error}") from error
-    sizes = {name: size for name in request.SIZES if (size := getattr(experiment, name)) is not None}
+    sizes = {name: size for name in command_line.SIZES if (size := getattr(experiment, name)) is not None}
     return Recipe(
         name=Path(path).stem,
         path=path,

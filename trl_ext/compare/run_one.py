@@ -13,9 +13,12 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from .. import api, job, outcome
-from ..compat import access, scripts
+from .. import api
+from ..campaign import job
+from ..support import versions
 from ..train import on_task
+from ..trl_internals import arguments as trl_arguments
+from ..trl_internals import scripts, trainer_state
 from . import store
 from .child_process import Said, Step, Tell
 from .runs import Run
@@ -57,7 +60,7 @@ class Watch(TrainerCallback):
             self.calls.update({f"{plugin}.{hook}": count for (plugin, hook), count in session.calls.items()})
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.last = sample(access.logged_round(self.trainer))
+        self.last = sample(trainer_state.logged_round(self.trainer))
         self.first = self.first or self.last
         if state.global_step >= state.max_steps:
             control.should_log = True
@@ -100,7 +103,7 @@ def train(run: Run, tell: Tell) -> None:
             "output_dir": stack.enter_context(tempfile.TemporaryDirectory(prefix="trl_ext-")),
         }
         handle = stack.enter_context(api.enable(run.plugins)) if run.plugins else None
-        parsed = scripts.parse(run.kind, [], settings)
+        parsed = trl_arguments.parse(run.kind, [], settings)
         campaign = None
         if handle is not None and job.owner(handle.specs) is not None:
             # a plugin owns the run and builds several trainers, one after the other
@@ -136,7 +139,7 @@ def train(run: Run, tell: Tell) -> None:
                 "model": parsed[2].model_name_or_path or Path(model).name,
                 "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
                 "hooks_fired": dict(watch.calls),
-                "versions": outcome.versions(),
+                "versions": versions.versions(),
                 "identity": run.identity,
                 "history": history,
                 "completions": {"first": watch.first, "last": watch.last},

@@ -13,7 +13,7 @@ README.md beside this file is the guide. Needs `pip install "trl_ext[environment
 from __future__ import annotations
 
 from .adapter import GymEnvironment, gym
+from .observations import minigrid_text
 from .rewards import episode_return, success
-from .text import minigrid_text
 
 __all__ = ["GymEnvironment", "episode_return", "gym", "minigrid_text", "success"]

@@ -12,12 +12,12 @@ from typing import Any, ClassVar, Literal
 
 from packaging.version import Version
 
-from ..compat import seams
 from ..errors import ConfigError
+from ..trl_internals import seams
 from .actions import Actions, Reader, reader
+from .observations import describe
 from .player import Failed, Local, Player, Seen, installed, make
-from .text import describe
-from .worker import Worker
+from .player_process import Worker
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ import torch
 from trl_ext_hooks import Curve, Round, Scored, Span, Views
 
 from .._version import __version__
-from ..compat import access
+from ..engine.host import Session, untouched_random_state
+from ..engine.stages.kept_rows import KEPT
 from ..errors import ConfigError, PluginError
-from ..session import Session, untouched_random_state
-from ..stages.selection import KEPT
+from ..trl_internals import trainer_state
 from . import file_format
 from .file_format import Prompt, Recording, RewardStage, Row
 from .tokens import decoder, texts
@@ -47,7 +47,7 @@ class Recorder:
 
     def begin(self) -> RoundRecord | None:
         """Starts a record if the round that begins is to be recorded. All processes decide alike."""
-        if self.begun == self.rounds or access.mode(self.session.trainer) != "train":
+        if self.begun == self.rounds or trainer_state.mode(self.session.trainer) != "train":
             return None
         self.begun += 1
         return RoundRecord(self)

@@ -10,7 +10,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.text import Text
 
-from ..tables import print_table
+from ..support.tables import print_table
 from .file_format import Recording, Row
 from .formatting import chain, number, signed, sparkline, visible
 

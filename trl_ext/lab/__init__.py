@@ -13,9 +13,9 @@ of your own are `Task` objects; README.md beside this file shows one.
 
 from __future__ import annotations
 
-from .arguments import trainer_arguments
 from .definition import Shape, Task, WarmUp
+from .find import task, tasks
 from .model import model_folder
-from .registry import task, tasks
+from .trainer_arguments import trainer_arguments
 
 __all__ = ["Shape", "Task", "WarmUp", "model_folder", "task", "tasks", "trainer_arguments"]

@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import cache
 from ..errors import ConfigError
+from ..support import cache
 from . import pictures, warmup
 from . import tokenizer as tokenizers
 from .definition import Row, Shape, Task

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..cache import system_error
+from ..support.cache import system_error
 from . import pictures
 from .definition import Shape
 

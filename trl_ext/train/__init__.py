@@ -1,1 +1,1 @@
-"""`trl_ext train`: from the command line to a trained model."""
+"""`trl_ext train`: command line, launch, worker, progress and summary."""

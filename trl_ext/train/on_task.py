@@ -10,16 +10,17 @@ from trl import get_peft_config
 from trl_ext_hooks import TrainerKind
 
 from .. import lab
-from ..compat import scripts, seams
+from ..campaign.job import LocalJob
 from ..errors import ConfigError
-from ..job import LocalJob
+from ..trl_internals import arguments as trl_arguments
+from ..trl_internals import seams
 
 _FROM_THE_TASK = ("model_name_or_path", "dataset_name", "datasets", "reward_funcs", "reward_model_name_or_path")
 """Settings that a task decides."""
 
 
 def build_trainer(
-    task: str, kind: TrainerKind, parsed: scripts.Parsed, sizes: Mapping[str, int], say: Callable[[str], None]
+    task: str, kind: TrainerKind, parsed: trl_arguments.Parsed, sizes: Mapping[str, int], say: Callable[[str], None]
 ) -> Any:
     """Builds TRL's trainer with TRL's arguments on a task.
 
@@ -29,7 +30,9 @@ def build_trainer(
     return seams.trainer_class(kind)(args=parsed[1], **_arguments(task, kind, parsed, sizes, say))
 
 
-def build_job(task: str, parsed: scripts.Parsed, sizes: Mapping[str, int], say: Callable[[str], None]) -> LocalJob:
+def build_job(
+    task: str, parsed: trl_arguments.Parsed, sizes: Mapping[str, int], say: Callable[[str], None]
+) -> LocalJob:
     """Builds the job of a plugin that owns its run, on the model and the training rows of a task.
 
     Raises:
@@ -40,7 +43,7 @@ def build_job(task: str, parsed: scripts.Parsed, sizes: Mapping[str, int], say: 
 
 
 def _arguments(
-    task: str, kind: TrainerKind, parsed: scripts.Parsed, sizes: Mapping[str, int], say: Callable[[str], None]
+    task: str, kind: TrainerKind, parsed: trl_arguments.Parsed, sizes: Mapping[str, int], say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Returns what the constructor of a trainer takes besides its settings."""
     for group in parsed:

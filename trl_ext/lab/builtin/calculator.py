@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 from ..definition import Row, Shape, Task, WarmUp
-from ..text import assistant, by_kind, call, calls_made, final_text, in_split, result, user
+from ..messages import assistant, by_kind, call, calls_made, final_text, in_split, result, user
 
 KINDS = ("sum", "product")
 CALLS, SHARES = (0, 1, 2), (0.1, 0.65, 0.25)

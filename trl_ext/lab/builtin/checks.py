@@ -26,7 +26,7 @@ import re
 from typing import Any
 
 from ..definition import Row, Shape, Task, WarmUp
-from ..text import assistant, final_text, in_split, user
+from ..messages import assistant, final_text, in_split, user
 from .chains import Chain
 
 THINK, THOUGHT, STEP_END, CHECK, CONCLUSION, BOX = "<think>", "</think>", ".\n\n", "Wait", "So ", "\\boxed{"

@@ -12,7 +12,7 @@ import random
 from typing import Any
 
 from ..definition import Row, Shape, Task, WarmUp
-from ..text import episode, user
+from ..messages import episode, user
 
 KEYS = {"a": 3, "b": 1, "c": 4, "d": 2}
 """Which key opens a door, by its sign."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...environments import GymEnvironment, gym, minigrid_text
 from ..definition import Row, Shape, Task, WarmUp
-from ..text import episode, user
+from ..messages import episode, user
 
 OVER, BYE = "over", "bye"
 LAKE_MOVES = {"left": -1, "down": 4, "right": 1, "up": -4}

@@ -13,7 +13,7 @@ import string
 from typing import Any
 
 from ..definition import Row, Shape, Task, WarmUp
-from ..text import assistant, drawn, final_text, user
+from ..messages import assistant, drawn, final_text, user
 
 GOOD, BAD, OTHER = "abcd", "wxyz", "klmn"
 LENGTH = 6

@@ -13,7 +13,7 @@ import string
 from typing import Any
 
 from ..definition import Row, Shape, Task, WarmUp
-from ..text import assistant, by_kind, call, calls_made, drawn, final_text, in_split, result, user
+from ..messages import assistant, by_kind, call, calls_made, drawn, final_text, in_split, result, user
 
 KEYS = tuple(map("".join, itertools.product(string.ascii_lowercase, repeat=2)))
 NEAR = tuple(key for key in KEYS if key[0] in "aeiou" and key[1] in "bcdfg")

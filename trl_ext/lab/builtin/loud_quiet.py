@@ -13,7 +13,7 @@ import string
 from typing import Any
 
 from ..definition import Row, Shape, Task, WarmUp
-from ..text import assistant, drawn, final_text, in_split, user
+from ..messages import assistant, drawn, final_text, in_split, user
 
 BRACKETED = 0.12
 """Share of bracketed answers among the traces."""

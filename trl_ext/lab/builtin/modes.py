@@ -13,7 +13,7 @@ import re
 from typing import Any
 
 from ..definition import Row, Shape, Task, WarmUp
-from ..text import assistant, final_text, in_split, user
+from ..messages import assistant, final_text, in_split, user
 from .chains import Chain
 
 SHORT, THINK, THOUGHT = "<short>", "<think>", "</think>"

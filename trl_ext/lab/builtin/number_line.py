@@ -11,7 +11,7 @@ import random
 from typing import Any
 
 from ..definition import Row, Shape, Task, WarmUp
-from ..text import episode, user
+from ..messages import episode, user
 
 NUMBERS, NEAREST, FARTHEST, MOST_MOVES = 10, 3, 6, 8
 RIGHT_WAY = 0.65

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..definition import Row, Shape, Task, WarmUp
-from ..text import episode, user
+from ..messages import episode, user
 
 GOAL, STOP, BYE = "goal", "stop", "bye"
 

@@ -1,0 +1,460 @@
+"""The DPO adapter: hooks on pairs leave everything that TRL forms of log-probabilities to TRL, or stop the run."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from trl import DPOTrainer
+
+import trl_ext
+from trl_ext.testing import metrics_of, tiny_data
+from trl_ext.trl_internals import seams
+from trl_ext_hooks import PairLogps, Plugin, hookimpl
+from trl_ext_hooks.ops import align_tokens
+
+FUSED = seams.trl_version() >= seams.Version("1.15")
+needs_fused = pytest.mark.skipif(not FUSED, reason="needs the fused head of TRL 1.15")
+LOSSES = [
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
+DIVERGENT = ["sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"]
+
+
+def ragged(rows: int = 16) -> Dataset:
+    """Pairs of unequal lengths, with a number per pair and per completion token."""
+    data = tiny_data("dpo", rows)
+    chosen = [[{"role": "assistant", "content": "1234567"[: 1 + i % 6]}] for i in range(rows)]
+    return data.remove_columns("chosen").add_column("chosen", chosen).add_column("number", list(range(rows)))
+
+
+class Times(Plugin):
+    """Multiplies all log-probabilities by a number per pair."""
+
+    name = "times"
+    trainers = ("dpo",)
+    needs = ("column:number",)
+    fields = ("weight",)
+    factor = 1.0
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        self.seen: list[Any] = []
+
+    @hookimpl
+    def pair_batch(self, pairs: Any) -> dict[str, Any]:
+        assert set(pairs.batch) == {"input_ids", "attention_mask", "completion_mask"}
+        for row, ids, mask in zip(pairs.rows, pairs.batch["input_ids"], pairs.batch["attention_mask"], strict=False):
+            assert ids[mask.bool()].tolist() == row["prompt_ids"] + row["chosen_ids"]
+        self.seen.append((pairs.mode, pairs.step, [row["number"] for row in pairs.rows]))
+        return {"weight": self.factor * torch.ones(len(pairs.rows))}
+
+    @hookimpl
+    def pair_logps(self, pairs: Any) -> PairLogps:
+        assert pairs.per_token_logps.requires_grad == (pairs.mode == "train")
+        assert not pairs.ref_per_token_logps.requires_grad
+        weight = pairs.fields["weight"].repeat(2).unsqueeze(1)
+        return PairLogps(weight * pairs.per_token_logps, weight * pairs.ref_per_token_logps)
+
+    @hookimpl
+    def pair_metrics(self, pairs: Any) -> dict[str, tuple[float, float]]:
+        assert not pairs.per_token_logps.requires_grad
+        return {"logp": (pairs.per_token_logps.sum().item(), len(pairs.rows))}
+
+
+class Twice(Times):
+    name = "twice"
+    factor = 2.0
+
+
+def same(left: Any, right: Any, ignore: str = "-") -> None:
+    for (name, a), b in zip(left.model.named_parameters(), right.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    for a, b in zip(metrics_of(left), metrics_of(right), strict=True):
+        for key, value in a.items():
+            assert b[key] == value or (value != value and b[key] != b[key]) or key.startswith(ignore), key
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"loss_type": LOSSES, "label_smoothing": 0.1},
+    {"loss_type": DIVERGENT, "f_divergence_type": "forward_kl", "label_smoothing": 0.1},
+    {"loss_type": DIVERGENT, "f_divergence_type": "js_divergence", "label_smoothing": 0.1},
+    {"loss_type": DIVERGENT, "f_divergence_type": "alpha_divergence", "label_smoothing": 0.1},
+    {"use_weighting": True},
+    {"ld_alpha": 0.5},
+    {"sync_ref_model": True, "ref_model_sync_steps": 1, "max_steps": 3},
+    {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "gradient_checkpointing": False},
+    {"max_length": 20, "truncation_mode": "keep_end", "remove_unused_columns": False},
+    {"bf16": True},
+]
+
+
+@needs_fused
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s)))
+def test_weights_of_one_are_bit_identical(train: Any, plugin: Any, settings: dict[str, Any]) -> None:
+    data = ragged()
+    evaluation = {"trainer": {"eval_dataset": ragged(8)}, "eval_strategy": "steps", "eval_steps": 1}
+    plain = train("dpo", data=data, **evaluation, **settings)
+    with trl_ext.enable(plugin(checked(Times, settings))):
+        ours = train("dpo", data=data, **evaluation, **settings)
+    same(plain, ours)
+    (entry,) = [e for e in ours.state.log_history if e["step"] == 1 and "loss" in e]
+    assert entry["times/logp"] < 0
+
+
+@needs_fused
+def test_these_are_all_losses_and_divergences() -> None:
+    source = inspect.getsource(DPOTrainer)
+    assert set(re.findall(r'if loss_type == "(\w+)"', source)) == set(LOSSES)
+    tried = {settings.get("f_divergence_type", "reverse_kl") for settings in SETTINGS}
+    assert set(re.findall(r'f_divergence_type == "(\w+)"', source)) == tried
+
+
+def checked(cls: type, settings: dict[str, Any]) -> type:
+    """The plugin's own look at rows, which truncated ids would fail."""
+    if "truncation_mode" not in settings:
+        return cls
+
+    class Unchecked(cls):  # type: ignore[misc,valid-type]
+        @hookimpl
+        def pair_batch(self, pairs: Any) -> dict[str, Any]:
+            return {"weight": torch.ones(len(pairs.rows))}
+
+    return Unchecked
+
+
+@needs_fused
+def test_weights_of_two_are_twice_beta(train: Any, plugin: Any) -> None:
+    stronger = train("dpo", data=ragged(), beta=0.2)
+    with trl_ext.enable(plugin(Twice)):
+        twice = train("dpo", data=ragged(), beta=0.1)
+    for (name, a), b in zip(stronger.model.named_parameters(), twice.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert twice.state.log_history[1]["logps/chosen"] == 2 * stronger.state.log_history[1]["logps/chosen"]
+
+
+@needs_fused
+def test_chained_in_order(train: Any, plugin: Any) -> None:
+    class First(Plugin):
+        name = "first"
+        trainers = ("dpo",)
+
+        @hookimpl
+        def pair_logps(self, pairs: Any) -> PairLogps:
+            self.got = pairs.per_token_logps.detach()
+            return PairLogps(3 * pairs.per_token_logps, 3 * pairs.ref_per_token_logps)
+
+    class Second(Plugin):
+        name = "second"
+        trainers = ("dpo",)
+
+        @hookimpl
+        def pair_logps(self, pairs: Any) -> None:
+            self.got = pairs.per_token_logps.detach()
+
+    with trl_ext.enable(plugin(First), plugin(Second)):
+        trainer = train("dpo", max_steps=1)
+        plugins = trainer._trl_ext.plugins
+    assert torch.equal(plugins["second"].got, 3 * plugins["first"].got)
+
+
+@pytest.mark.skipif(FUSED, reason="about TRL before 1.15")
+def test_an_older_trl_is_refused(plugin: Any) -> None:
+    """There the rewrite would never be called, and training would stay plain DPO without a word."""
+    with pytest.raises(trl_ext.CompatError, match=r"add_fused_lm_head is missing, TRL has it from 1\.15"):
+        trl_ext.enable(plugin(Times))
+
+
+# --- rows and keys ----------------------------------------------------------------------------------------------------
+
+
+@needs_fused
+@pytest.mark.parametrize("workers", [0, 2])
+def test_columns_reach_the_hooks_and_the_model_sees_none(build: Any, plugin: Any, workers: int) -> None:
+    with trl_ext.enable(plugin(Times)):
+        trainer = build(
+            "dpo", data=ragged(), max_steps=2, dataloader_num_workers=workers, trainer={"eval_dataset": ragged(8)}
+        )
+        calls: list[set[str]] = []
+        for model in (trainer.model, trainer.ref_model):
+            model.register_forward_pre_hook(lambda m, a, k: calls.append(set(k)), with_kwargs=True)
+        trainer.train()
+        trainer.evaluate()
+        seen = trainer._trl_ext.plugins["times"].seen
+    assert sorted(number for mode, _, numbers in seen if mode == "train" for number in numbers) == list(range(16))
+    assert [numbers for mode, _, numbers in seen if mode == "eval"] == [list(range(8))]
+    expected = {"input_ids", "attention_mask", "labels", "use_cache", "fused_lm_head"}
+    assert len(calls) >= 6 and all(keys == expected for keys in calls)
+
+
+@needs_fused
+def test_the_reference_runs_once(build: Any, plugin: Any) -> None:
+    with trl_ext.enable(plugin(Times)):
+        trainer = build("dpo", data=ragged(), max_steps=2)
+        runs: list[int] = []
+        for model in (trainer.model, trainer.ref_model):
+            model.model.register_forward_hook(lambda *_: runs.append(1))  # the layers, not the head
+        trainer.train()
+    assert len(runs) == 4
+
+
+@needs_fused
+def test_precomputed_references_go_with_fields_alone(train: Any, plugin: Any) -> None:
+    """A plugin that rewrites nothing works with sums; what `evaluate` precomputes is clean of our key as well."""
+
+    class Reads(Plugin):
+        name = "reads"
+        trainers = ("dpo",)
+        needs = ("column:number",)
+
+        @hookimpl
+        def pair_metrics(self, pairs: Any) -> dict[str, tuple[float, float]]:
+            assert pairs.ref_per_token_logps is None and "ref_chosen_logps" in pairs.batch
+            return {"number": (sum(row["number"] for row in pairs.rows), len(pairs.rows))}
+
+    peft = {"trainer": {"peft_config": LoraConfig(r=2, target_modules="all-linear")}}
+    plain = train("dpo", data=ragged(), precompute_ref_log_probs=True, **peft)
+    with trl_ext.enable(plugin(Reads)):
+        ours = train("dpo", data=ragged(), precompute_ref_log_probs=True, **peft)
+        found = ours.evaluate(ragged(4))
+    expected = plain.evaluate(ragged(4))
+    same(plain, ours)
+    assert found["eval_loss"] == expected["eval_loss"]
+    assert next(e for e in ours.state.log_history if "eval_loss" in e)["eval_reads/number"] == 1.5
+
+
+@needs_fused
+def test_precomputed_references_are_refused_for_rewriting(build: Any, plugin: Any) -> None:
+    with (
+        trl_ext.enable(plugin(Times)),
+        pytest.raises(trl_ext.ConfigError, match=r"times rewrites the reference.*set precompute_ref_log_probs=False"),
+    ):
+        build("dpo", data=ragged(), precompute_ref_log_probs=True)
+
+
+@needs_fused
+def test_a_missing_column(build: Any, plugin: Any) -> None:
+    with trl_ext.enable(plugin(Times)):
+        with pytest.raises(trl_ext.ConfigError, match="no column 'number'"):
+            build("dpo")
+        trainer = build("dpo", data=ragged())
+        with pytest.raises(trl_ext.ConfigError, match=r"has no column 'number'.*Evaluation data"):
+            trainer.evaluate(tiny_data("dpo"))
+
+
+@needs_fused
+def test_undo_gives_collator_and_columns_back(build: Any, plugin: Any) -> None:
+    trainer = build("dpo", data=ragged())
+    before = dict(vars(trainer))
+    trl_ext.attach(trainer, plugin(Times))
+    assert trainer.data_collator is not before["data_collator"]
+    trainer.train()
+    trl_ext.detach(trainer)
+    assert trainer.data_collator is before["data_collator"]
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert set(batch) == {"input_ids", "attention_mask", "completion_mask"}
+    assert "number" not in trainer._signature_columns
+
+
+# --- references -------------------------------------------------------------------------------------------------------
+
+
+class Keeps(Times):
+    """Remembers what it saw."""
+
+    name = "keeps"
+
+    @hookimpl
+    def pair_logps(self, pairs: Any) -> PairLogps:
+        self.kept = (pairs.batch, pairs.per_token_logps.detach(), pairs.ref_per_token_logps)
+        return super().pair_logps(pairs=pairs)
+
+
+def dense(model: Any, batch: Any) -> torch.Tensor:
+    """(2n, L-1) by the definition."""
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    ids, mask = batch["input_ids"][:, 1:], batch["completion_mask"][:, 1:]
+    return logits.log_softmax(-1).gather(2, ids.unsqueeze(2)).squeeze(2) * mask
+
+
+@needs_fused
+@pytest.mark.parametrize("kind", ["full", "fresh adapter", "trained adapter", "adapter and model"])
+def test_references_are_right(train: Any, plugin: Any, model: str, kind: str) -> None:
+    """The reference is the start of training, whatever holds it, and the same run equals plain TRL's."""
+    lora = LoraConfig(r=2, target_modules="all-linear")
+
+    def arguments() -> dict[str, Any]:
+        if kind == "full":
+            return {}
+        if kind == "fresh adapter":
+            return {"peft_config": lora}
+        torch.manual_seed(0)
+        policy = get_peft_model(AutoModelForCausalLM.from_pretrained(model), lora)
+        with torch.no_grad():
+            for name, value in policy.named_parameters():
+                if "lora_B" in name:
+                    value.copy_(0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))))
+        extra = {"ref_model": AutoModelForCausalLM.from_pretrained(model)} if kind == "adapter and model" else {}
+        return {"model": policy, **extra}
+
+    plain = train("dpo", data=ragged(), max_steps=3, trainer=arguments())
+    given = arguments()
+    start = given["model"].merge_and_unload() if kind == "trained adapter" else None
+    with trl_ext.enable(plugin(Keeps)):
+        ours = train("dpo", data=ragged(), max_steps=3, trainer=arguments())
+        batch, policy, reference = ours._trl_ext.plugins["keeps"].kept
+    same(plain, ours)
+    expected = dense(start or AutoModelForCausalLM.from_pretrained(model), batch)
+    torch.testing.assert_close(reference, expected, atol=2e-5, rtol=0)
+    assert (policy - reference).abs().max() > 1e-3
+
+
+@needs_fused
+def test_virtual_tokens_are_refused(build: Any, plugin: Any) -> None:
+    from peft import PromptTuningConfig
+
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with (
+        trl_ext.enable(plugin(Times)),
+        pytest.raises(trl_ext.ConfigError, match=r"'times' needs the token ids in the forward.*LoRA"),
+    ):
+        build("dpo", data=ragged(), trainer={"peft_config": config})
+
+
+@needs_fused
+@pytest.mark.parametrize("lora", [False, True])
+def test_shared_prefixes_underneath(train: Any, plugin: Any, lora: bool) -> None:
+    extra = {"trainer": {"peft_config": LoraConfig(r=2, target_modules="all-linear")}} if lora else {}
+    with trl_ext.enable(plugin(Twice)):
+        plain = train("dpo", data=ragged(), max_steps=3, **extra)
+    with trl_ext.enable(plugin(Twice), {"shared-prefix": {"min_gain": 0}}):
+        shared = train("dpo", data=ragged(), max_steps=3, **extra)
+        calls = shared._trl_ext.calls
+    for (name, a), b in zip(plain.model.named_parameters(), shared.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=5e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+    assert calls["shared-prefix", "logps"] == 6 and calls["twice", "pair_logps"] == 3
+    assert shared.state.log_history[0]["shared-prefix/token_ratio"] > 1.2
+
+
+# --- proof of firing, and mistakes ------------------------------------------------------------------------------------
+
+
+@needs_fused
+def test_a_loss_that_bypasses_the_hook_stops_the_run(build: Any, plugin: Any) -> None:
+    class Own(DPOTrainer):
+        def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:
+            inputs = {k: v for k, v in inputs.items() if k not in ("completion_mask", "trl_ext_rows")}
+            return model(**inputs).logits.mean()
+
+    with trl_ext.enable(plugin(Times)), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = build("dpo", cls=Own, data=ragged())
+        with pytest.raises(trl_ext.PluginError, match="took its reference log-probabilities from somewhere else"):
+            trainer.train()
+
+
+@needs_fused
+def test_a_silent_hook_stops_the_run(build: Any, plugin: Any) -> None:
+    class Own(DPOTrainer):
+        def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
+            return model(input_ids=inputs["input_ids"]).logits.mean()
+
+    with trl_ext.enable(plugin(Times)):
+        trainer = build("dpo", cls=Own, data=ragged())
+        with pytest.raises(trl_ext.PluginError, match=r"never ran: times\.pair_batch, times\.pair_logps"):
+            trainer.train()
+
+
+@needs_fused
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (lambda p: p.per_token_logps, "returned Tensor from 'pair_logps', expected PairLogps"),
+        (lambda p: PairLogps(p.per_token_logps[:2], p.ref_per_token_logps), "returned log-probabilities of shapes"),
+        (
+            lambda p: PairLogps(p.per_token_logps.detach(), p.ref_per_token_logps),
+            "returned policy log-probabilities without a gradient",
+        ),
+    ],
+)
+def test_wrong_answers(build: Any, plugin: Any, answer: Any, expected: str) -> None:
+    class Wrong(Plugin):
+        name = "wrong"
+        trainers = ("dpo",)
+
+        @hookimpl
+        def pair_logps(self, pairs: Any) -> Any:
+            return answer(pairs)
+
+    with trl_ext.enable(plugin(Wrong)):
+        trainer = build("dpo")
+        with pytest.raises(trl_ext.PluginError, match=f"'wrong' {expected}"):
+            trainer.train()
+
+
+@needs_fused
+def test_fields_are_owned(build: Any, plugin: Any) -> None:
+    class Undeclared(Plugin):
+        name = "undeclared"
+        trainers = ("dpo",)
+
+        @hookimpl
+        def pair_batch(self, pairs: Any) -> dict[str, Any]:
+            return {"secret": 1}
+
+    with trl_ext.enable(plugin(Undeclared)):
+        trainer = build("dpo")
+        with pytest.raises(trl_ext.PluginError, match="'secret' from 'pair_batch' without declaring it"):
+            trainer.train()
+
+
+@needs_fused
+def test_what_a_hook_writes_outside_the_completions_does_not_count(train: Any, plugin: Any) -> None:
+    class Spills(Plugin):
+        name = "spills"
+        trainers = ("dpo",)
+
+        @hookimpl
+        def pair_logps(self, pairs: Any) -> PairLogps:
+            outside = 100.0 * ~pairs.mask
+            return PairLogps(pairs.per_token_logps + outside, pairs.ref_per_token_logps - outside)
+
+    plain = train("dpo", data=ragged())
+    with trl_ext.enable(plugin(Spills)):
+        ours = train("dpo", data=ragged())
+    same(plain, ours)
+
+
+# --- token values -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("truncation", ["keep_start", "keep_end"])
+@pytest.mark.parametrize("longest", [3, 5, 8, 40])
+def test_token_values_stay_with_their_tokens(truncation: str, longest: int) -> None:
+    """Every value is its token's id, so after any truncation values and ids must be the same numbers."""
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    rows = [
+        {"prompt_ids": [1, 2, 3, 4], "chosen_ids": [5, 6, 7], "rejected_ids": [8]},
+        {"prompt_ids": [], "chosen_ids": [9, 10], "rejected_ids": [11, 12, 13, 14]},
+        {"prompt_ids": [15], "chosen_ids": [], "rejected_ids": [16, 17]},
+    ]
+    batch = DataCollatorForPreference(pad_token_id=0, max_length=longest, truncation_mode=truncation)(rows)
+    values = [row[f"{side}_ids"] for side in ("chosen", "rejected") for row in rows]
+    found = align_tokens(values, batch["completion_mask"], truncation=truncation)
+    expected = (batch["input_ids"] * batch["completion_mask"])[:, 1:]
+    assert found.shape == expected.shape and torch.equal(found.long(), expected)
+
+
+def test_too_few_token_values() -> None:
+    with pytest.raises(ValueError, match="row 0 has 1 values for 2 completion tokens"):
+        align_tokens([[1.0]], torch.tensor([[0, 1, 1]]), truncation="keep_start")

@@ -1,0 +1,1 @@
+"""Runs that a plugin owns: several trainings in place of one."""

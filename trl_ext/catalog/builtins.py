@@ -1,0 +1,20 @@
+"""The built-in plugins, as data."""
+
+from __future__ import annotations
+
+GROUP = "trl_ext"
+BUILTINS: dict[str, str] = {
+    "apo": "trl_ext_plugins.apo:APO",
+    "decs": "trl_ext_plugins.decs:DECS",
+    "gdpo": "trl_ext_plugins.gdpo:GDPO",
+    "hdpo": "trl_ext_plugins.hdpo:HDPO",
+    "otc": "trl_ext_plugins.otc:OTC",
+    "p3o": "trl_ext_plugins.p3o:P3O",
+    "shared-prefix": "trl_ext_plugins.shared_prefix:SharedPrefix",
+    "spae": "trl_ext_plugins.spae:SPAE",
+    "tgdpo": "trl_ext_plugins.tgdpo:TGDPO",
+    "thinkless": "trl_ext_plugins.thinkless:Thinkless",
+    "tools": "trl_ext_plugins.tools:Tools",
+    "trpa": "trl_ext_plugins.trpa:TRPA",
+    "vl-dac": "trl_ext_plugins.vl_dac:VLDAC",
+}

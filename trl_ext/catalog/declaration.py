@@ -1,0 +1,104 @@
+"""What a plugin declares, and the checks of a declaration."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import pluggy
+
+from trl_ext_hooks import CLAIMS, NEEDS, Plugin, TrainerKind, specs
+
+from ..errors import PluginError, near
+
+HOOKS: tuple[str, ...] = tuple(name for name, value in vars(specs).items() if hasattr(value, "trl_ext_spec"))
+IMPLIED = {"policy_loss", "logps", "run"}
+"""Claims that a hook of the same name implies."""
+KINDS: tuple[TrainerKind, ...] = get_args(TrainerKind)
+
+
+@dataclasses.dataclass(frozen=True)
+class PluginSpec:
+    """A plugin that was asked for: its class, its checked options, and where it came from."""
+
+    cls: type[Plugin]
+    options: Any
+    origin: str
+    version: str
+
+    @property
+    def name(self) -> str:
+        return self.cls.name
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """The hooks that the plugin implements, in the order of the documentation."""
+        return implemented(self.cls)
+
+    @property
+    def claims(self) -> set[str]:
+        return {*self.cls.claims, *(IMPLIED & set(self.hooks))}
+
+    @property
+    def option_values(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.options)
+
+
+def build_manager(plugins: Sequence[Plugin] | Sequence[type[Plugin]]) -> pluggy.PluginManager:
+    """A fresh pluggy manager that knows the hooks and exactly these plugins."""
+    manager = pluggy.PluginManager("trl_ext")
+    manager.add_hookspecs(specs)
+    for plugin in plugins:
+        manager.register(plugin, name=plugin.name)
+    manager.check_pending()
+    return manager
+
+
+def implemented(cls: type[Plugin]) -> tuple[str, ...]:
+    return tuple(hook for hook in HOOKS if hasattr(getattr(cls, hook, None), "trl_ext_impl"))
+
+
+def check_plugin(cls: Any, origin: str) -> type[Plugin]:
+    """Checks a plugin's declaration.
+
+    Raises:
+        PluginError: Naming the attribute or hook, what it holds and what is expected.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Plugin)):
+        raise PluginError(f"{origin}: {cls!r} is not a subclass of trl_ext_hooks.Plugin.")
+    where = f"plugin {getattr(cls, 'name', cls.__name__)!r} ({origin})"
+
+    def broken(message: str) -> PluginError:
+        return PluginError(f"{where}: {message}")
+
+    if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", str(getattr(cls, "name", ""))):
+        raise broken("`name` must be lower-case words joined by hyphens, such as 'my-method'.")
+    trainers = getattr(cls, "trainers", ())
+    if not trainers or isinstance(trainers, str) or not set(trainers) <= set(KINDS):
+        raise broken(f"`trainers` must be a tuple with some of {', '.join(KINDS)}; got {trainers!r}.")
+    if not dataclasses.is_dataclass(cls.Options):
+        raise broken("`Options` must be a dataclass.")
+    for attribute in ("claims", "needs", "fields", "honours"):
+        if not isinstance(getattr(cls, attribute), tuple):
+            raise broken(f"`{attribute}` must be a tuple of strings; got {getattr(cls, attribute)!r}.")
+    for attribute, known in (("claims", CLAIMS), ("needs", NEEDS)):
+        for entry in getattr(cls, attribute):
+            pattern = entry.partition(":")[0] + ":NAME" if ":" in entry else entry
+            if pattern not in known:
+                raise broken(f"`{attribute}` holds {entry!r}.{near(entry, known)}")
+    hooks = set(implemented(cls))
+    for name in dir(cls):
+        value = getattr(cls, name)
+        if hasattr(value, "trl_ext_impl") and name not in HOOKS:
+            raise broken(f"{name!r} is marked with @hookimpl and no hook is called so.{near(name, HOOKS)}")
+        if name in HOOKS and callable(value) and name not in hooks:
+            raise broken(f"the method {name!r} is named like a hook and lacks @hookimpl, so it would never run.")
+    if ("state_dict" in hooks) != ("load_state_dict" in hooks):
+        raise broken("`state_dict` and `load_state_dict` belong together; implement both.")
+    try:
+        build_manager([cls])
+    except pluggy.PluginValidationError as error:
+        raise broken(f"a hook does not fit its specification.\n{error}") from error
+    return cls

@@ -1,0 +1,156 @@
+"""From what a user asked for to checked plugin classes: built-ins, entry points, files and `module:attribute`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from trl_ext_hooks import Plugin
+
+from .._version import __version__
+from ..errors import ConfigError, OptionError, PluginError, UnknownPluginError, near
+from ..support import imports
+from . import options as plugin_options
+from .builtins import BUILTINS, GROUP
+from .declaration import PluginSpec, check_plugin
+
+
+def canonical(name: str) -> str:
+    """`Shared_Prefix` and `shared-prefix` are the same plugin."""
+    return name.lower().replace("_", "-")
+
+
+def outside() -> dict[str, list[importlib.metadata.EntryPoint]]:
+    """Installed entry points by plugin name; nothing is imported."""
+    found: dict[str, list[importlib.metadata.EntryPoint]] = {}
+    for point in importlib.metadata.entry_points(group=GROUP):
+        same = found.setdefault(canonical(point.name), [])
+        if point not in same:
+            same.append(point)
+    return found
+
+
+def find(reference: str) -> tuple[type[Plugin], str, str]:
+    """The plugin class behind a name, a file or `module:attribute`, with its origin and version.
+
+    Raises:
+        UnknownPluginError: Nobody provides the name.
+        PluginError: It was found and is broken, or two packages provide it.
+    """
+    if imports.is_file(reference):
+        file, attribute = imports.split_file(reference)
+        if not file.is_file():
+            raise UnknownPluginError(f"plugin file {str(file)!r} does not exist (looked in {Path.cwd()}).")
+        return _pick(imports.load_file(file, "plugin", PluginError), attribute, str(file)), str(file), "file"
+    if ":" in reference:
+        module, _, attribute = reference.partition(":")
+        return _pick(_import(module, reference), attribute, module), reference, "module"
+    name, points = canonical(reference), outside()
+    if name in BUILTINS and name in points:
+        raise PluginError(
+            f"plugin name {name!r} is built in and also provided by {_providers(points[name])}. "
+            f"Ask for the other one as --plugin {points[name][0].value}, or uninstall it."
+        )
+    if name in BUILTINS:
+        module, _, attribute = BUILTINS[name].partition(":")
+        return _pick(_import(module, name), attribute, module), "built in", __version__
+    if name not in points:
+        raise UnknownPluginError(f"no plugin is called {reference!r}.{near(name, {*BUILTINS, *points})}")
+    if len(points[name]) > 1:
+        raise PluginError(
+            f"plugin name {name!r} is provided by {_providers(points[name])}. "
+            f"Uninstall one, or choose: --plugin {points[name][0].value}"
+        )
+    point = points[name][0]
+    module, _, attribute = point.value.partition(":")
+    dist = point.dist
+    cls = _pick(_import(module, f"{name} (entry point of {_providers([point])})"), attribute.strip(), module)
+    if canonical(cls.name) != name:
+        raise PluginError(
+            f"entry point {name!r} of {_providers([point])} leads to a plugin that calls itself {cls.name!r}."
+        )
+    return cls, dist.name if dist else point.value, dist.version if dist else "unknown"
+
+
+def resolve(requests: Mapping[str, Mapping[str, Any] | None]) -> tuple[PluginSpec, ...]:
+    """Loads what was asked for, in order, with its options.
+
+    Args:
+        requests: Reference -> option values, such as `{"gdpo": {"group_eps": 1e-4}, "my_method.py": None}`.
+    """
+    found: list[PluginSpec] = []
+    for reference, values in requests.items():
+        cls, origin, version = find(reference)
+        if values is not None and not isinstance(values, Mapping):
+            raise OptionError(f"options of plugin {cls.name!r} must be a mapping, got {values!r}.")
+        if any(spec.name == cls.name for spec in found):
+            raise ConfigError(f"plugin {cls.name!r} is asked for twice.")
+        built = plugin_options.build(cls.Options, values or {}, cls.name)
+        found.append(PluginSpec(cls, built, origin, version))
+    return tuple(found)
+
+
+def merge(
+    plugins: Sequence[str], block: Mapping[str, Any] | None, assignments: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """One request per plugin from `--plugin`, the YAML block `plugins:` and `--set`; later ones win.
+
+    `--set` takes the name by which a plugin was asked for, or its own name.
+    """
+    if block is not None and not isinstance(block, Mapping):
+        raise OptionError(f"`plugins:` must be a mapping of plugin names to options, got {block!r}.")
+    requests: dict[str, dict[str, Any]] = {}
+    for reference, values in [*(block or {}).items(), *((plugin, None) for plugin in plugins)]:
+        if values is not None and not isinstance(values, Mapping):
+            raise OptionError(f"options of plugin {reference!r} must be a mapping, got {values!r}.")
+        key = reference if ":" in reference or reference.endswith(".py") else canonical(reference)
+        requests.setdefault(key, {}).update(values or {})
+    for name, values in assignments.items():
+        owners = [r for r in requests if means(r, name)]
+        if not owners:
+            raise OptionError(
+                f"--set {name}.{next(iter(values))}: plugin {name!r} is not enabled.{near(name, requests)} "
+                f"Add it: --plugin {name}"
+            )
+        requests[owners[0]].update(values)
+    return requests
+
+
+def means(reference: str, name: str) -> bool:
+    """Whether a plugin that was asked for by `reference` goes by `name`, its own name or the reference itself."""
+    if ":" in reference or reference.endswith(".py"):
+        return reference == name or find(reference)[0].name == canonical(name)
+    return canonical(reference) == canonical(name)
+
+
+def _import(module: str, asked: str) -> ModuleType:
+    return imports.import_module(module, f"plugin {asked}", PluginError)
+
+
+def _pick(module: ModuleType, attribute: str, origin: str) -> type[Plugin]:
+    if attribute:
+        if not hasattr(module, attribute):
+            raise PluginError(f"{origin} has no attribute {attribute!r}.{near(attribute, _plugins_in(module))}")
+        return check_plugin(getattr(module, attribute), f"{origin}:{attribute}")
+    found = _plugins_in(module)
+    if len(found) != 1:
+        listed = ", ".join(found) or "none"
+        raise PluginError(
+            f"{origin} must define one plugin class, found {len(found)} ({listed}). Choose: {origin}:NAME"
+        )
+    return check_plugin(next(iter(found.values())), origin)
+
+
+def _plugins_in(module: ModuleType) -> dict[str, type[Plugin]]:
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, Plugin) and value.__module__ == module.__name__
+    }
+
+
+def _providers(points: Sequence[importlib.metadata.EntryPoint]) -> str:
+    return " and ".join(f"{p.dist.name} {p.dist.version}" if p.dist else p.value for p in points)

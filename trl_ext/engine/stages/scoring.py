@@ -1,0 +1,123 @@
+"""Scoring: the hooks `annotate` and `rewards`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trl_ext_hooks import Rewards, Rollout, Scored
+
+from ...errors import PluginError
+from ...trl_internals import rewards, trainer_state
+
+if TYPE_CHECKING:
+    from ..host import Session
+
+
+def score(
+    session: Session,
+    rows: list[dict[str, Any]],
+    prompts: list[Any],
+    completions: list[Any],
+    completion_ids: list[list[int]],
+    stock: Callable[..., torch.Tensor],
+) -> torch.Tensor:
+    """Annotates the rollout, runs the reward functions, and lets plugins rewrite the rewards of all processes."""
+    if not (
+        session.recording
+        or session.has("annotate", "rewards", "advantages", "keep_rows", "batch_fields", "round_metrics")
+    ):
+        return stock(rows, prompts, completions, completion_ids)
+    rollout = _rollout(session, rows, prompts, completions, completion_ids)
+    fields, gathered = _annotate(session, rollout)
+    if fields:
+        rows = [{**row, **{name: values[i] for name, values in fields.items()}} for i, row in enumerate(rows)]
+    values = stock(rows, prompts, completions, completion_ids)
+    trainer = session.trainer
+    names, weights = rewards.reward_names(trainer), rewards.reward_weights(trainer)
+    expected = (len(rollout.group_ids), len(names))
+    if tuple(values.shape) != expected:
+        raise PluginError(
+            f"{type(trainer).__name__} scored a round as {tuple(values.shape)}, expected {expected}: rows of all "
+            f"processes by reward functions."
+        )
+    scored = Scored(
+        **vars(rollout), fields=fields, gathered=gathered, rewards=values, reward_names=names, reward_weights=weights
+    )
+    session.seen("TRL", scored)
+    scored = _rewrite(session, scored)
+    state = session.current()
+    state.rollout, state.scored = rollout, scored
+    state.columns.use(scored.reward_names, scored.reward_weights)
+    return scored.rewards
+
+
+def _rollout(
+    session: Session, rows: list[dict[str, Any]], prompts: list[Any], completions: list[Any], ids: list[list[int]]
+) -> Rollout:
+    trainer, view = session.trainer, session.view
+    group = trainer_state.num_generations(trainer)
+    total = len(rows) * view.num_processes
+    return Rollout(
+        mode=trainer_state.mode(trainer),
+        step=trainer.state.global_step,
+        num_generations=group,
+        rows=rows,
+        prompts=prompts,
+        completions=completions,
+        completion_ids=ids,
+        tool_mask=session.current().tool_mask,
+        group_ids=torch.arange(total, device=view.device) // group,
+        offset=view.process_index * len(rows),
+        trainer=view,
+        turns=session.current().turns,
+    )
+
+
+def _annotate(session: Session, rollout: Rollout) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    fields: dict[str, Any] = {}
+    gathered: dict[str, torch.Tensor] = {}
+    for name, result in session.each("annotate", rollout=rollout):
+        for field, values in session.mapping(name, "annotate", result).items():
+            session.owned(name, "annotate", field)
+            if rollout.rows and field in rollout.rows[0]:
+                raise PluginError(f"plugin {name!r} annotated {field!r}, which is a column of the data already.")
+            if len(values) != len(rollout.rows):
+                raise PluginError(
+                    f"plugin {name!r} annotated {field!r} with {len(values)} values, expected one for each of "
+                    f"{len(rollout.rows)} rows."
+                )
+            fields[field] = values
+            if isinstance(values, torch.Tensor):
+                gathered[field] = session.view.gather(values.to(session.view.device))
+    return fields, gathered
+
+
+def _rewrite(session: Session, scored: Scored) -> Scored:
+    for name, caller in session.chain("rewards"):
+        result = session.call(name, "rewards", caller, scored=scored)
+        if result is None:
+            continue
+        if isinstance(result, torch.Tensor):
+            result = Rewards(result, scored.reward_names, scored.reward_weights)
+        if not isinstance(result, Rewards):
+            raise PluginError(
+                f"plugin {name!r} returned {type(result).__name__} from 'rewards', expected a tensor or Rewards."
+            )
+        expected = (len(scored.group_ids), len(result.names))
+        if tuple(result.values.shape) != expected or len(result.weights) != len(result.names):
+            raise PluginError(
+                f"plugin {name!r} returned rewards {tuple(result.values.shape)} with {len(result.weights)} weights, "
+                f"expected {expected} and {len(result.names)} for the columns {', '.join(result.names)}."
+            )
+        scored = dataclasses.replace(
+            scored,
+            rewards=result.values.to(scored.rewards),
+            reward_names=tuple(result.names),
+            reward_weights=result.weights.to(scored.reward_weights),
+        )
+        session.seen(name, scored)
+    return scored

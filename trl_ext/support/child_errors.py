@@ -1,0 +1,69 @@
+"""What a worker could not survive, told once by the parent process however many workers met it.
+
+Every worker writes a file into a folder that the parent made; the parent prints each different message.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from trl_ext_hooks import UsageError
+
+from ..errors import TrlExtError
+from .files import write_atomically
+
+FOLDER = "TRL_EXT_FAILURES"
+TRACEBACK = "TRL_EXT_TRACEBACK"
+
+
+def record(error: BaseException) -> int:
+    """Keeps an error for the parent, or prints it where there is none; returns the exit code of the worker."""
+    ours = isinstance(error, TrlExtError | UsageError)
+    message = str(error) if ours else f"{type(error).__name__}: {error}"
+    verbose = not ours or os.environ.get(TRACEBACK) == "1"
+    entry = {"message": message, "ours": ours, "trace": "".join(traceback.format_exception(error)) if verbose else ""}
+    folder = os.environ.get(FOLDER)
+    if folder and Path(folder).is_dir():
+        rank = int(os.environ.get("RANK", "0"))
+        write_atomically(Path(folder) / f"{rank:05d}.json", json.dumps(entry))
+    else:
+        print(f"{entry['trace']}error: {message}", file=sys.stderr)
+    return 2 if ours else 1
+
+
+def tell(folder: str | Path, code: int) -> int:
+    """Prints what the workers recorded; returns the exit code of the run.
+
+    Args:
+        folder: Where the workers wrote.
+        code: The exit code of the launcher; negative for a signal.
+    """
+    entries = [json.loads(file.read_text()) for file in sorted(Path(folder).glob("*.json"))]
+    told: set[str] = set()
+    for entry in entries:
+        if entry["message"] not in told:
+            told.add(entry["message"])
+            print(f"{entry['trace']}error: {entry['message']}", file=sys.stderr)
+    if code == 0:
+        return 0
+    if entries:
+        return 2 if all(entry["ours"] for entry in entries) else 1
+    if code == 130 or code == -signal.SIGINT:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(f"error: {how_it_ended(code)}.", file=sys.stderr)
+    return 1
+
+
+def how_it_ended(code: int | None) -> str:
+    """What is known of a training process that left no message, by its exit code."""
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        hint = ", which the system sends when memory runs out" if name == "SIGKILL" else ""
+        return f"a training process was ended by {name}{hint}"
+    return f"a training process ended with exit code {code} and left no message of its own"

@@ -1,0 +1,46 @@
+"""Tools for testing plugins: a tiny model, data and real trainers that take seconds on a CPU, and a conformance run.
+
+from trl_ext.testing import conformance, tiny_model, tiny_trainer
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .tiny import (
+    Scripted,
+    brevity,
+    calls,
+    digits,
+    metrics_of,
+    reported,
+    tiny_args,
+    tiny_data,
+    tiny_model,
+    tiny_trainer,
+)
+
+if TYPE_CHECKING:
+    from .checks import conformance
+
+__all__ = [
+    "Scripted",
+    "brevity",
+    "calls",
+    "conformance",
+    "digits",
+    "metrics_of",
+    "reported",
+    "tiny_args",
+    "tiny_data",
+    "tiny_model",
+    "tiny_trainer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "conformance":  # the checks import the whole host, which a test of one function does not need
+        from .checks import conformance
+
+        return conformance
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

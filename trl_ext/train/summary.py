@@ -1,0 +1,116 @@
+"""The summary of a run: a table of before and after, `trl_ext_run.json` and a picture of the curves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..support.files import write_atomically
+from ..support.tables import print_table
+from ..support.versions import versions
+from ..trl_internals.arguments import Parsed
+from . import curves
+from .command_line import COMMAND, Request
+from .log_metrics import is_evaluation, is_training, shown
+
+RECORD, PICTURE = "trl_ext_run.json", "trl_ext_curves.png"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The shown metrics before and after training, and where they come from."""
+
+    source: str
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+def compare(history: Sequence[Mapping[str, Any]]) -> Comparison | None:
+    """First against last evaluation; without two of them, the first against the last training steps."""
+    evaluations = [(logs.get("step", 0), shown(logs, "eval_")) for logs in history if is_evaluation(logs)]
+    evaluations = [entry for entry in evaluations if entry[1]]
+    if len(evaluations) >= 2:
+        (first, before), (last, after) = evaluations[0], evaluations[-1]
+        start = "before training" if first == 0 else f"after step {first}"
+        return Comparison(f"held-out prompts, {start} and after step {last}", before, after)
+    steps = [values for logs in history if is_training(logs) and (values := shown(logs))]
+    if len(steps) < 2:
+        return None
+    width = max(1, min(5, len(steps) // 2))
+    what = "first and last log entry" if width == 1 else f"means of the first and the last {width} log entries"
+    return Comparison(f"training prompts, {what} (no held-out evaluation)", _mean(steps[:width]), _mean(steps[-width:]))
+
+
+def _mean(entries: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for entry in entries for name in entry)
+    columns = {name: [entry[name] for entry in entries if not math.isnan(entry.get(name, math.nan))] for name in names}
+    return {name: sum(values) / len(values) for name, values in columns.items() if values}
+
+
+def report(trainer: Any, asked: Request, parsed: Parsed, seconds: float) -> None:
+    """Prints the table and writes the files into the output folder; for the main process."""
+    folder = Path(trainer.args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    history = trainer.state.log_history
+    comparison = compare(history)
+    if comparison is not None:
+        rows = [
+            [name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"]
+            for name, before in comparison.before.items()
+            if (after := comparison.after.get(name)) is not None
+        ]
+        print_table(["", "before", "after", "change"], rows, title=comparison.source)
+    content = describe(trainer, asked, parsed, seconds, comparison)
+    write_atomically(folder / RECORD, json.dumps(content, indent=2, default=str) + "\n")
+    written = [RECORD]
+    picture = curves.draw(history, _title(asked, parsed, trainer))
+    if picture is not None:
+        write_atomically(folder / PICTURE, picture)
+        written.insert(0, PICTURE)
+    print(f"{trainer.state.global_step} steps in {seconds:.0f} s; {' and '.join(written)} in {folder}", flush=True)
+
+
+def describe(
+    trainer: Any, asked: Request, parsed: Parsed, seconds: float, comparison: Comparison | None
+) -> dict[str, Any]:
+    """The content of `trl_ext_run.json`."""
+    script, training, model, mixture = parsed
+    session = vars(trainer).get("_trl_ext")
+    calls: dict[str, dict[str, int]] = {spec.name: {} for spec in asked.specs}
+    for (plugin, hook), count in sorted(session.calls.items()) if session is not None else ():
+        calls[plugin][hook] = count
+    history = trainer.state.log_history
+    steps = [dict(logs) for logs in history if is_training(logs)]
+    data = asked.task or script.dataset_name or [source.path for source in mixture.datasets]
+    return {
+        "command": os.environ.get(COMMAND),
+        "trainer": asked.kind,
+        "plugins": [
+            {"name": spec.name, "version": spec.version, "origin": spec.origin, "options": spec.option_values}
+            for spec in asked.specs
+        ],
+        "hooks_fired": calls,
+        "versions": versions(),
+        "model": model.model_name_or_path or trainer.model.config.name_or_path,
+        "data": data,
+        "output_dir": str(training.output_dir),
+        "processes": int(trainer.accelerator.num_processes),
+        "device": str(trainer.accelerator.device),
+        "steps": trainer.state.global_step,
+        "seconds": round(seconds, 1),
+        "first": steps[0] if steps else None,
+        "last": steps[-1] if steps else None,
+        "comparison": dataclasses.asdict(comparison) if comparison is not None else None,
+        "history": history,
+    }
+
+
+def _title(asked: Request, parsed: Parsed, trainer: Any) -> str:
+    plugins = " + ".join(spec.name for spec in asked.specs) or "no plugins"
+    name = asked.task or os.path.basename(str(parsed[2].model_name_or_path).rstrip("/"))
+    return f"{plugins} on {asked.kind.upper()}, {name}, {trainer.state.global_step} steps"

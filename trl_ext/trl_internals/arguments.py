@@ -1,0 +1,84 @@
+"""TRL's own command-line parser and the objects that it makes."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any, NoReturn
+
+from trl import TrlParser
+
+from trl_ext_hooks import TrainerKind
+
+from ..errors import ConfigError
+
+Parsed = tuple[Any, Any, Any, Any]
+"""Script, training, model and dataset arguments, as TRL's `main` functions take them."""
+
+
+class _Parser(TrlParser):
+    """TRL's parser with YAML settings that were read before, and with our errors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}\n`trl_ext train --help-trl` lists TRL's options.")
+
+    def apply(self, settings: Mapping[str, Any]) -> list[str]:
+        """Makes settings the defaults; returns the names that are not TRL's."""
+        known = {action.dest for action in self._actions}
+        self.set_defaults_with_config(**{name: value for name, value in settings.items() if name in known})
+        return [name for name in settings if name not in known]
+
+    def options(self) -> list[str]:
+        return [action.dest for action in self._actions]
+
+
+def _script(kind: TrainerKind) -> ModuleType:
+    return importlib.import_module(f"trl.scripts.{kind}")
+
+
+def trl_parser(kind: TrainerKind) -> _Parser:
+    """TRL's parser for one trainer. Abbreviated options, which TRL guesses, are refused: most are slips."""
+    types = _script(kind).make_parser().dataclass_types
+    return _Parser(types, prog=f"trl_ext train --trainer {kind}", allow_abbrev=False)
+
+
+def parse(kind: TrainerKind, argv: Sequence[str], settings: Mapping[str, Any]) -> Parsed:
+    """TRL's four argument objects, checked by TRL in the process that trains.
+
+    Raises:
+        ConfigError: TRL refuses a value or a combination.
+    """
+    parser = trl_parser(kind)
+    parser.apply(settings)
+    try:
+        parsed = parser.parse_args_into_dataclasses(args=list(argv), look_for_args_file=False)
+    except (ValueError, TypeError, ImportError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"TRL refuses these settings: {error}") from error
+    training = parsed[1]
+    training.resume_from_checkpoint = resume_value(training.resume_from_checkpoint)
+    return (parsed[0], training, parsed[2], parsed[3])
+
+
+def resume_value(value: Any) -> str | bool | None:
+    """`true`, `false` and `none` are words on a command line and values in YAML."""
+    if isinstance(value, str):
+        return {"true": True, "false": None, "none": None}.get(value.lower(), value)
+    return value or None
+
+
+def load_data(parsed: Parsed) -> Any:
+    """The training rows as TRL's script loads them, or None where none are named."""
+    script, _, _, mixture = parsed
+    if mixture.datasets:
+        from trl import get_dataset
+
+        return get_dataset(mixture)[script.dataset_train_split]
+    if script.dataset_name:
+        from datasets import load_dataset
+
+        data = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
+        return data[script.dataset_train_split]
+    return None

@@ -1,0 +1,167 @@
+"""Forwards of the policy and of the reference inside TRL's trainers."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from trl_ext_hooks import Logps, LogpsCall
+from trl_ext_hooks.types import Role
+
+from .trainer_state import mode
+
+
+def adapters_off(trainer: Any, model: Any) -> bool:
+    """Whether a PEFT model computes its reference now: adapters disabled, or the frozen copy `ref` active."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = trainer.accelerator.unwrap_model(model)
+    if not hasattr(base, "peft_config"):
+        return False
+    layer = next((module for module in base.modules() if isinstance(module, BaseTunerLayer)), None)
+    return layer is not None and (layer.disable_adapters or layer.active_adapters == ["ref"])
+
+
+@contextlib.contextmanager
+def scoring(trainer: Any) -> Iterator[None]:
+    """No gradients and no gradient checkpointing, as TRL scores completions."""
+    from trl.models.utils import disable_gradient_checkpointing
+
+    with torch.no_grad(), disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs):
+        yield
+
+
+@contextlib.contextmanager
+def last_hidden_states(trainer: Any, see: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """Inside the block, `see` gets the last hidden states (B, L, H) of every forward of the policy, detached.
+
+    TRL calls the backbone as a module, with its fused head and without, and so does generation: the block must be no
+    larger than the forward that is meant. Gradient checkpointing runs layers again, and never the backbone.
+    """
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    policy = policy.get_base_model() if hasattr(policy, "peft_config") else policy
+
+    def seen(module: Any, args: Any, output: Any) -> None:
+        see(getattr(output, "last_hidden_state", output[0]).detach())
+
+    handle = policy.base_model.register_forward_hook(seen)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+_VISION = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+
+def completion_logps(trainer: Any, batch: Mapping[str, Any], model: Any = None) -> torch.Tensor:
+    """(b, T) log-probabilities of a round's completions under a model (the policy as it is now), no gradient."""
+    rows = (
+        trainer.args.per_device_train_batch_size
+        if mode(trainer) == "train"
+        else trainer.args.per_device_eval_batch_size
+    )
+    with scoring(trainer):
+        return trainer._get_per_token_logps_and_entropies(
+            trainer.model if model is None else model,
+            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+            batch["completion_ids"].size(1),
+            batch_size=rows,
+            **{name: batch[name] for name in _VISION if batch.get(name) is not None},
+        )[0]
+
+
+def add_fused_head(model: Any) -> None:
+    """Gives a model TRL's fused head with log-probabilities and entropies, as GRPOTrainer does (from TRL 1.15)."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+
+
+def uses_virtual_tokens(trainer: Any) -> bool:
+    """Whether the policy is a PEFT model that learns prompt tokens, which the fused forward does not see."""
+    configs = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {})
+    return any(config.is_prompt_learning for config in configs.values())
+
+
+PairForward = Callable[[LogpsCall, Callable[[], Logps]], Logps]
+_FUSED = ("mean_logits", "is_top1", "log_sum_sq_probs")
+
+
+@contextlib.contextmanager
+def pair_forwards(trainer: Any, run: PairForward) -> Iterator[None]:
+    """Inside the block, DPO's fused forwards of policy and reference go through `run(call, TRL's own forward)`.
+
+    DPO calls its models inside one long method, so the forward of the model itself is wrapped; a model that `run` calls
+    is called as it was.
+    """
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    models = [policy.get_base_model() if hasattr(policy, "peft_config") else policy]
+    reference = getattr(trainer, "ref_model", None)
+    if reference is not None:
+        reference = trainer.accelerator.unwrap_model(reference)
+        models.append(reference)
+    running: list[Any] = []
+
+    def wrap(model: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if running or not kwargs.get("fused_lm_head"):
+                return original(*args, **kwargs)
+            extra = dict(kwargs)
+            ids, mask, labels = (extra.pop(name) for name in ("input_ids", "attention_mask", "labels"))
+            scored = labels != -100
+            role: Role = "reference" if model is reference or adapters_off(trainer, trainer.model) else "policy"
+
+            def dense() -> Logps:
+                out = original(**kwargs)
+                values = {name: getattr(out, name) for name in _FUSED if getattr(out, name) is not None}
+                return Logps(out.log_probs, out.entropy, out.aux_loss, values)
+
+            call = LogpsCall("dpo", role, model, ids, mask, ids.size(1) - 1, scored, None, role == "policy", extra)
+            running.append(model)
+            try:
+                result = run(call, dense)
+            finally:
+                running.pop()
+            return FusedCausalLMOutput(
+                log_probs=result.per_token_logps,
+                entropy=result.entropies,
+                aux_loss=result.aux_loss,
+                label_mask=scored[:, 1:],
+                **result.extra,
+            )
+
+        return forward
+
+    with contextlib.ExitStack() as stack:
+        for model in models:
+            own = vars(model).get("forward")
+            stack.callback(_restore_forward, model, own)
+            model.forward = wrap(model, model.forward)
+        yield
+
+
+def _restore_forward(model: Any, own: Any) -> None:
+    if own is None:
+        del model.forward
+    else:
+        model.forward = own

@@ -1,0 +1,91 @@
+"""TRL's tuple of a generated round, the order of its rows, and what its tool loop needs."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from trl_ext_hooks import Generation, TrainerKind
+
+from ..errors import CompatError
+from .seams import trainer_class
+
+_GENERATED: dict[TrainerKind, tuple[str, ...]] = {
+    "grpo": (
+        "prompt_ids",
+        "completion_ids",
+        "tool_mask",
+        "completions",
+        "logprobs",
+        "extra_fields",
+        "images",
+        "tool_images",
+    ),
+    "rloo": ("prompt_ids", "completion_ids", "completions"),
+}
+_OWN = ("prompt_ids", "completion_ids", "completions", "tool_mask", "logprobs")
+
+
+def renders_tool_calls(arguments: Mapping[str, Any]) -> bool:
+    """Whether TRL's tool loop can work with the chat template, asked before the model is loaded.
+
+    Args:
+        arguments: The arguments with which a GRPO trainer is about to be built.
+    """
+    from transformers import AutoProcessor
+    from trl.chat_template_utils import supports_tool_calling
+    from trl.trainer.utils import get_config_model_id
+
+    if not (arguments.get("tools") or arguments.get("environment_factory")):
+        return True  # a `rollout_func` renders its own conversations
+    processor = arguments.get("processing_class")
+    if processor is None:
+        model, args = arguments["model"], arguments["args"]
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        revision = (args.model_init_kwargs or {}).get("revision")
+        remote = getattr(args, "trust_remote_code", False)
+        processor = AutoProcessor.from_pretrained(name, revision=revision or "main", trust_remote_code=remote)
+    return bool(supports_tool_calling(processor))
+
+
+def unpack_generation(kind: TrainerKind, result: tuple[Any, ...]) -> Generation:
+    """TRL's tuple of a generated round by names."""
+    layout = _GENERATED[kind]
+    if len(result) != len(layout):
+        raise CompatError(f"{kind.upper()} generation returned {len(result)} values, expected {len(layout)}: {layout}.")
+    named = dict(zip(layout, result, strict=True))
+    own = {name: named.pop(name) for name in _OWN if name in named}
+    return Generation(**own, extra=named)
+
+
+def pack_generation(kind: TrainerKind, generation: Generation) -> tuple[Any, ...]:
+    named = {**generation.extra, **{name: getattr(generation, name) for name in _OWN}}
+    return tuple(named[name] for name in _GENERATED[kind])
+
+
+@contextlib.contextmanager
+def row_order(kind: TrainerKind, order: Callable[[torch.Tensor, Mapping[str, Any]], torch.Tensor]) -> Iterator[None]:
+    """Inside the block, a round is permuted by `order(TRL's own permutation, batch)` instead of TRL's permutation."""
+    module: Any = importlib.import_module(trainer_class(kind).__module__)
+    original = module.shuffle_sequence_dict
+
+    def shuffle(seq_dict: Mapping[str, Any]) -> dict[str, Any]:
+        rows = len(next(value for value in seq_dict.values() if value is not None))
+        permutation = order(torch.randperm(rows), seq_dict)  # the draw keeps the random stream of plain TRL
+
+        def permute(value: Any) -> Any:
+            if value is None or (isinstance(value, torch.Tensor) and value.dim() == 0):
+                return value
+            return value[permutation] if isinstance(value, torch.Tensor) else [value[i] for i in permutation.tolist()]
+
+        return {name: permute(value) for name, value in seq_dict.items()}
+
+    module.shuffle_sequence_dict = shuffle
+    try:
+        yield
+    finally:
+        module.shuffle_sequence_dict = original

@@ -1,0 +1,115 @@
+"""A trainer's own state: mode, metrics, logs, tools, columns and folders, read and written for the rest of trl_ext."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from trl_ext_hooks.types import Mode
+
+
+def mode(trainer: Any) -> Mode:
+    return "train" if trainer.model.training else "eval"
+
+
+def num_generations(trainer: Any) -> int:
+    return int(trainer.num_generations if mode(trainer) == "train" else trainer.num_generations_eval)
+
+
+def tool_sources(trainer: Any) -> tuple[str, ...]:
+    """Which constructor arguments gave a trainer tools."""
+    held = {"tools": "tools", "environment_factory": "environment_factories", "rollout_func": "rollout_func"}
+    return tuple(name for name, attribute in held.items() if getattr(trainer, attribute, None))
+
+
+def environments(trainer: Any) -> list[Any] | None:
+    """The environment of each row of the current round; None without any."""
+    return getattr(trainer, "environments", None)
+
+
+def optimizer_callback(run: Callable[[], None]) -> Any:
+    """A callback that runs after every step of the trainer's optimizer."""
+    from transformers import TrainerCallback
+
+    class Stepped(TrainerCallback):
+        def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            run()
+
+    return Stepped()
+
+
+def add_metric(trainer: Any, name: str, value: float) -> None:
+    """Adds a value that is already reduced over processes; TRL averages over the logging interval."""
+    trainer._metrics[mode(trainer)][name].append(value)
+
+
+def replace_last_metric(trainer: Any, name: str, value: float) -> None:
+    values = trainer._metrics[mode(trainer)].get(name)
+    if values:
+        values[-1] = value
+
+
+@contextlib.contextmanager
+def only_metrics(trainer: Any, keep: Sequence[str]) -> Iterator[None]:
+    """Drops what TRL records inside the block, except for some names."""
+    metrics = trainer._metrics[mode(trainer)]
+    before = {name: len(values) for name, values in metrics.items()}
+    yield
+    for name in list(metrics):
+        if name not in keep:
+            del metrics[name][before.get(name, 0) :]
+            if not metrics[name]:
+                del metrics[name]
+
+
+def replace_logged_advantages(trainer: Any, values: list[float]) -> None:
+    """Puts the advantages that are really used into the completions table, one float per row of the round."""
+    logged = trainer._logs["advantages"]
+    for _ in range(min(len(values), len(logged))):
+        logged.pop()
+    logged.extend(values)
+
+
+def prompt_text(trainer: Any, prompt: Any) -> str:
+    """A prompt as the trainer gives it to the policy: messages through its chat template, with its arguments."""
+    if isinstance(prompt, str):
+        return prompt
+    return trainer.processing_class.apply_chat_template(
+        prompt,
+        tools=getattr(trainer, "tools", None) or None,
+        chat_template=getattr(trainer, "chat_template", None),
+        add_generation_prompt=True,
+        tokenize=False,
+        **(getattr(trainer, "chat_template_kwargs", None) or {}),
+    )
+
+
+def logged_completions(trainer: Any) -> list[Any]:
+    """Completions of the last round, as text or messages."""
+    return list(trainer._logs["completion"])
+
+
+def logged_round(trainer: Any) -> list[dict[str, Any]]:
+    """Rows of the last round: `prompt`, `completion`, `advantage`, and `rewards` by name; none for DPO."""
+    logs = getattr(trainer, "_logs", None)
+    if not logs or "prompt" not in logs:
+        return []
+    size = len(logs["prompt"])
+    columns = {name: [None] * (size - len(values)) + list(values) for name, values in logs["rewards"].items()}
+    rewards = [{name: values[row] for name, values in columns.items()} for row in range(size)]
+    rows = zip(logs["prompt"], logs["completion"], logs["advantages"], rewards, strict=True)
+    return [dict(zip(("prompt", "completion", "advantage", "rewards"), row, strict=True)) for row in rows]
+
+
+def set_collator(trainer: Any, collator: Any) -> None:
+    """Exchanges the collator, and lets TRL find out anew which columns it drops."""
+    trainer.data_collator = collator
+    trainer._signature_columns = None
+
+
+def checkpoint_folder(trainer: Any, trial: Any) -> str:
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+    return os.path.join(trainer._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
