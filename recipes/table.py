@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trl_ext.experiments.results import interval
+from trl_ext.compare.text_report import interval
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "tiny" / "results"

@@ -16,8 +16,8 @@ from .catalog.declaration import PluginSpec
 from .engine.attach import host_of, put_in_front, take_off
 from .engine.construct import attach_to, check_class, construct, users
 from .errors import CompatError, ConfigError
+from .inspection.file_format import FOLDER
 from .inspection.recorder import Recorder
-from .inspection.recording import FOLDER
 from .plan.compose import Plan, common_trainers, compose
 from .plan.stages import ROUNDS
 from .trl_internals import seams

@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from trl_ext.train import command_line, handover, worker
+from trl_ext.train import worker
 from trl_ext.trl_internals import arguments
 
 from .conftest import write_rows
@@ -23,23 +23,12 @@ def no_model(monkeypatch):
 
 
 @pytest.fixture
-def handed_over(tmp_path):
-    """`handed_over(*argv)` returns the file that the parent process writes for its workers."""
-
-    def write(*argv) -> str:
-        args, rest = command_line.Parser().parse_known_args(["--trainer", "grpo", *map(str, argv)])
-        return str(handover.write(command_line.understand(args, rest), tmp_path))
-
-    return write
-
-
-@pytest.fixture
 def work(monkeypatch, capsys, no_model, handed_over):
     """`work(*argv)` runs the worker in this process and returns what it says on its error stream."""
     monkeypatch.delenv("TRL_EXT_FAILURES", raising=False)
 
     def run(*argv) -> str:
-        code = worker.main([handed_over(*argv, "--use_cpu", "true", "--bf16", "false")])
+        code = worker.main([handed_over("--trainer", "grpo", *argv, "--use_cpu", "true", "--bf16", "false")])
         text = capsys.readouterr().err
         assert code == 2 and "Traceback" not in text, text
         return text
@@ -102,6 +91,6 @@ def test_a_batch_that_trl_refuses(work, config):
 def test_a_worker_without_a_parent_tells_its_error(capsys, monkeypatch, handed_over):
     monkeypatch.delenv("TRL_EXT_FAILURES", raising=False)
     monkeypatch.setattr(arguments, "parse", lambda *args: 1 / 0)
-    assert worker.main([handed_over()]) == 1
+    assert worker.main([handed_over("--trainer", "grpo")]) == 1
     text = capsys.readouterr().err
     assert "Traceback" in text and text.endswith("error: ZeroDivisionError: division by zero\n")

@@ -73,9 +73,9 @@ def _train(argv: list[str]) -> None:
 
 def _train_on_task(task: str, request: Request, parsed: Any, save: bool) -> None:
     """Trains on a task of the lab, as TRL's script does on model and data that are named."""
-    from ..experiments.running import build
+    from .on_task import build_trainer
 
-    trainer = build(task, request.kind, parsed, request.sizes, _warn)
+    trainer = build_trainer(task, request.kind, parsed, request.sizes, _warn)
     trainer.train(resume_from_checkpoint=parsed[1].resume_from_checkpoint)
     if save:
         trainer.save_model(parsed[1].output_dir)
@@ -87,9 +87,9 @@ def _owned_job(request: Request, parsed: Any) -> Any:
         from ..campaign.job import from_script
 
         return from_script(parsed)
-    from ..experiments.running import on_task
+    from .on_task import build_job
 
-    return on_task(request.task, parsed, request.sizes, _warn)
+    return build_job(request.task, parsed, request.sizes, _warn)
 
 
 def _warn(message: str) -> None:
