@@ -13,6 +13,7 @@ import pytest
 from trl_ext.catalog import builtins, declaration
 from trl_ext.cli.new import scaffold
 from trl_ext.testing import conformance
+from trl_ext_hooks import Plugin
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "hooks" / "README.md").read_text()
@@ -49,9 +50,9 @@ def test_the_test_of_the_guide_passes(folder: Path) -> None:
 
 
 def test_it_names_every_attribute_of_a_declaration() -> None:
-    table = GUIDE.partition("## Declaration")[2].partition("## ")[0]
-    declared = {name for name in declaration.Plugin.__annotations__ if name != "options"}
-    assert declared <= set(re.findall(r"`(\w+)`", table))
+    section = GUIDE.partition("## Needs, claims and settings")[2].partition("\n## ")[0]
+    declared = {name for name in Plugin.__annotations__ if name != "options"}
+    assert declared <= set(re.findall(r"`(\w+)`", section))
 
 
 def test_the_table_of_stages_has_every_hook() -> None:
