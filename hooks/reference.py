@@ -21,14 +21,15 @@ HEAD = """\
 toolkit. A hook is a method of a `Plugin` under `@hookimpl`, and takes any of the arguments named here, by name.
 Examples leave out `import torch`, `import time`, `from trl_ext_hooks import ...` and `from trl_ext_hooks import ops`.
 
-How the results of several plugins combine:
+[Basics](#basics) explains axis letters such as `N` and `T`. Words in the descriptions of hooks:
 
 | words | meaning |
 |---|---|
+| GRPO, RLOO, DPO | the trainers that call the hook |
 | all plugins | every plugin with the hook runs, in order |
 | chained | each plugin receives the result of the one before |
 | one owner | at most one plugin of a run may implement the hook |
-| collective | every process runs it at the same point, so it may gather. It must call the same collectives everywhere |
+| collective | every process runs it at the same point, so it may gather, in the same order on every process |
 
 """
 

@@ -1,8 +1,10 @@
 """Basics: kinds of trainers, modes, roles, metrics and masks, which every stage uses.
 
-Axis letters: `b` rows of a generation round on this process, `N = b * processes` rows of all processes, `G` rows of a
-group, `F` reward functions, `m` rows of a micro-batch, `P` padded prompt tokens, `T` padded completion tokens (`T` may
-differ between processes). Rows are ordered by process. This process owns rows `offset .. offset + b - 1` of the `N`.
+Axis letters: `b` rows of a round on this process, `N = b * processes` rows of all processes, `G` rows of a group, `F`
+reward functions, `m` rows of a micro-batch, `B` rows of one forward, `P` padded prompt tokens, `T` padded completion
+tokens (they may differ between processes), `H` size of a hidden state. Pairs of DPO have `2n` rows of `L` tokens.
+
+Rows are ordered by process. This process owns rows `offset .. offset + b - 1` of the `N`.
 """
 
 from __future__ import annotations
@@ -60,8 +62,9 @@ class Logs:
         """Reports the metric `<plugin>/<name>`, a mean over all processes. Not collective.
 
         Without `count`, a tensor is averaged over its entries that are not NaN, and a number counts once. With `count`,
-        the sum of `values` is divided by it. Repeated calls under one name add up. Every hook that receives such an
-        object can log, except `inspect`, whose metrics are not reported.
+        the sum of `values` is divided by it. Calls under one name add up inside a round or micro-batch, and TRL
+        averages over the logging interval. Every hook that receives such an object can log, except `inspect`, whose
+        metrics are not reported.
 
         Args:
             name: Name of the metric inside the plugin.

@@ -314,9 +314,9 @@ def optimizer_step(trainer: TrainerView) -> None:
 def loss_metrics(loss: Loss) -> Mapping[str, Metric] | None:
     """Reports values of a micro-batch as {name: (sum, count)}. All plugins.
 
-    Runs on every process, after `loss_terms`. The core adds sums and counts over micro-batches and processes, and
-    reports the ratio as `<plugin>/<name>`. A hook that computes such a value on its way calls `loss.log` instead. None
-    reports nothing. GRPO and RLOO. Collective.
+    Runs on every process, after `loss_terms`. The core adds sums and counts over processes, and reports the ratio as
+    `<plugin>/<name>`. TRL averages the ratios of micro-batches. A hook that computes such a value on its way calls
+    `loss.log` instead. None reports nothing. GRPO and RLOO. Collective.
 
     ```python
     class MeanLogp(Plugin):
