@@ -261,7 +261,7 @@ def loss_terms(loss: Loss) -> Mapping[str, torch.Tensor | PolicyLoss] | None:
         @hookimpl
         def loss_terms(self, loss):
             drift = loss.per_token_logps - loss.old_per_token_logps
-            entropy = (loss.entropies * loss.mask).sum() / loss.mask.sum().clamp(min=1)
+            entropy = ops.masked_mean(loss.entropies, loss.mask)
             return {"drift": PolicyLoss(0.1 * drift**2), "entropy_floor": torch.relu(0.5 - entropy)}
     ```
     """
@@ -271,12 +271,12 @@ def loss_terms(loss: Loss) -> Mapping[str, torch.Tensor | PolicyLoss] | None:
 def optimizer_step(trainer: TrainerView) -> None:
     """Updates what the plugin trains itself, right after each step of the trainer's optimizer. All plugins.
 
-    Runs on every process. Tensors outside the model that `loss_terms` sent a gradient to hold it now, summed over the
-    micro-batches of this process. Average it over processes with `trainer.reduce`, step, and clear it. All trainers.
-    Collective.
+    Runs on every process. Parameters outside the model now hold the gradients that `loss_terms` sent to them, summed
+    over the micro-batches of this process. Average them over processes with `trainer.reduce`, step, and clear them. All
+    trainers. Collective.
 
-    A critic is such a module. Make it in `setup`, with its own seed, in float32 and outside the policy. Let it read
-    hidden states (`hidden_positions`), and return the states of module and optimizer from `state_dict`.
+    For a critic, make the module in `setup`, with its own seed, in float32 and outside the policy. Let it read hidden
+    states (`hidden_positions`), and return the states of module and optimizer from `state_dict`.
 
     ```python
     class Temperature(Plugin):
@@ -290,7 +290,7 @@ def optimizer_step(trainer: TrainerView) -> None:
 
         @hookimpl
         def loss_terms(self, loss):
-            surprise = -(loss.per_token_logps.detach() * loss.mask).sum() / loss.mask.sum().clamp(min=1)
+            surprise = -ops.masked_mean(loss.per_token_logps.detach(), loss.mask)
             return {"fit": (surprise - self.log_scale.exp()) ** 2}
 
         @hookimpl
