@@ -176,7 +176,7 @@ def test_example_trains(hook: str, model: str, plugin: Any, tmp_path: Path) -> N
         trainer = tiny_trainer(
             cls.trainers[0], model, tmp_path, data=data, save_strategy="steps", save_steps=1, **settings
         )
-        session = trainer._trl_ext
+        host = trainer._trl_ext
         trainer.train()
         handle.disable()
-    assert session.calls[cls.name, hook] > 0 or hook in BUILDING  # these run before there is a session
+    assert host.calls[cls.name, hook] > 0 or hook in BUILDING  # these run before there is a host
