@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
@@ -13,17 +11,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from trl_ext_hooks import Config, TrainerKind
-
-from .campaign import job
 from .catalog import declaration, find
 from .catalog.declaration import PluginSpec
+from .engine.attach import host_of, put_in_front, take_off
+from .engine.construct import attach_to, check_class, construct, users
 from .errors import CompatError, ConfigError
-from .plan import show
-from .plan.check import make_plan, provided_arguments
-from .plan.compose import Plan, check_kind, common_trainers, compose
-from .plan.stages import ROUNDS, TOOL_SOURCES
-from .trl_internals import generation, rewards, seams, trainer_state
+from .inspection.file_format import FOLDER
+from .inspection.recorder import Recorder
+from .plan.compose import Plan, common_trainers, compose
+from .plan.stages import ROUNDS
+from .trl_internals import seams
 
 T = TypeVar("T")
 _active: Handle | None = None
@@ -48,10 +45,15 @@ def enable(*plugins: str | Mapping[str, Any], **options: Mapping[str, Any]) -> H
         ...     print(handle)
         <trl_ext: gdpo on grpo>
     """
+    return enable_specs(_resolve(plugins, options))
+
+
+def enable_specs(specs: tuple[PluginSpec, ...]) -> Handle:
+    """Does the same for plugins that are found already, with their options."""
     global _active
     if _active is not None:
         raise ConfigError(f"{_active!r} is already enabled. Name all plugins in one call, or disable it first.")
-    handle = Handle(_resolve(plugins, options))
+    handle = Handle(specs)
     handle._install()
     _active = handle
     return handle
@@ -60,41 +62,26 @@ def enable(*plugins: str | Mapping[str, Any], **options: Mapping[str, Any]) -> H
 def attach(trainer: T, *plugins: str | Mapping[str, Any], **options: Mapping[str, Any]) -> T:
     """Gives one built trainer these plugins, and returns it. Undo: `detach(trainer)`. Arguments as in `enable`."""
     specs = _resolve(plugins, options)
-    session = getattr(trainer, "_trl_ext", None)
-    if session is not None and not session.plan.specs:
+    host = host_of(trainer)
+    if host is not None and not host.plan.specs:
         raise ConfigError(f"this {type(trainer).__name__} is being recorded already. Attach first, then record.")
-    kind = _check_class(type(trainer), specs)
-    late = [spec.name for spec in specs if "trainer_arguments" in spec.hooks]
-    if late:
-        raise ConfigError(
-            f"plugin {late[0]!r} gives a trainer what it is built with, and this one is built already. Use "
-            f"trl_ext.enable or trl_ext.extend."
-        )
-    plan = make_plan(specs, _config_of_trainer(trainer, kind))
-    _put_in_front(trainer, plan)
+    attach_to(trainer, specs)
     return trainer
 
 
 def detach(trainer: Any) -> None:
     """Takes all plugins off a trainer and gives it its class back."""
-    session = vars(trainer).get("_trl_ext")
-    if session is None:
-        raise ConfigError(f"this {type(trainer).__name__} has no plugins.")
-    try:
-        session.teardown()
-    finally:
-        trainer.__class__ = type(trainer)._trl_ext_original
-        del trainer._trl_ext
+    take_off(trainer)
 
 
 def extend(trainer_class: type[T], *plugins: str | Mapping[str, Any], **options: Mapping[str, Any]) -> type[T]:
     """A subclass of a TRL trainer whose instances have these plugins. Arguments as in `enable`."""
     specs = compose(_resolve(plugins, options))
-    _check_class(trainer_class, specs)
+    check_class(trainer_class, specs)
 
     @functools.wraps(trainer_class.__init__)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        _construct(specs, trainer_class.__init__, self, args, kwargs)
+        construct(specs, trainer_class.__init__, self, args, kwargs)
 
     return type(
         trainer_class.__name__, (trainer_class,), {"__init__": __init__, "__module__": trainer_class.__module__}
@@ -115,23 +102,19 @@ def record(trainer: T, rounds: int = 1, folder: str | Path | None = None, max_ro
     Raises:
         ConfigError: The trainer has no rounds, is recorded already, or an argument cannot be.
     """
-    from .inspection.recorder import Recorder
-    from .inspection.recording import FOLDER
-
     if rounds < 1 or max_rows < 1:
         raise ConfigError(f"`rounds` and `max_rows` must be at least 1, got {rounds} and {max_rows}.")
-    session = getattr(trainer, "_trl_ext", None)
-    kind = session.plan.kind if session is not None else _check_class(type(trainer), ())
+    host = host_of(trainer)
+    kind = host.kind if host is not None else check_class(type(trainer), ())
     if kind not in ROUNDS:
         raise ConfigError(f"the {kind.upper()} trainer generates no rounds to record; GRPO and RLOO do.")
-    if session is None:
+    if host is None:
         seams.check_seams(kind, {"inspect"})
-        _put_in_front(trainer, Plan(kind, (), {}, ()))
-        session = vars(trainer)["_trl_ext"]
-    if session.recorder is not None:
+        host = put_in_front(trainer, Plan(kind, (), {}, {}, ()))
+    if host.recorder is not None:
         raise ConfigError(f"this {type(trainer).__name__} is being recorded already.")
-    target = Path(session.trainer.args.output_dir) / FOLDER if folder is None else Path(folder)
-    session.recorder = Recorder(session, target, rounds, max_rows)
+    target = Path(host.view.args.output_dir) / FOLDER if folder is None else Path(folder)
+    host.record(Recorder(host.context, target, rounds, max_rows))
     return trainer
 
 
@@ -171,7 +154,7 @@ class Handle:
             _active = None
         with contextlib.ExitStack() as stack:  # one failing teardown must not keep the others from running
             for trainer in self.trainers:
-                if "_trl_ext" in vars(trainer):
+                if host_of(trainer) is not None:
                     stack.callback(detach, trainer)
 
     def on_trainer(self, listener: Callable[[Any], None]) -> None:
@@ -184,7 +167,7 @@ class Handle:
             raise ConfigError(f"{self!r} serves no trainer with rounds to record; GRPO and RLOO have them.")
 
         def start(trainer: Any) -> None:
-            if trainer._trl_ext.kind in ROUNDS:
+            if seams.kind_of(type(trainer)) in ROUNDS:
                 record(trainer, rounds, max_rows=max_rows)
             else:
                 warnings.warn(f"this {type(trainer).__name__} generates no rounds: it is not recorded.", stacklevel=4)
@@ -199,7 +182,7 @@ class Handle:
         problems: list[CompatError] = []
         for kind in self.kinds:
             try:
-                seams.check_seams(kind, _users(self.specs))
+                seams.check_seams(kind, users(self.specs))
             except CompatError as error:
                 problems.append(error)
         if len(problems) == len(self.kinds):  # a trainer that cannot be served is refused when it is built
@@ -219,7 +202,7 @@ def _wrap_init(owner: type[Any], handle: Handle) -> Callable[[], None]:
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        _construct(handle.specs, original, self, args, kwargs)
+        construct(handle.specs, original, self, args, kwargs)
         handle._built(self)
 
     owner.__init__ = __init__
@@ -232,72 +215,6 @@ def _wrap_init(owner: type[Any], handle: Handle) -> Callable[[], None]:
         owner.__init__ = original
 
     return undo
-
-
-def _construct(
-    specs: tuple[PluginSpec, ...], original: Callable[..., None], trainer: Any, args: Any, kwargs: Any
-) -> None:
-    kind = _check_class(type(trainer), specs)
-    signature = inspect.signature(original)
-    bound: dict[str, Any] = {}
-    for name, value in signature.bind_partial(trainer, *args, **kwargs).arguments.items():
-        variadic = signature.parameters[name].kind
-        if variadic is inspect.Parameter.VAR_KEYWORD:
-            bound |= value
-        elif variadic is not inspect.Parameter.VAR_POSITIONAL:
-            bound[name] = value
-    provided = provided_arguments(specs, bound)
-    kwargs, bound = {**kwargs, **provided}, {**bound, **provided}
-    config, plan = None, None
-    if bound.get("args") is not None:  # without arguments TRL makes its own, and the plan waits for them
-        config = _config_of_arguments(kind, bound)
-        plan = make_plan(specs, config)
-        if "tools" in plan.needs and not generation.renders_tool_calls(bound):
-            raise ConfigError(
-                f"{' and '.join(plan.needs['tools'])}: rollouts must be able to call tools, and the chat template of "
-                f"this model loses a tool call or its result (a message of the role 'tool'). Use a model that was "
-                f"trained with tools, such as Qwen/Qwen3-0.6B, or set the chat_template of the processing_class."
-            )
-    original(trainer, *args, **kwargs)
-    if config is None or plan is None:
-        plan = make_plan(specs, _config_of_trainer(trainer, kind))
-    elif config.reward_names is None:
-        plan = make_plan(specs, dataclasses.replace(config, reward_names=rewards.reward_names(trainer)))
-    _put_in_front(trainer, plan)
-
-
-def _check_class(cls: type[Any], specs: tuple[PluginSpec, ...]) -> TrainerKind:
-    seams.check_version()
-    kind = seams.kind_of(cls)
-    if kind is None:
-        raise ConfigError(f"{cls.__name__} is none of TRL's GRPOTrainer, RLOOTrainer and DPOTrainer, nor a subclass.")
-    if hasattr(cls, "_trl_ext_original"):
-        raise ConfigError(f"this {cls.__name__} already has plugins. Name all of them in one call.")
-    check_kind(specs, kind)
-    job.check_running(specs)
-    seams.check_seams(kind, _users(specs))
-    return kind
-
-
-def _put_in_front(trainer: Any, plan: Plan) -> None:
-    """Gives the instance a class with our mixin in front, and sets the plugins up."""
-    from .engine.host import Session
-    from .trl_internals.mixins import MIXINS
-
-    cls = type(trainer)
-    if "_trl_ext" in vars(trainer):
-        raise ConfigError(f"this {cls.__name__} already has plugins. Name all of them in one call.")
-    session = Session(trainer, plan)
-    namespace = {"_trl_ext_original": cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    trainer._trl_ext = session
-    trainer.__class__ = type(cls.__name__, (MIXINS[plan.kind], cls), namespace)
-    try:
-        session.setup()
-    except BaseException:
-        detach(trainer)
-        raise
-    if plan.specs and trainer.accelerator.is_main_process:
-        show.print_plan(plan)
 
 
 def _resolve(
@@ -313,25 +230,3 @@ def _resolve(
     if not requests:
         raise ConfigError("name at least one plugin, for example trl_ext.enable('gdpo').")
     return find.resolve(requests)
-
-
-def _users(specs: tuple[PluginSpec, ...]) -> set[str]:
-    return {entry for spec in specs for entry in (*spec.hooks, *spec.cls.needs)}
-
-
-def _config_of_arguments(kind: TrainerKind, bound: Mapping[str, Any]) -> Config:
-    functions = bound.get("reward_funcs") or ()
-    functions = functions if isinstance(functions, list | tuple) else [functions]
-    names = None if bound.get("environment_factory") is not None else tuple(map(rewards.reward_name, functions))
-    sources = tuple(name for name in TOOL_SOURCES if bound.get(name))
-    return Config(kind, bound["args"], names, _columns(bound.get("train_dataset")), (), sources)
-
-
-def _config_of_trainer(trainer: Any, kind: TrainerKind) -> Config:
-    names, columns = rewards.reward_names(trainer), _columns(trainer.train_dataset)
-    return Config(kind, trainer.args, names, columns, (), trainer_state.tool_sources(trainer))
-
-
-def _columns(dataset: Any) -> tuple[str, ...] | None:
-    names = getattr(dataset, "column_names", None)
-    return tuple(names) if isinstance(names, list) else None

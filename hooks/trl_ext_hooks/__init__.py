@@ -2,44 +2,40 @@
 
     from trl_ext_hooks import Plugin, hookimpl, option, Round
 
-`trl_ext_hooks.specs` documents every hook; `trl_ext_hooks.ops` holds the tensor functions that plugins share
-(it imports torch, so it is not imported from here), `trl_ext_hooks.segments` cuts completions into chunks and steps,
-and `trl_ext_hooks.judges` asks whether a piece of text states the right answer.
+`specs` lists every hook. Each stage has a module that holds its types and its hooks: `setup`, `rollout`, `scoring`,
+`loss`, `pairs`, `views`, `campaign`. `toolkit` holds the functions that methods share, and `ops` all of its tensor
+functions under one short name. Both import torch, so they are not imported from here.
 """
 
-from .plugin import CLAIMS, NEEDS, NoOptions, Plugin, UsageError, hookimpl, hookspec, option
-from .types import (
-    Config,
-    Curve,
-    Generation,
-    Job,
-    Logps,
-    LogpsCall,
-    Loss,
-    Need,
-    PairLogps,
-    Pairs,
-    PolicyLoss,
-    Recommend,
-    Refuse,
-    Require,
-    Requirement,
-    Rewards,
-    Rollout,
-    Round,
-    Scored,
-    ScoredPairs,
-    Span,
-    TrainerKind,
-    TrainerView,
-    Turns,
-    Views,
-    Warn,
+from .basics import TrainerKind
+from .campaign import Job
+from .loss import Logps, LogpsCall, Loss, PolicyLoss
+from .pairs import PairLogps, Pairs, ScoredPairs
+from .plugin import (
+    CLAIMS,
+    NEEDS,
+    ColumnName,
+    NoOptions,
+    Plugin,
+    RewardName,
+    UsageError,
+    hookimpl,
+    hookspec,
+    option,
 )
+from .rollout import Generation, Rollout, Turns
+from .scoring import Rewards, Round, Scored
+from .setup import Config, Need, Recommend, Refuse, Require, Requirement, Warn
+from .trainer import TrainerView
+from .views import Curve, Span, Views
+
+# Modules that were renamed stay importable under their old names: `trl_ext_hooks.segments` and four others.
+__path__.append(f"{__path__[0]}/old_names")
 
 __all__ = [
     "CLAIMS",
     "NEEDS",
+    "ColumnName",
     "Config",
     "Curve",
     "Generation",
@@ -57,6 +53,7 @@ __all__ = [
     "Refuse",
     "Require",
     "Requirement",
+    "RewardName",
     "Rewards",
     "Rollout",
     "Round",

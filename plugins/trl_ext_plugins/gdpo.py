@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from trl_ext_hooks import Config, Plugin, Refuse, Requirement, Round, Scored, Warn, hookimpl, option
-from trl_ext_hooks.ops import group_normalize, group_stats
+from trl_ext_hooks.toolkit.groups import group_normalize, group_stats
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,9 @@ from trl_ext_hooks import (
     hookimpl,
     option,
 )
-from trl_ext_hooks.calls import CallCounter
-from trl_ext_hooks.ops import group_normalize, group_stats, masked_mean
+from trl_ext_hooks.toolkit.groups import group_normalize, group_stats
+from trl_ext_hooks.toolkit.losses import masked_mean
+from trl_ext_hooks.toolkit.tool_calls import CallCounter
 
 CLIPPED = ("dapo", "bnpo", "grpo", "dr_grpo", "luspo")
 """TRL's loss types that are the clipped surrogate, which the second channel is as well."""

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import torch
 
 from trl_ext_hooks import Config, Need, Plugin, Refuse, Requirement, Scored, Warn, hookimpl, option
-from trl_ext_hooks.calls import CallCounter
-from trl_ext_hooks.memory import PromptMemory
+from trl_ext_hooks.toolkit.prompt_memory import PromptMemory
+from trl_ext_hooks.toolkit.tool_calls import CallCounter
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from typing import Any, Literal
 import torch
 
 from trl_ext_hooks import Config, Loss, Need, Plugin, PolicyLoss, Requirement, Round, hookimpl, option
-from trl_ext_hooks.ops import group_pairs, scale_gradient
+from trl_ext_hooks.toolkit.groups import group_pairs
+from trl_ext_hooks.toolkit.losses import scale_gradient
 
 Pairwise = tuple[torch.Tensor, torch.Tensor]
 """(P,) values of the first and of the second completion of P pairs."""

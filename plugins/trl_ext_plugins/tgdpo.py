@@ -35,7 +35,7 @@ from trl_ext_hooks import (
     hookimpl,
     option,
 )
-from trl_ext_hooks.ops import align_tokens
+from trl_ext_hooks.toolkit.tokens import align_tokens
 
 GUIDE, REWARDS = "guide_logps", "token_rewards"
 

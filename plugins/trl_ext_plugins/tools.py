@@ -29,7 +29,7 @@ class ToolsOptions:
     environment: str | None = option(
         None, help="dotted path of a class whose methods are tools, one instance per rollout", source="ours"
     )
-    environment_options: dict[str, Any] = option(  # noqa: RUF009
+    environment_options: dict[str, Any] = option(
         {}, help="if given, the class is what `environment` returns when called with these", source="ours"
     )
     rollout_func: str | None = option(None, help="dotted path of a function that makes rollouts", source="ours")

@@ -21,7 +21,8 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from trl_ext_hooks import Config, Loss, Need, Plugin, PolicyLoss, Requirement, Round, Warn, hookimpl, option
-from trl_ext_hooks.ops import group_pairs, masked_mean, scale_gradient
+from trl_ext_hooks.toolkit.groups import group_pairs
+from trl_ext_hooks.toolkit.losses import masked_mean, scale_gradient
 
 KL_CLAMP = 10.0
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from trl_ext_hooks import Config, Plugin, Requirement, Rewards, Scored, hookimpl, option
-from trl_ext_hooks.calls import CallCounter
+from trl_ext_hooks.toolkit.tool_calls import CallCounter
 
 
 @dataclass(frozen=True)

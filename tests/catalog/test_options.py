@@ -32,8 +32,8 @@ class Many:
     mode: Literal["a", "b"] = option("a", help="a choice")
     limit: float | None = option(None, help="a number or nothing")
     names: tuple[str, ...] = option((), help="names")
-    table: dict[str, float] = option({}, help="numbers by name")  # noqa: RUF009
-    inner: list[Inner] = option([], help="nested")  # noqa: RUF009
+    table: dict[str, float] = option({}, help="numbers by name")
+    inner: list[Inner] = option([], help="nested")
 
     def __post_init__(self) -> None:
         if self.rate > 10:

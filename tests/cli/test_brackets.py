@@ -73,11 +73,14 @@ def test_list_of_plugins(printed: Callable[..., str], monkeypatch: pytest.Monkey
 
 
 def test_declaration_of_a_plugin(printed: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    option = dict.fromkeys(("name", "type", "default", "help", "source"), BRACKETS) | {"required": False}
-    lists = {key: [BRACKETS] for key in ("trainers", "hooks", "needs", "claims", "fields")}
+    option = dict.fromkeys(("name", "type", "default", "help", "source"), BRACKETS) | {
+        "required": False,
+        "bounds": {"gt": 0},
+    }
+    lists = {key: [BRACKETS] for key in ("trainers", "hooks", "needs", "claims", "fields", "state")}
     plugin: dict[str, Any] = dict.fromkeys(("name", "version", "origin", "paper", "summary"), BRACKETS)
     monkeypatch.setattr(show, "declaration", lambda reference: plugin | lists | {"options": [option]})
-    assert printed("show", "it").count(BRACKETS) == 5 + 5 + 5 + 4
+    assert printed("show", "it").count(BRACKETS) == 5 + 6 + 5 + 4
 
 
 def test_findings_of_the_doctor(printed: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +130,7 @@ def test_plan_and_notes_of_a_run(
             return None
 
     monkeypatch.setattr(PluginSpec, "option_values", {BRACKETS: BRACKETS})
-    spec = PluginSpec(Bracketed, None, "test", BRACKETS)
+    spec = PluginSpec(Bracketed, None, "test", BRACKETS, BRACKETS)
     config = Config("grpo", tiny_args("grpo", tmp_path), ("digits",), ("prompt",), ())
     plan = make_plan(find.resolve({"gdpo": None}), config)
     print_plan(dataclasses.replace(plan, specs=(spec,), notes=(BRACKETS,)))

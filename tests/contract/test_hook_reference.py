@@ -100,5 +100,6 @@ def test_the_guide_s_plugin_conforms(tmp_path):
 
 
 def test_the_guide_names_every_attribute():
-    for attribute in ("name", "paper", "summary", "trainers", "Options", "needs", "claims", "fields", "honours"):
+    shown = ("name", "paper", "summary", "trainers", "Options", "needs", "claims", "fields", "honours", "state")
+    for attribute in shown:
         assert f"`{attribute}`" in README

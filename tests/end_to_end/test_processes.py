@@ -64,6 +64,7 @@ def same_rounds(name: str, one: Report, two: list[Report]) -> None:
     """Chosen rows, gathered fields and advantages; two processes hold different parts of padded width."""
     for report in two:
         assert report["rows"] == one["rows"], name
+        assert report["lengths"] == one["lengths"] and len(set(one["lengths"][0])) > 1, name
         assert report["gathered"] == one["gathered"] == [list(range(12))] * len(one["gathered"]), name
         for found, expected in zip(report["advantages"], one["advantages"], strict=True):
             assert found == pytest.approx(expected, abs=1e-5), name
@@ -77,6 +78,7 @@ def same_metrics(name: str, one: Report, two: Report) -> None:
     checked = 0
     for first, second in zip(one["metrics"][:-1], two["metrics"][:-1], strict=True):
         if "fixed/rank" in first:  # a step that began with a round
+            assert second["fixed/logged_length"] == second["fixed/length"] == first["fixed/logged_length"]
             assert second["fixed/rank"] == 0.5 and second["fixed/only_1"] == second["fixed/only_0"] == 2.0
         for key in first.keys() & second.keys():
             # TRL counts what was sampled, before the completions were replaced

@@ -14,7 +14,7 @@ import torch
 
 import trl_ext
 from trl_ext import PluginError
-from trl_ext.engine.host import STATE_FILE
+from trl_ext.engine.checkpoint import STATE_FILE
 from trl_ext.testing import metrics_of
 from trl_ext_hooks import Plugin, hookimpl, option
 

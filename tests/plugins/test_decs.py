@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerFast
 import trl_ext
 from trl_ext.testing import brevity, digits, tiny_data
 from trl_ext_hooks import Plugin, hookimpl
-from trl_ext_hooks.judges import JudgeError
-from trl_ext_hooks.ops import group_normalize
+from trl_ext_hooks.toolkit.groups import group_normalize
+from trl_ext_hooks.toolkit.judges import JudgeError
 from trl_ext_plugins.decs import DECS, DECSOptions
 from trl_ext_plugins.decs.maths import (
     Chunks,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import trl_ext
 from trl_ext.testing import brevity, digits, metrics_of, tiny_data
 from trl_ext_hooks import Plugin, hookimpl
-from trl_ext_hooks.ops import group_normalize
+from trl_ext_hooks.toolkit.groups import group_normalize
 from trl_ext_plugins.gdpo import condition_rewards, decoupled_sum, gdpo_advantages, whiten, whiten_tokens
 
 NAN = math.nan

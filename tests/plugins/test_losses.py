@@ -11,7 +11,7 @@ import torch
 
 import trl_ext
 from trl_ext_hooks import Plugin, PolicyLoss, hookimpl
-from trl_ext_hooks.ops import masked_mean
+from trl_ext_hooks.toolkit.losses import masked_mean
 
 METHODS = [("thinkless", "grpo"), ("p3o", "grpo"), ("p3o", "rloo"), ("trpa", "grpo")]
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -16,8 +16,8 @@ import trl_ext
 from trl_ext.testing import Scripted, calls, digits, metrics_of, reported, tiny_data, tiny_trainer
 from trl_ext.tools import calculator
 from trl_ext_hooks import Plugin, hookimpl
-from trl_ext_hooks.memory import PromptMemory, prompt_key
-from trl_ext_hooks.ops import group_normalize
+from trl_ext_hooks.toolkit.groups import group_normalize
+from trl_ext_hooks.toolkit.prompt_memory import PromptMemory, prompt_key
 from trl_ext_plugins.otc import falling_coefficient, fewest_calls, scale_rewards, tool_coefficient
 
 NAN = math.nan

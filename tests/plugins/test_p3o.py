@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import trl_ext
 from trl_ext.testing import digits, tiny_args, tiny_data
 from trl_ext_hooks import Loss, Plugin, hookimpl
-from trl_ext_hooks.ops import group_pairs
+from trl_ext_hooks.toolkit.groups import group_pairs
 from trl_ext_plugins.p3o import (
     P3O,
     P3OOptions,

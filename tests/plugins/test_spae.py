@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 import trl_ext
 from trl_ext.testing import brevity, digits, tiny_data
 from trl_ext_hooks import Generation, Plugin, hookimpl
-from trl_ext_hooks.ops import group_normalize
+from trl_ext_hooks.toolkit.groups import group_normalize
 from trl_ext_plugins.spae import SPAE, SPAEOptions
 from trl_ext_plugins.spae.maths import (
     confidence,

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 import trl_ext
 from trl_ext.testing import digits, tiny_data
 from trl_ext_hooks import Plugin, PolicyLoss, hookimpl
-from trl_ext_hooks.ops import group_normalize, masked_mean
+from trl_ext_hooks.toolkit.groups import group_normalize
+from trl_ext_hooks.toolkit.losses import masked_mean
 from trl_ext_plugins.thinkless import add_control_tokens, boxed_match, boxed_reward, mode_reward, warmup_rows
 from trl_ext_plugins.thinkless.degrpo import (
     clipped_surrogate,

@@ -17,7 +17,7 @@ import trl_ext
 from trl_ext import ConfigError, OptionError
 from trl_ext.testing import Scripted, digits, metrics_of, reported, tiny_data, tiny_model
 from trl_ext_hooks import Plugin, Turns, hookimpl
-from trl_ext_hooks.ops import group_normalize
+from trl_ext_hooks.toolkit.groups import group_normalize
 from trl_ext_plugins.vl_dac.critic import Critic, ValueHead
 from trl_ext_plugins.vl_dac.episodes import cut_short, episodes
 from trl_ext_plugins.vl_dac.episodes import reported as reported_turns

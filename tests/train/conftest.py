@@ -13,7 +13,12 @@ import yaml
 
 from trl_ext.cli import main
 from trl_ext.testing import tiny_data
+from trl_ext.train import command_line, handover
 from trl_ext.trl_internals import launch
+
+from ..compare.conftest import cache, recipe, task
+
+__all__ = ["cache", "config", "data", "recipe", "refused", "script", "task", "write_rows"]
 
 SETTINGS = {
     "reward_funcs": ["trl_ext.testing.digits", "trl_ext.testing.brevity"],
@@ -97,3 +102,14 @@ def refused(monkeypatch, capsys):
         return text[text.index("error: ") :]
 
     return run
+
+
+@pytest.fixture
+def handed_over(tmp_path):
+    """`handed_over(*argv)` returns the file that the parent process writes for its workers."""
+
+    def write(*argv) -> str:
+        args, rest = command_line.Parser().parse_known_args([*map(str, argv)])
+        return str(handover.write(command_line.understand(args, rest), tmp_path))
+
+    return write

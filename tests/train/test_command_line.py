@@ -28,17 +28,6 @@ def test_plugin_may_be_repeated_and_take_several():
     assert args.plugin == ["gdpo", "shared-prefix"]
 
 
-def test_the_worker_understands_what_is_forwarded(config):
-    args, request = understood("--plugin", "gdpo", "--set", "gdpo.group_eps=0.1", "--config", config(), "--beta", "0.1")
-    _, same = understood(*command_line.forwarded(args, request), *request.arguments)
-    assert (same.plugins, same.kind, same.settings, same.arguments) == (
-        request.plugins,
-        request.kind,
-        request.settings,
-        request.arguments,
-    )
-
-
 def test_env_block_is_set(config, monkeypatch):
     monkeypatch.setenv("TRL_EXT_TEST_VARIABLE", "before")
     _, request = understood("--config", config(env={"TRL_EXT_TEST_VARIABLE": 3}))

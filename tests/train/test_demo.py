@@ -2,12 +2,13 @@
 
 import json
 import threading
+from pathlib import Path
 
 import pytest
 import yaml
 
 from trl_ext.cli import main
-from trl_ext.train import demo
+from trl_ext.train import demo, handover
 from trl_ext.train.demo import model, task
 from trl_ext.trl_internals import launch
 
@@ -72,13 +73,17 @@ def test_every_setting_is_trls_and_gives_way_to_the_users(tmp_path, monkeypatch)
     monkeypatch.setattr(model, "folder", lambda say: tmp_path / "model")
     monkeypatch.setenv("TRL_EXT_CACHE", str(tmp_path))
     launched = []
-    monkeypatch.setattr(launch, "launch", lambda args: launched.append(args.training_script_args) or 0)
-    for name in ("TRL_EXT_COMMAND", "TRL_EXT_FAILURES", "ACCELERATE_USE_CPU"):
+    monkeypatch.setattr(
+        launch, "launch", lambda args: launched.append(handover.read(Path(args.training_script_args[0]))) or 0
+    )
+    for name in ("TRL_EXT_FAILURES", "ACCELERATE_USE_CPU"):
         monkeypatch.setenv(name, "")
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({"max_steps": 3, "plugins": {"gdpo": None}}))
     assert main.main(["train", "--config", str(file), "--learning_rate", "0.5"]) == 0
-    divided = launch.split("grpo", launched[0][launched[0].index("--learning_rate") :], {})
+    (request,) = launched
+    assert [spec.name for spec in request.specs] == ["gdpo"] and request.command.startswith("trl_ext train --config")
+    divided = launch.split("grpo", request.arguments, {})
     assert not divided.launch
     assert divided.given["learning_rate"] == 0.5 and "max_steps" not in divided.given  # the file has it
     assert divided.given["output_dir"] == "runs/demo-gdpo" and divided.given["lora_r"] == 16

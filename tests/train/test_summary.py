@@ -1,7 +1,5 @@
 """The table and the record of a run, from log histories as TRL writes them."""
 
-import sys
-
 import pytest
 
 from trl_ext.train import summary
@@ -29,10 +27,9 @@ def test_without_evaluation_the_training_steps_are_compared_and_it_says_so():
     assert "good" not in summary.before_and_after(odd).before and summary.before_and_after(odd).after["good"] == 1.0
 
 
-def test_without_matplotlib_it_says_which_extra_draws(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "trl_ext.train.curves", None)
+def test_what_a_run_leaves(tmp_path, capsys):
     trainer, parsed = finished(tmp_path / "out", [training(1, 0.0), training(2, 1.0)])
     summary.write_summary(trainer, Request({}, (), "grpo", None, {}, []), parsed, 3.0)
-    text = capsys.readouterr().out
-    assert "pip install 'trl_ext[demo]'" in text and "+1.000" in text
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["trl_ext_run.json"]
+    assert "+1.000" in capsys.readouterr().out
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"trl_ext_run.json", "trl_ext_curves.png"}
+    assert (tmp_path / "out/trl_ext_curves.png").read_bytes().startswith(b"\x89PNG")

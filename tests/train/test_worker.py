@@ -23,12 +23,12 @@ def no_model(monkeypatch):
 
 
 @pytest.fixture
-def work(monkeypatch, capsys, no_model):
+def work(monkeypatch, capsys, no_model, handed_over):
     """`work(*argv)` runs the worker in this process and returns what it says on its error stream."""
     monkeypatch.delenv("TRL_EXT_FAILURES", raising=False)
 
     def run(*argv) -> str:
-        code = worker.main(["--trainer", "grpo", *argv, "--use_cpu", "true", "--bf16", "false"])
+        code = worker.main([handed_over("--trainer", "grpo", *argv, "--use_cpu", "true", "--bf16", "false")])
         text = capsys.readouterr().err
         assert code == 2 and "Traceback" not in text, text
         return text
@@ -88,9 +88,9 @@ def test_a_batch_that_trl_refuses(work, config):
     assert "TRL refuses these settings" in work("--config", config(per_device_train_batch_size=3))
 
 
-def test_a_worker_without_a_parent_tells_its_error(capsys, monkeypatch):
+def test_a_worker_without_a_parent_tells_its_error(capsys, monkeypatch, handed_over):
     monkeypatch.delenv("TRL_EXT_FAILURES", raising=False)
     monkeypatch.setattr(arguments, "parse", lambda *args: 1 / 0)
-    assert worker.main(["--trainer", "grpo"]) == 1
+    assert worker.main([handed_over("--trainer", "grpo")]) == 1
     text = capsys.readouterr().err
     assert "Traceback" in text and text.endswith("error: ZeroDivisionError: division by zero\n")

@@ -13,38 +13,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_ext_hooks import Config, Plugin
+from trl_ext_hooks import Config
 
 from ..catalog.declaration import PluginSpec, build_manager
 from ..errors import ConfigError
 from ..plan.check import make_plan
+from ..plan.compose import Plan
+from ..plan.ownership import owner, run_under_way
+from ..support.files import write_atomically
 
 if TYPE_CHECKING:
     from ..trl_internals.arguments import Parsed
 
 ROUNDS = "trl_ext_rounds.json"
-_running: LocalJob | None = None
 _TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
-
-
-def owner(specs: Sequence[PluginSpec]) -> PluginSpec | None:
-    """The plugin that owns the run, if one does."""
-    return next((spec for spec in specs if "run" in spec.hooks), None)
-
-
-def check_running(specs: Sequence[PluginSpec]) -> None:
-    """Refuses a trainer outside the run that one of its plugins must own.
-
-    Raises:
-        ConfigError: With the ways to start such a run.
-    """
-    found = owner(specs)
-    if found is not None and _running is None:
-        raise ConfigError(
-            f"plugin {found.name!r} trains several times and owns the whole run, so it cannot be given to one trainer. "
-            f"Start the run with `trl_ext train --plugin {found.name} --trainer dpo ...`, or in Python with "
-            f"trl_ext.run({found.name!r}, model=..., args=..., train_dataset=...)."
-        )
 
 
 def run(
@@ -87,27 +69,23 @@ def start(specs: Sequence[PluginSpec], job: LocalJob) -> None:
             f"none of the plugins {', '.join(s.name for s in specs)} owns a run; use trl_ext.enable and a trainer of "
             f"TRL's."
         )
-    global _running
-    plugin: Plugin = spec.cls(spec.options)
-    check(specs, job.args)
+    plugin = check(specs, job.args).plugins[spec.name]
     job.owner = spec.name
-    _running = job
     try:
-        build_manager([plugin]).hook.run(job=job)
+        with run_under_way():
+            build_manager([plugin]).hook.run(job=job)
     except Exception as error:
         error.add_note(f"raised in the hook 'run' of the trl_ext plugin {spec.name!r}")
         raise
-    finally:
-        _running = None
 
 
-def check(specs: Sequence[PluginSpec], args: Any) -> None:
-    """What the plugins say about the settings, before anything is loaded; the pairs' columns come later.
+def check(specs: Sequence[PluginSpec], args: Any) -> Plan:
+    """Asks the plugins about the settings before anything is loaded; the pairs' columns come later.
 
     Raises:
         ConfigError: A plugin refuses them.
     """
-    make_plan(specs, Config("dpo", args, (), None, ()))
+    return make_plan(specs, Config("dpo", args, (), None, ()))
 
 
 def from_script(parsed: Parsed) -> LocalJob:
@@ -163,9 +141,7 @@ class LocalJob:
     def log(self, metrics: Mapping[str, float], *, step: int, steps: int) -> None:
         self.history.append({f"{self.owner}/{name}": float(value) for name, value in metrics.items()} | {"step": step})
         if self.is_main:
-            unfinished = self.folder / f"{ROUNDS}.part"
-            unfinished.write_text(json.dumps(self.history, indent=1) + "\n")
-            unfinished.rename(self.folder / ROUNDS)
+            write_atomically(self.folder / ROUNDS, json.dumps(self.history, indent=1) + "\n")
         for listener in self.listeners:
             listener(step, steps)
 
@@ -242,7 +218,7 @@ class LocalJob:
         return score
 
     def train(self, model: str, data: Any, name: str, **settings: Any) -> Path:
-        from ..engine.host import STATE_FILE
+        from ..engine.checkpoint import STATE_FILE
         from ..trl_internals import dpo_runs
 
         def make(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import typing
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -12,6 +13,7 @@ import pluggy
 from trl_ext_hooks import CLAIMS, NEEDS, Plugin, TrainerKind, specs
 
 from ..errors import PluginError, near
+from . import options as plugin_options
 
 HOOKS: tuple[str, ...] = tuple(name for name, value in vars(specs).items() if hasattr(value, "trl_ext_spec"))
 """All hooks, in the order of the documentation."""
@@ -29,12 +31,14 @@ class PluginSpec:
         options: Its checked options.
         origin: Where it came from: a package, a file, or `built in`.
         version: The version of the package, or `file` or `module`.
+        reference: How it was asked for: a name, a file or `module:attribute`.
     """
 
     cls: type[Plugin]
     options: Any
     origin: str
     version: str
+    reference: str
 
     @property
     def name(self) -> str:
@@ -45,6 +49,12 @@ class PluginSpec:
     def hooks(self) -> tuple[str, ...]:
         """The hooks that the plugin implements, in the order of the documentation."""
         return implemented(self.cls)
+
+    @property
+    def uses(self) -> set[str]:
+        """What of the trainer the plugin rests on, by hooks and needs. `state` is saved where `state_dict` is."""
+        saved = ("state_dict", "load_state_dict") if self.cls.state else ()
+        return {*self.hooks, *self.cls.needs, *saved}
 
     @property
     def claims(self) -> set[str]:
@@ -65,6 +75,11 @@ def build_manager(plugins: Sequence[Plugin] | Sequence[type[Plugin]]) -> pluggy.
         manager.register(plugin, name=plugin.name)
     manager.check_pending()
     return manager
+
+
+def instances(specs: Sequence[PluginSpec]) -> dict[str, Plugin]:
+    """Makes one instance of each plugin, by name."""
+    return {spec.name: spec.cls(spec.options) for spec in specs}
 
 
 def implemented(cls: type[Plugin]) -> tuple[str, ...]:
@@ -97,7 +112,14 @@ def check_plugin(cls: Any, origin: str) -> type[Plugin]:
         raise broken(f"`trainers` must be a tuple with some of {', '.join(KINDS)}; got {trainers!r}.")
     if not dataclasses.is_dataclass(cls.Options):
         raise broken("`Options` must be a dataclass.")
-    for attribute in ("claims", "needs", "fields", "honours"):
+    hints = typing.get_type_hints(cls.Options, include_extras=True)
+    for field in dataclasses.fields(cls.Options):
+        for bound in field.metadata.get("bounds", {}):
+            if not plugin_options.fits(bound, hints[field.name]):
+                wanted = "a number" if bound in plugin_options.SIGNS else "a text or a list"
+                kind = plugin_options.describe(hints[field.name])
+                raise broken(f"the option {field.name!r} has the bound `{bound}`, which fits {wanted}; it is {kind}.")
+    for attribute in ("claims", "needs", "fields", "honours", "state"):
         if not isinstance(getattr(cls, attribute), tuple):
             raise broken(f"`{attribute}` must be a tuple of strings; got {getattr(cls, attribute)!r}.")
     for attribute, known in (("claims", CLAIMS), ("needs", NEEDS)):
@@ -115,6 +137,11 @@ def check_plugin(cls: Any, origin: str) -> type[Plugin]:
             raise broken(f"the method {name!r} is named like a hook and lacks @hookimpl, so it would never run.")
     if ("state_dict" in hooks) != ("load_state_dict" in hooks):
         raise broken("`state_dict` and `load_state_dict` belong together; implement both.")
+    if cls.state and "state_dict" in hooks:
+        raise broken(
+            "it declares `state`, which the core saves, and implements `state_dict` too. Keep one of them: `state` for "
+            "plain attributes, the two hooks for everything else."
+        )
     try:
         build_manager([cls])
     except pluggy.PluginValidationError as error:

@@ -90,7 +90,7 @@ def resolve(requests: Mapping[str, Mapping[str, Any] | None]) -> tuple[PluginSpe
         if any(spec.name == cls.name for spec in specs):
             raise ConfigError(f"plugin {cls.name!r} is asked for twice.")
         built = plugin_options.build(cls.Options, values or {}, cls.name)
-        specs.append(PluginSpec(cls, built, origin, version))
+        specs.append(PluginSpec(cls, built, origin, version, reference))
     return tuple(specs)
 
 

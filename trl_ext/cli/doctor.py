@@ -11,7 +11,6 @@ PACKAGES = ("trl", "transformers", "torch", "peft", "accelerate", "datasets", "p
 EXTRAS = {
     "flash-attn": "fast attention on CUDA: pip install 'trl_ext[flash-attn]'",
     "vllm": "fast generation on CUDA: pip install 'trl_ext[vllm]'",
-    "matplotlib": "pictures of runs: pip install 'trl_ext[demo]'",
     "reasoning-gym": "the tasks of the demo: pip install 'trl_ext[demo]'",
     "gguf": "reading the demo's model: pip install 'trl_ext[demo]'",
     "gymnasium": "environments: pip install 'trl_ext[environments]'",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import ConfigError
-from ..inspection.recording import FOLDER, HOW, Recording, files, find, read
+from ..inspection.file_format import FOLDER, HOW, Recording, files, find, read
 
 PAGE = "inspect.html"
 ONE_ROUND: dict[str, Any] = {
@@ -149,14 +149,14 @@ def _recorded_at(folder: str) -> list[int]:
 
 
 def _show(place: str, args: argparse.Namespace) -> int:
-    from ..inspection import page, terminal
+    from ..inspection import html, terminal
 
     paths = find(place)
     recordings = [read(path) for path in paths]
     recording = _choose_round(recordings, args.round)
     terminal.show(recording, _choose_rows(recording, args.group, args.rows))
     target = Path(args.html) if args.html is not None else paths[0].parent / PAGE
-    page.write(recordings, target)
+    html.write(recordings, target)
     print(f"trl_ext: {_counted(len(recordings), 'round')} as a page: {target.resolve()}", file=sys.stderr)
     return 0
 

@@ -35,28 +35,20 @@ from dataclasses import dataclass
 
 import torch
 from trl_ext_hooks import Plugin, Round, hookimpl, option
-from trl_ext_hooks.ops import group_normalize
+from trl_ext_hooks.toolkit.groups import group_normalize
 
 
-@dataclass(frozen=True)
-class {cls}Options:
-    eps: float = option(1e-4, help="added to the standard deviation of a group", source="TRL")
-
-
-def {function}_advantages(rewards: torch.Tensor, weights: torch.Tensor, group_ids: torch.Tensor, eps: float):
-    """Formula 1: (r - mean of the group) / (std of the group + eps), r the weighted sum of the rewards.
+def {function}_advantages(rewards: torch.Tensor, group_ids: torch.Tensor, eps: float) -> torch.Tensor:
+    """Formula 1: (r - mean of the group) / (std of the group + eps).
 
     Args:
-        rewards: (N, F), NaN = does not apply.
-        weights: (F,).
+        rewards: (N,) r, NaN = no reward applies.
         group_ids: (N,).
 
     Returns:
         (N,); 0 for groups in which all rewards are equal and for rows without a reward.
     """
-    total = (rewards * weights).nansum(dim=1)
-    total = torch.where(torch.isnan(rewards).all(dim=1), torch.nan, total)
-    return torch.nan_to_num(group_normalize(total, group_ids, eps=eps))
+    return torch.nan_to_num(group_normalize(rewards, group_ids, eps=eps))
 
 
 class {cls}(Plugin):
@@ -64,12 +56,17 @@ class {cls}(Plugin):
     paper = "arXiv 0000.00000"
     summary = "what it does, in one line"
     trainers = ("grpo",)
-    Options = {cls}Options
     claims = ("estimator",)
 
+    @dataclass(frozen=True)
+    class Options:
+        eps: float = option(1e-4, gt=0, help="added to the standard deviation of a group", source="TRL")
+
+    options: Options
+
     @hookimpl
-    def advantages(self, round: Round):
-        return {function}_advantages(round.rewards, round.reward_weights, round.group_ids, self.options.eps)
+    def advantages(self, round: Round) -> torch.Tensor:
+        return {function}_advantages(round.total_reward, round.group_ids, self.options.eps)
 '''
 
 _TEST = """\
@@ -80,9 +77,9 @@ import {module}
 
 
 def test_advantages_of_a_group_add_up_to_zero():
-    rewards = torch.tensor([[0.0], [1.0], [1.0], [0.1], [0.1], [0.1]])
+    rewards = torch.tensor([0.0, 1.0, 1.0, 0.1, 0.1, 0.1])
     groups = torch.tensor([0, 0, 0, 1, 1, 1])
-    advantages = {module}.{function}_advantages(rewards, torch.ones(1), groups, eps=1e-4)
+    advantages = {module}.{function}_advantages(rewards, groups, eps=1e-4)
     assert abs(advantages[:3].sum()) < 1e-5
     assert (advantages[3:] == 0).all()
 

@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
+    from ..catalog import options
     from ..support.tables import print_table
 
     plugin = declaration(args.plugin)
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
             ("needs", "needs"),
             ("takes for itself", "claims"),
             ("adds to the batch", "fields"),
+            ("keeps in checkpoints", "state"),
         )
         if plugin[key]
     ]
@@ -49,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         [
             [
                 option["name"],
-                option["type"],
+                ", ".join([option["type"], *options.limits(option["bounds"])]),
                 "required" if option["required"] else repr(option["default"]),
                 option["help"],
                 option["source"],
@@ -84,7 +86,11 @@ def declaration(reference: str) -> dict[str, Any]:
         "claims": sorted(claims),
         "fields": list(cls.fields),
         "honours": list(cls.honours),
-        "options": [_option(field, typing.get_type_hints(cls.Options)) for field in dataclasses.fields(cls.Options)],
+        "state": list(cls.state),
+        "options": [
+            _option(field, typing.get_type_hints(cls.Options, include_extras=True))
+            for field in dataclasses.fields(cls.Options)
+        ],
     }
 
 
@@ -103,4 +109,5 @@ def _option(field: dataclasses.Field[Any], hints: dict[str, Any]) -> dict[str, A
         "default": default,
         "help": field.metadata.get("help", ""),
         "source": field.metadata.get("source", ""),
+        "bounds": dict(field.metadata.get("bounds", {})),
     }

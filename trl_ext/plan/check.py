@@ -10,17 +10,22 @@ from typing import Any
 
 from trl_ext_hooks import NEEDS, Config, Need, Plugin, Recommend, Refuse, Require, Warn
 
-from ..catalog.declaration import PluginSpec, build_manager
+from ..catalog import options
+from ..catalog.declaration import PluginSpec, build_manager, instances
 from ..errors import ConfigError, PluginError, near
 from .compose import Plan, check_kind, compose
-from .settings import _dropped_settings, _setting
+from .settings import dropped_settings, setting_of, tokenwise_refusals
 from .stages import TOOL_SOURCES
 
 
-def provided_arguments(specs: Sequence[PluginSpec], given: Mapping[str, Any]) -> dict[str, Any]:
+def provided_arguments(
+    specs: Sequence[PluginSpec], plugins: Mapping[str, Plugin], given: Mapping[str, Any]
+) -> dict[str, Any]:
     """Collects the constructor arguments of a trainer that plugins provide.
 
     Args:
+        specs: The plugins that were asked for.
+        plugins: Their instances by name.
         given: The arguments of the caller by name.
 
     Raises:
@@ -32,7 +37,7 @@ def provided_arguments(specs: Sequence[PluginSpec], given: Mapping[str, Any]) ->
     for spec in compose(specs):
         if "trainer_arguments" not in spec.hooks:
             continue
-        plugin = spec.cls(spec.options)
+        plugin = plugins[spec.name]
         with _blamed(plugin, "trainer_arguments"):
             results = build_manager([plugin]).hook.trainer_arguments()
         for result in results:
@@ -53,31 +58,41 @@ def provided_arguments(specs: Sequence[PluginSpec], given: Mapping[str, Any]) ->
     return provided
 
 
-def make_plan(specs: Sequence[PluginSpec], config: Config) -> Plan:
+def make_plan(specs: Sequence[PluginSpec], config: Config, plugins: Mapping[str, Plugin] | None = None) -> Plan:
     """Makes the plan of a run, with every check that needs no model.
+
+    Args:
+        specs: The plugins that were asked for.
+        config: The trainer that is about to be built.
+        plugins: Their instances by name, which then serve the trainer; new ones by default.
 
     Raises:
         ConfigError: Lists all refusals of all plugins, each with a way out.
     """
     ordered = compose(specs)
     check_kind(ordered, config.kind)
+    plugins = instances(ordered) if plugins is None else plugins
     config = dataclasses.replace(config, args=copy.copy(config.args), plugins=tuple(s.name for s in ordered))
     refusals: list[str] = []
     notes: list[str] = []
     needs: dict[str, list[str]] = {}
+    named_by: dict[str, list[str]] = {}  # a need -> the options that name it
     for spec in ordered:
         for need in spec.cls.needs:
             needs.setdefault(need, []).append(spec.name)
-        plugin = spec.cls(spec.options)
-        for requirement in _configure(plugin, config):
+        for need, option in options.named_needs(spec.options, spec.name):
+            named_by.setdefault(need, []).append(option)
+            if spec.name not in needs.setdefault(need, []):
+                needs[need].append(spec.name)
+        for requirement in _configure(plugins[spec.name], config):
             match requirement:
                 case Require(setting, allowed, why):
-                    value = _setting(config.args, setting, spec.name)
+                    value = setting_of(config.args, setting, spec.name)
                     if value not in allowed:
                         wanted = " or ".join(map(repr, allowed))
                         refusals.append(f"{spec.name} needs {setting}={wanted}, it is {value!r}: {why}")
                 case Recommend(setting, value, source):
-                    current = _setting(config.args, setting, spec.name)
+                    current = setting_of(config.args, setting, spec.name)
                     if current != value:
                         notes.append(f"{spec.name} recommends {setting}={value!r} ({source}); it is {current!r}")
                 case Need(name):
@@ -92,17 +107,27 @@ def make_plan(specs: Sequence[PluginSpec], config: Config) -> Plan:
                 case _:
                     raise PluginError(f"plugin {spec.name!r}: `configure` returned {requirement!r}, not a requirement.")
         if "policy_loss" in spec.claims:
-            refusals += _dropped_settings(spec, config)
+            refusals += dropped_settings(spec, config)
         if "pair_logps" in spec.hooks and getattr(config.args, "precompute_ref_log_probs", False):
             refusals.append(
                 f"{spec.name} rewrites the reference token by token, but precompute_ref_log_probs=True keeps only "
                 f"sums; set precompute_ref_log_probs=False"
             )
     for need, names in needs.items():
-        refusals += _check_need(need, names, config)
+        problems = _check_need(need, names, config)
+        if need in named_by:  # an option asked for it, so that is what has to change
+            fix = f". Correct {' and '.join(dict.fromkeys(named_by[need]))}."
+            problems = [refusal.removesuffix(".") + fix for refusal in problems]
+        refusals += problems
     if refusals:
         raise ConfigError("this run cannot work:\n" + "\n".join(f"  - {refusal}" for refusal in refusals))
-    return Plan(config.kind, ordered, {need: tuple(names) for need, names in needs.items()}, tuple(notes))
+    return Plan(
+        kind=config.kind,
+        specs=ordered,
+        plugins={spec.name: plugins[spec.name] for spec in ordered},
+        needs={need: tuple(names) for need, names in needs.items()},
+        notes=tuple(notes),
+    )
 
 
 def _configure(plugin: Plugin, config: Config) -> list[Any]:
@@ -148,6 +173,8 @@ def _check_need(need: str, names: list[str], config: Config) -> list[str]:
         ]
     if need == "turns" and config.kind != "grpo":
         return [f"{who}: environments need GRPO's tool loop, which {config.kind.upper()} does not support; use GRPO"]
+    if need == "token_advantages":
+        return tokenwise_refusals(who, config)
     if need == "whole_groups":
         # a process or a micro-batch gets this many consecutive rows, so multiples of the group size keep groups whole
         phases = [("per_device_train_batch_size", "num_generations")]

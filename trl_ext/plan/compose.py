@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from trl_ext_hooks import TrainerKind
+from trl_ext_hooks import Plugin, TrainerKind
 
 from ..catalog.declaration import PluginSpec
 from ..errors import ConfigError, PluginError
@@ -19,12 +19,14 @@ class Plan:
     Attributes:
         kind: The trainer.
         specs: The plugins in the order in which they act.
+        plugins: Their instances by name, in the same order: one each, from `configure` to `teardown`.
         needs: What the core has to provide, with the plugins that ask for it.
         notes: Warnings and recommendations, ready to print.
     """
 
     kind: TrainerKind
     specs: tuple[PluginSpec, ...]
+    plugins: Mapping[str, Plugin]
     needs: dict[str, tuple[str, ...]]
     notes: tuple[str, ...]
 

@@ -35,14 +35,22 @@ _ADVANTAGE_SETTINGS: dict[str, tuple[Any, ...]] = {
 """The same for settings of TRL's advantages, which a plugin that claims `no_advantages` leaves unused."""
 
 
-def _setting(args: Any, setting: str, plugin: str) -> Any:
+_TOKENWISE_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "importance_sampling_level": ("token",),
+    "loss_type": ("dapo", "bnpo", "grpo", "dr_grpo", "cispo", "sapo"),
+    "off_policy_mask_threshold": (None,),
+}
+"""Settings with which GRPO's loss takes one advantage per token, where TRL has the setting."""
+
+
+def setting_of(args: Any, setting: str, plugin: str) -> Any:
     """Returns the value of a setting that a plugin asks about."""
     if not hasattr(args, setting):
         raise PluginError(f"plugin {plugin!r} asks about the setting {setting!r}, which {type(args).__name__} lacks.")
     return getattr(args, setting)
 
 
-def _dropped_settings(spec: PluginSpec, config: Config) -> list[str]:
+def dropped_settings(spec: PluginSpec, config: Config) -> list[str]:
     """Refuses settings of the user that a replaced loss would silently drop."""
     args = config.args
     settings = dict(_LOSS_SETTINGS)
@@ -69,3 +77,20 @@ def _trl_default(args: Any, setting: str) -> Any:
     """Returns TRL's own default of a setting, whatever a user's subclass of its arguments makes of it."""
     owner = next((cls for cls in type(args).__mro__ if cls.__module__.startswith("trl.")), type(args))
     return next(field.default for field in dataclasses.fields(owner) if field.name == setting)
+
+
+def tokenwise_refusals(who: str, config: Config) -> list[str]:
+    """Returns what keeps the trainer's loss from taking one advantage per token.
+
+    Args:
+        who: The plugins that need it.
+        config: The trainer.
+    """
+    if config.kind == "rloo":
+        return [f"{who}: the loss must take one advantage per token, and RLOO takes one per row; use GRPO"]
+    return [
+        f"{who} needs {setting}={' or '.join(map(repr, allowed))}, it is {getattr(config.args, setting)!r}: the loss "
+        f"must take one advantage per token"
+        for setting, allowed in _TOKENWISE_SETTINGS.items()
+        if hasattr(config.args, setting) and getattr(config.args, setting) not in allowed
+    ]

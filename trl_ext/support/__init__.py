@@ -1,1 +1,1 @@
-"""Helpers that know nothing of plugins or TRL: consoles, cache folders, imports, errors of child processes."""
+"""Small tools that every other room may use: they know nothing of plugins, trainers or TRL."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from trl_ext_hooks import UsageError
 
 from ..errors import TrlExtError
+from .files import write_atomically
 
 FOLDER = "TRL_EXT_FAILURES"
 """Environment variable with the folder for the errors of the workers."""
@@ -31,9 +32,7 @@ def write_error(error: BaseException) -> int:
     folder = os.environ.get(FOLDER)
     if folder and Path(folder).is_dir():
         rank = int(os.environ.get("RANK", "0"))
-        unfinished = Path(folder) / f"{rank:05d}.part"
-        unfinished.write_text(json.dumps(entry))
-        unfinished.rename(unfinished.with_suffix(".json"))
+        write_atomically(Path(folder) / f"{rank:05d}.json", json.dumps(entry))
     else:
         print(f"{entry['trace']}error: {message}", file=sys.stderr)
     return 2 if ours else 1

@@ -21,7 +21,7 @@ from .. import api
 from ..catalog import declaration
 from ..catalog import find as catalog_find
 from ..errors import TrlExtError
-from ..inspection.recording import find, read
+from ..inspection.file_format import find, read
 from ..plan.stages import ROUNDS, TOOL_SOURCES
 from ..tools import calculator
 from ..trl_internals import trainer_state

@@ -24,8 +24,6 @@ BLOCKS = ("plugins", "experiment")
 """Keys of the YAML file that are ours. TRL gets the file without them."""
 SIZES = ("train_size", "test_size")
 """Keys of the block `experiment:` that size the data of its task."""
-COMMAND = "TRL_EXT_COMMAND"
-"""Environment variable that tells the workers the command line of the user."""
 OWN_OPTIONS = (
     *("--plugin", "--set", "--config", "--trainer", "--no_reward_check"),
     *("--inspect", "--no_save", "--help-trl"),
@@ -46,6 +44,11 @@ class Request:
         arguments: The command line without our own arguments, for TRL and accelerate.
         task: The task of the lab to train on, from the block `experiment:`. None if the settings name model and data.
         sizes: The sizes of the task's data that the block gives.
+        check_rewards: Whether to try the reward functions before the model is loaded.
+        inspect: How many rounds to record, or None.
+        save: Whether to save the final model.
+        bars: Whether the user wants the progress bars of transformers.
+        command: The command line of the user.
     """
 
     plugins: dict[str, dict[str, Any]]
@@ -56,6 +59,11 @@ class Request:
     arguments: list[str]
     task: str | None = None
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
+    check_rewards: bool = True
+    inspect: int | None = None
+    save: bool = True
+    bars: bool = False
+    command: str = ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -137,7 +145,19 @@ def understand(args: argparse.Namespace, rest: list[str]) -> Request:
     if args.inspect and kind not in ROUNDS:
         raise ConfigError(f"--inspect records rounds of completions, and the {kind.upper()} trainer generates none.")
     sizes = {name: experiment[name] for name in SIZES if name in experiment}
-    return Request(requests, specs, kind, args.config, settings, rest, experiment.get("task"), sizes)
+    return Request(
+        plugins=requests,
+        specs=specs,
+        kind=kind,
+        config=args.config,
+        settings=settings,
+        arguments=rest,
+        task=experiment.get("task"),
+        sizes=sizes,
+        check_rewards=not args.no_reward_check,
+        inspect=args.inspect,
+        save=not args.no_save,
+    )
 
 
 def read_config(path: str | None) -> dict[str, Any]:
@@ -165,24 +185,6 @@ def read_config(path: str | None) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: `env` must be a mapping of environment variables, got {environment!r}.")
     os.environ.update({str(key): str(value) for key, value in environment.items()})
     return settings
-
-
-def forwarded(args: argparse.Namespace, request: Request) -> list[str]:
-    """Returns our own arguments for the workers, with the trainer that was chosen."""
-    arguments = ["--trainer", request.kind]
-    if args.plugin:
-        arguments += ["--plugin", *args.plugin]
-    if args.set:
-        arguments += ["--set", *args.set]
-    if args.config is not None:
-        arguments += ["--config", args.config]
-    if args.no_reward_check:
-        arguments.append("--no_reward_check")
-    if args.inspect:
-        arguments += ["--inspect", str(args.inspect)]
-    if args.no_save:
-        arguments.append("--no_save")
-    return arguments
 
 
 def as_arguments(settings: Mapping[str, Any]) -> list[str]:

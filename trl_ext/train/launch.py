@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import tempfile
@@ -13,13 +14,12 @@ from ..errors import ConfigError
 from ..support import child_errors
 from ..trl_internals import launch as trl_launch
 from ..trl_internals.arguments import resume_value
-from . import command_line
+from . import command_line, handover
 from .command_line import Request, as_arguments, say
 
 
 def launch(
     request: Request,
-    own_arguments: Sequence[str],
     command: Sequence[str],
     demo_settings: Mapping[str, Any] | None = None,
 ) -> int:
@@ -27,7 +27,6 @@ def launch(
 
     Args:
         request: What the user asked for.
-        own_arguments: The arguments of trl_ext that the workers get.
         command: The command line of the user, for the record of the run.
         demo_settings: Settings of TRL that replace those of the embedded default, if that is what is trained.
 
@@ -55,9 +54,14 @@ def launch(
         defaults |= {name: value for name, value in values.items() if name not in divided.given}
     if not request.specs:
         say(f"no plugin is enabled: this is plain TRL ({request.kind.upper()})")
-    launcher.training_script_args = [*own_arguments, *divided.trl, *as_arguments(defaults)]
-    os.environ[command_line.COMMAND] = shlex.join(command)
+    for_workers = dataclasses.replace(
+        request,
+        arguments=[*divided.trl, *as_arguments(defaults)],
+        bars=(defaults | divided.given).get("disable_tqdm") is False,
+        command=shlex.join(command),
+    )
     with tempfile.TemporaryDirectory(prefix="trl_ext-") as folder:
+        launcher.training_script_args = [str(handover.write(for_workers, Path(folder)))]
         os.environ[child_errors.FOLDER] = folder
         return child_errors.print_errors(folder, trl_launch.launch(launcher))
 

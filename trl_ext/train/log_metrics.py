@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_PLAIN = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+_OF_PAIRS = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
 """Shown metrics of DPO, which has no reward functions."""
 
 
@@ -22,7 +22,7 @@ def shown(logs: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     if names:
         keys |= {f"{prefix}reward": "total reward", f"{prefix}completions/mean_length": "length"}
     else:
-        keys |= {f"{prefix}{key}": label for key, label in _PLAIN.items()}
+        keys |= {f"{prefix}{key}": label for key, label in _OF_PAIRS.items()}
     return {label: float(logs[key]) for key, label in keys.items() if logs.get(key) is not None}
 
 

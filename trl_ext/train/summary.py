@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..support.files import write_atomically
 from ..support.tables import print_table
 from ..support.versions import versions
 from ..trl_internals.arguments import Parsed
-from .command_line import COMMAND, Request
+from . import curves
+from .command_line import Request
 from .log_metrics import is_evaluation, is_training, shown
 
 RECORD, PICTURE = "trl_ext_run.json", "trl_ext_curves.png"
@@ -71,17 +73,12 @@ def write_summary(trainer: Any, request: Request, parsed: Parsed, seconds: float
         ]
         print_table(["", "before", "after", "change"], rows, title=comparison.source)
     content = describe(trainer, request, parsed, seconds, comparison)
-    unfinished = folder / f"{RECORD}.part"
-    unfinished.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    unfinished.rename(folder / RECORD)
+    write_atomically(folder / RECORD, json.dumps(content, indent=2, default=str) + "\n")
     written = [RECORD]
-    try:
-        from .curves import draw
-    except ImportError:
-        print(f"no picture: matplotlib is not installed (pip install 'trl_ext[demo]' draws {PICTURE}).")
-    else:
-        if draw(history, folder / PICTURE, _title(request, parsed, trainer)):
-            written.insert(0, PICTURE)
+    picture = curves.draw(history, _title(request, parsed, trainer))
+    if picture is not None:
+        write_atomically(folder / PICTURE, picture)
+        written.insert(0, PICTURE)
     print(f"{trainer.state.global_step} steps in {seconds:.0f} s; {' and '.join(written)} in {folder}", flush=True)
 
 
@@ -98,7 +95,7 @@ def describe(
     steps = [dict(logs) for logs in history if is_training(logs)]
     data = request.task or script.dataset_name or [source.path for source in mixture.datasets]
     return {
-        "command": os.environ.get(COMMAND),
+        "command": request.command,
         "trainer": request.kind,
         "plugins": [
             {"name": spec.name, "version": spec.version, "origin": spec.origin, "options": spec.option_values}

@@ -7,14 +7,19 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ..support import child_errors
-from . import command_line
+from . import handover
+from .command_line import Request
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains and returns the exit code. Errors are left for the parent to print."""
+    """Trains what the request in the file `argv[0]` asks for, and returns the exit code.
+
+    Errors are left for the parent to print.
+    """
     try:
         _train(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
@@ -28,31 +33,31 @@ def _train(argv: list[str]) -> None:
     # which deprecated parts of transformers TRL uses is not the user's concern; `python -W` brings the warnings back
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    args, rest = command_line.Parser().parse_known_args(argv)
-    request = command_line.understand(args, rest)
+    request = handover.read(Path(argv[0]))
 
     from .. import api
     from ..campaign import job
+    from ..plan import ownership
     from ..trl_internals import arguments, scripts
     from . import preflight
     from .progress import Progress
 
     is_first = os.environ.get("RANK", "0") == "0"
     with contextlib.ExitStack() as stack:
-        handle = stack.enter_context(api.enable(request.plugins)) if request.plugins else None
+        handle = stack.enter_context(api.enable_specs(request.specs)) if request.specs else None
         parsed = arguments.parse(request.kind, request.arguments, request.settings)
-        owner = job.owner(request.specs)
+        owner = ownership.owner(request.specs)
         if is_first:
             fields = {name for spec in request.specs for name in spec.cls.fields}
             columns = ("prompt",) if owner else None  # a plugin that owns the run makes its own pairs
-            rewards = not args.no_reward_check
+            rewards = request.check_rewards
             preflight.check(request.kind, parsed, _warn, rewards=rewards, columns=columns, fields=fields)
-        progress = Progress(request, parsed, lines=not _wants_bars(request))
+        progress = Progress(request, parsed, lines=not request.bars)
 
         def built(trainer: Any) -> None:
             progress.follow(trainer)
-            if args.inspect:
-                api.record(trainer, args.inspect)
+            if request.inspect is not None:
+                api.record(trainer, request.inspect)
 
         if handle is not None:
             handle.on_trainer(built)
@@ -61,38 +66,30 @@ def _train(argv: list[str]) -> None:
         if owner is not None:
             job.start(request.specs, _owned_job(request, parsed))
         elif request.task is None:
-            scripts.run_script(request.kind, parsed, save=not args.no_save)
+            scripts.run_script(request.kind, parsed, save=request.save)
         else:
-            _train_on_task(request.task, request, parsed, save=not args.no_save)
+            _train_on_task(request.task, request, parsed, save=request.save)
 
 
-def _train_on_task(task: str, request: command_line.Request, parsed: Any, save: bool) -> None:
+def _train_on_task(task: str, request: Request, parsed: Any, save: bool) -> None:
     """Trains on a task of the lab, as TRL's script does on model and data that are named."""
-    from ..experiments.running import build
+    from .on_task import build_trainer
 
-    trainer = build(task, request.kind, parsed, request.sizes, _warn)
+    trainer = build_trainer(task, request.kind, parsed, request.sizes, _warn)
     trainer.train(resume_from_checkpoint=parsed[1].resume_from_checkpoint)
     if save:
         trainer.save_model(parsed[1].output_dir)
 
 
-def _owned_job(request: command_line.Request, parsed: Any) -> Any:
+def _owned_job(request: Request, parsed: Any) -> Any:
     """Returns the run that a plugin owns, on the named model and data or on a task of the lab."""
     if request.task is None:
         from ..campaign.job import from_script
 
         return from_script(parsed)
-    from ..experiments.running import on_task
+    from .on_task import build_job
 
-    return on_task(request.task, parsed, request.sizes, _warn)
-
-
-def _wants_bars(request: command_line.Request) -> bool:
-    """Returns whether the user asked for the progress bars of transformers with `disable_tqdm: false`."""
-    from ..trl_internals import launch
-
-    given = launch.split(request.kind, request.arguments, request.settings).given
-    return given.get("disable_tqdm") is False
+    return build_job(request.task, parsed, request.sizes, _warn)
 
 
 def _warn(message: str) -> None:

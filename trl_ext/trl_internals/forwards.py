@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from trl_ext_hooks import Logps, LogpsCall
-from trl_ext_hooks.types import Role
+from trl_ext_hooks.basics import Role
 
 from .trainer_state import mode
 

@@ -1,18 +1,13 @@
-"""TRL's tuple of a generated round, the order of its rows, and what its tool loop needs."""
+"""TRL's tuple of a generated round, and what its tool loop needs."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-import torch
 
 from trl_ext_hooks import Generation, TrainerKind
 
 from ..errors import CompatError
-from .seams import trainer_class
 
 _GENERATED: dict[TrainerKind, tuple[str, ...]] = {
     "grpo": (
@@ -65,27 +60,3 @@ def unpack_generation(kind: TrainerKind, result: tuple[Any, ...]) -> Generation:
 def pack_generation(kind: TrainerKind, generation: Generation) -> tuple[Any, ...]:
     named = {**generation.extra, **{name: getattr(generation, name) for name in _OWN}}
     return tuple(named[name] for name in _GENERATED[kind])
-
-
-@contextlib.contextmanager
-def row_order(kind: TrainerKind, order: Callable[[torch.Tensor, Mapping[str, Any]], torch.Tensor]) -> Iterator[None]:
-    """Inside the block, a round is permuted by `order(TRL's own permutation, batch)` instead of TRL's permutation."""
-    module: Any = importlib.import_module(trainer_class(kind).__module__)
-    original = module.shuffle_sequence_dict
-
-    def shuffle(seq_dict: Mapping[str, Any]) -> dict[str, Any]:
-        rows = len(next(value for value in seq_dict.values() if value is not None))
-        permutation = order(torch.randperm(rows), seq_dict)  # the draw keeps the random stream of plain TRL
-
-        def permute(value: Any) -> Any:
-            if value is None or (isinstance(value, torch.Tensor) and value.dim() == 0):
-                return value
-            return value[permutation] if isinstance(value, torch.Tensor) else [value[i] for i in permutation.tolist()]
-
-        return {name: permute(value) for name, value in seq_dict.items()}
-
-    module.shuffle_sequence_dict = shuffle
-    try:
-        yield
-    finally:
-        module.shuffle_sequence_dict = original

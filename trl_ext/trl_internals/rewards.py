@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,23 +29,25 @@ def reward_weights(trainer: Any) -> torch.Tensor:
     return trainer.reward_weights.to(trainer.accelerator.device)
 
 
-class RewardColumns:
-    """Lets a round have other reward columns than the trainer has reward functions, and restores them after it."""
+_COLUMNS = ("reward_func_names", "reward_weights", "reward_funcs")
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-        self.saved: dict[str, Any] = {}
 
-    def use(self, names: Sequence[str], weights: torch.Tensor) -> None:
-        if tuple(names) == reward_names(self.trainer) and torch.equal(weights, reward_weights(self.trainer)):
-            return
-        for attribute in ("reward_func_names", "reward_weights", "reward_funcs"):
-            self.saved.setdefault(attribute, getattr(self.trainer, attribute))
-        self.trainer.reward_func_names = list(names)
-        self.trainer.reward_weights = weights
-        self.trainer.reward_funcs = [None] * len(names)  # from here on TRL uses its length only
+@contextlib.contextmanager
+def own_columns(trainer: Any) -> Iterator[None]:
+    """Gives the trainer its own reward columns back after the block."""
+    own = {name: getattr(trainer, name) for name in _COLUMNS}
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            if getattr(trainer, name) is not value:
+                setattr(trainer, name, value)
 
-    def restore(self) -> None:
-        for attribute, value in self.saved.items():
-            setattr(self.trainer, attribute, value)
-        self.saved.clear()
+
+def use_columns(trainer: Any, names: Sequence[str], weights: torch.Tensor) -> None:
+    """Lets a round have other reward columns than the trainer has reward functions; see `own_columns`."""
+    if tuple(names) == reward_names(trainer) and torch.equal(weights, reward_weights(trainer)):
+        return
+    trainer.reward_func_names = list(names)
+    trainer.reward_weights = weights
+    trainer.reward_funcs = [None] * len(names)  # from here on TRL uses its length only

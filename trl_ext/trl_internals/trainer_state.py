@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from trl_ext_hooks.types import Mode
+from trl_ext_hooks.basics import Mode
 
 
 def mode(trainer: Any) -> Mode:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from trl_ext_hooks.ops import group_normalize
+from trl_ext_hooks.toolkit.groups import group_normalize
 
 # --- chunks and spans -------------------------------------------------------------------------------------------------
 

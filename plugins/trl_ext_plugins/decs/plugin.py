@@ -26,9 +26,9 @@ from trl_ext_hooks import (
     hookimpl,
     option,
 )
-from trl_ext_hooks.judges import HttpJudge, JudgeError, Question, ask_together, make_judge
-from trl_ext_hooks.ops import group_stats
-from trl_ext_hooks.segments import LineBreaks, Marks, Read, TokenReader, chunk_ends, thinking_end
+from trl_ext_hooks.toolkit.groups import group_stats
+from trl_ext_hooks.toolkit.judges import HttpJudge, JudgeError, Question, ask_together, make_judge
+from trl_ext_hooks.toolkit.segments import LineBreaks, Marks, Read, TokenReader, chunk_ends, thinking_end
 
 from .maths import Chunks, easy_allowed, next_kappa, position_advantages, token_rewards
 
@@ -42,7 +42,7 @@ class DECSOptions:
     )
     correct_above: float = option(0.0, help="rewards above it are right", source="authors' code")
     answer_column: str = option("answer", help="column of the data with the right answer", source="ours")
-    judge: str | HttpJudge = option(  # noqa: RUF009
+    judge: str | HttpJudge = option(
         "match",
         help="who finds the answer in a chunk: match, math (math-verify), module:function, or {url, model, ...} of a "
         "server",

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from trl_ext_hooks.ops import group_stats
+from trl_ext_hooks.toolkit.groups import group_stats
 
 # --- potentials -------------------------------------------------------------------------------------------------------
 

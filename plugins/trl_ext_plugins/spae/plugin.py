@@ -27,8 +27,8 @@ from trl_ext_hooks import (
     hookimpl,
     option,
 )
-from trl_ext_hooks.judges import JudgeError, load
-from trl_ext_hooks.segments import Marks, TokenReader, step_ends, thinking_end, thinned, vocabulary_ends
+from trl_ext_hooks.toolkit.judges import JudgeError, load
+from trl_ext_hooks.toolkit.segments import Marks, TokenReader, step_ends, thinking_end, thinned, vocabulary_ends
 
 from .maths import outcome_advantages, spae_advantages, step_of_tokens
 from .probing import Probe, Steps, ask_policy

@@ -35,11 +35,11 @@ class Fixed(Plugin):
     trainers = ("grpo", "rloo")
     fields = ("row", "kept")
     needs = ("column:index",)
+    state = ("round",)
 
-    def __init__(self, options: Any = None) -> None:
-        super().__init__(options)
+    def start(self) -> None:
         self.round = 0
-        self.seen: dict[str, list[Any]] = {"rows": [], "advantages": [], "gathered": [], "widths": []}
+        self.seen: dict[str, list[Any]] = {"rows": [], "advantages": [], "gathered": [], "widths": [], "lengths": []}
 
     @hookimpl
     def select_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -77,21 +77,17 @@ class Fixed(Plugin):
         self.seen["advantages"].append(round.trainer.gather(per_row(round)).tolist())
         self.seen["gathered"].append(round.gathered["row"].tolist())
         self.seen["widths"].append(round.loss_mask.shape[1])
+        self.seen["lengths"].append(round.lengths.tolist())
+        round.log("logged_length", round.loss_mask.sum(1))
+        round.log("logged_reward", round.total_reward)
         rank = round.trainer.process_index
         lengths = round.loss_mask.sum().item()
         return {"length": (lengths, len(round.rows)), "rank": (rank, 1), f"only_{rank}": (2.0, 1)}
 
     @hookimpl
     def loss_metrics(self, loss: Any) -> dict[str, tuple[float, float]]:
+        loss.log("logged_tokens", loss.mask.sum(1))
         return {"tokens": (loss.mask.sum().item(), len(loss.mask))}
-
-    @hookimpl
-    def state_dict(self) -> dict[str, Any]:
-        return {"round": self.round}
-
-    @hookimpl
-    def load_state_dict(self, state: Any) -> None:
-        self.round = state["round"]
 
 
 class Tokens(Plugin):

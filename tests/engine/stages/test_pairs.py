@@ -18,7 +18,7 @@ import trl_ext
 from trl_ext.testing import metrics_of, tiny_data
 from trl_ext.trl_internals import seams
 from trl_ext_hooks import PairLogps, Plugin, hookimpl
-from trl_ext_hooks.ops import align_tokens
+from trl_ext_hooks.toolkit.tokens import align_tokens
 
 FUSED = seams.trl_version() >= seams.Version("1.15")
 needs_fused = pytest.mark.skipif(not FUSED, reason="needs the fused head of TRL 1.15")

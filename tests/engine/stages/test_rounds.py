@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import trl_ext
-from trl_ext.engine.stages.advantages import GROUP_IDS, keep_groups
 from trl_ext.testing import brevity, digits, metrics_of, tiny_data
+from trl_ext.trl_internals.row_order import GROUP_IDS
 from trl_ext_hooks import Plugin, Rewards, hookimpl
-from trl_ext_hooks.ops import group_normalize
+from trl_ext_hooks.toolkit.groups import group_normalize
 
 ROUNDS = ("grpo", "rloo")
 
@@ -504,23 +504,6 @@ def test_evaluation_is_not_reordered(build: Any, plugin: Any) -> None:
         mine.groups.clear()
         trainer.evaluate()
     assert mine.groups == [[0, 0, 0, 0, 1, 1, 1, 1]]
-
-
-def test_the_order_is_trls_with_groups_moved_together() -> None:
-    group_ids = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
-    permutation = torch.tensor([7, 0, 3, 8, 2, 4, 6, 1, 5])
-    found = keep_groups(permutation, {GROUP_IDS: group_ids})
-    assert found.tolist() == [7, 8, 6, 0, 2, 1, 3, 4, 5]
-
-
-def test_the_shuffle_of_trl_is_back_after_every_step(build: Any, plugin: Any) -> None:
-    from trl.trainer import grpo_trainer
-
-    original = grpo_trainer.shuffle_sequence_dict
-    with trl_ext.enable(plugin(Grouped)):
-        trainer = build()
-        trainer.train()
-        assert grpo_trainer.shuffle_sequence_dict is original
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------

@@ -12,11 +12,12 @@ import torch
 
 import trl_ext
 from trl_ext import ConfigError, PluginError
+from trl_ext.engine.context import Poll
 from trl_ext.engine.stages import turns as stage
 from trl_ext.testing import digits
 from trl_ext_hooks import Plugin, hookimpl
 
-_conftest = Path(__file__).parents[2] / "conftest.py"
+_conftest = Path(__file__).parents[1] / "conftest.py"
 _spec = importlib.util.spec_from_file_location("shared_fixtures", _conftest)
 assert _spec and _spec.loader
 shared = importlib.util.module_from_spec(_spec)
@@ -121,9 +122,9 @@ def test_a_total_may_be_told_instead(play: Any) -> None:
     class Empty:
         pass
 
-    assert stage.poll(Total()) == stage.Poll(1.5, True, False)
-    assert stage.poll(Empty()) == stage.Poll(None, False, False)
-    found = stage.between([[stage.Poll(None, False, False)] * 2] * 3, torch.device("cpu"))
+    assert stage.poll(Total()) == Poll(1.5, True, False)
+    assert stage.poll(Empty()) == Poll(None, False, False)
+    found = stage.between([[Poll(None, False, False)] * 2] * 3, torch.device("cpu"))
     assert found is not None and not found.rewarded.any() and found.rewards.tolist() == [[0, 0], [0, 0]]
     assert stage.between([], torch.device("cpu")) is None
 
@@ -136,7 +137,7 @@ def test_a_reward_that_is_no_number(values: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_reward_that_is_not_finite(value: float) -> None:
-    polls = [[stage.Poll(total, False, False)] for total in (0.0, 1.0, value, value)]
+    polls = [[Poll(total, False, False)] for total in (0.0, 1.0, value, value)]
     rewards = stage.between(polls, torch.device("cpu")).rewards[0]  # type: ignore[union-attr]
     assert rewards[0] == 1 and rewards[1:].isnan().all()
 

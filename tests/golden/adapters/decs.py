@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trl_ext_hooks.segments import chunk_ends
+from trl_ext_hooks.toolkit.segments import chunk_ends
 from trl_ext_plugins.decs.maths import Chunks, easy_allowed, next_kappa, position_advantages, token_rewards
 
 KNOWN = {

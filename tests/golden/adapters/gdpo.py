@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trl_ext_hooks.ops import group_normalize
+from trl_ext_hooks.toolkit.groups import group_normalize
 from trl_ext_plugins.gdpo import GDPO, GDPOOptions, condition_rewards, decoupled_sum, gdpo_advantages
 
 KNOWN = {"group_eps", "batch_eps", "var_eps", "ddof", "batch_norm"}

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from trl_ext_hooks.ops import masked_mean
+from trl_ext_hooks.toolkit.losses import masked_mean
 from trl_ext_plugins.hdpo import (
     accuracy_advantages,
     clipped_surrogate,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from trl_ext_hooks.ops import group_pairs
+from trl_ext_hooks.toolkit.groups import group_pairs
 from trl_ext_plugins.p3o import (
     P3OOptions,
     RunningMoments,

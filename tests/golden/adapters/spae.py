@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trl_ext_hooks.segments import vocabulary_ends
+from trl_ext_hooks.toolkit.segments import vocabulary_ends
 from trl_ext_plugins.spae.maths import (
     confidence,
     correctness,

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from trl_ext_hooks.ops import group_normalize, masked_mean
+from trl_ext_hooks.toolkit.groups import group_normalize
+from trl_ext_hooks.toolkit.losses import masked_mean
 from trl_ext_plugins.thinkless import ThinklessOptions, boxed_match, mode_reward
 from trl_ext_plugins.thinkless.degrpo import (
     clipped_surrogate,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from trl_ext_hooks import Turns
-from trl_ext_hooks.ops import predicting
+from trl_ext_hooks.toolkit.tokens import predicting
 from trl_ext_plugins.vl_dac import VLDACOptions
 from trl_ext_plugins.vl_dac.episodes import episodes
 from trl_ext_plugins.vl_dac.maths import (

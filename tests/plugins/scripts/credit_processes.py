@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 import trl_ext
 from trl_ext.testing import metrics_of, tiny_data, tiny_trainer
 from trl_ext_hooks import Plugin, hookimpl
-from trl_ext_hooks.judges import JudgeError, Question
+from trl_ext_hooks.toolkit.judges import JudgeError, Question
 
 torch.set_num_threads(1)
 

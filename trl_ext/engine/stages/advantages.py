@@ -1,64 +1,71 @@
-"""After scoring: the hooks `advantages`, `keep_rows`, `batch_fields` and `round_metrics`, and the order of rows."""
+"""After scoring: the hooks `advantages`, `keep_rows`, `batch_fields` and `round_metrics`."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from trl_ext_hooks import Round
-from trl_ext_hooks.ops import group_stats, masked_mean
+from trl_ext_hooks.basics import loss_mask
+from trl_ext_hooks.toolkit.groups import group_stats
+from trl_ext_hooks.toolkit.losses import masked_mean
 
 from ...errors import PluginError
-from ...trl_internals import forwards, reference_policy, trainer_state
+from ...trl_internals import forwards, reference_policy, row_order, trainer_state
+from ..calls import as_mapping
+from ..context import Context
 from . import kept_rows
 
-if TYPE_CHECKING:
-    from ..host import Session
 
-GROUP_IDS = "trl_ext_group_ids"
-
-
-def finish(session: Session, output: dict[str, Any]) -> dict[str, Any]:
+def finish(context: Context, output: dict[str, Any]) -> dict[str, Any]:
     """Takes TRL's finished round and returns it as the loss shall see it."""
     output = dict(output)
-    _provide_logps(session, output)
-    if session.keeps_groups:
+    _provide_logps(context, output)
+    if context.keeps_groups:
         rows = len(output["advantages"])
-        start = session.view.process_index * rows
-        group = trainer_state.num_generations(session.trainer)
-        output[GROUP_IDS] = (torch.arange(start, start + rows) // group).to(output["advantages"].device)
+        start = context.view.process_index * rows
+        group = trainer_state.num_generations(context.trainer)
+        output[row_order.GROUP_IDS] = (torch.arange(start, start + rows) // group).to(output["advantages"].device)
     hooks = ("advantages", "keep_rows", "batch_fields", "round_metrics")
-    if not (session.recording or session.has(*hooks)):
+    state = context.current_round()
+    if not (context.recording or context.calls.has(*hooks)):
+        if context.calls.has("annotate", "rewards"):
+            context.report_logged(state.log, {})
         return output
-    state = session.current()
     scored = state.scored
     if scored is None:
-        users = session.plan.users(*hooks)
+        users = context.plan.users(*hooks)
         raise PluginError(
-            f"{type(session.trainer).__name__} finished a round without scoring it through TRL's reward method, so "
+            f"{type(context.trainer).__name__} finished a round without scoring it through TRL's reward method, so "
             + (f"plugins {', '.join(users)} cannot act." if users else "it cannot be recorded.")
         )
-    advantages = session.view.gather(output["advantages"])  # (N,)
-    round = Round(**vars(scored), advantages=advantages, batch=output, hidden_states=state.hidden or {})
-    session.seen("TRL", round)
+    advantages = context.view.gather(output["advantages"])  # (N,)
+    lengths = context.view.gather(loss_mask(output).sum(dim=1))  # (N,)
+    round = Round(
+        **vars(scored),
+        advantages=advantages,
+        batch=output,
+        hidden_states=state.hidden_states or {},
+        gathered_lengths=lengths,
+    )
+    context.show("TRL", round)
     metrics: dict[str, tuple[float, float]] = {}
     stock = round.advantages
-    if session.has("advantages"):
-        round = _chain(session, round, metrics)
+    if context.calls.has("advantages"):
+        round = _chain(context, round, metrics)
         if round.advantages is not stock:
             output["advantages"] = round.advantages if round.advantages.dim() == 2 else round.advantages[round.local]
-    if session.has("keep_rows") and round.mode == "train":
-        round = kept_rows.select(session, round, metrics)
+    if context.calls.has("keep_rows") and round.mode == "train":
+        round = kept_rows.select(context, round, metrics)
         output = dict(round.batch)
         round = dataclasses.replace(round, batch=output)  # later hooks see the fields of `batch_fields` in it
     if round.advantages is not stock:  # otherwise everything that TRL recorded is true
-        _log(session, round)
-    for name, fields in session.each("batch_fields", round=round):
-        for field, values in session.mapping(name, "batch_fields", fields).items():
-            session.owned(name, "batch_fields", field)
+        _log(context, round)
+    for name, fields in context.calls.each("batch_fields", round=round):
+        for field, values in as_mapping(name, "batch_fields", fields).items():
+            context.calls.check_declared(name, "batch_fields", field)
             if field in output:
                 raise PluginError(f"plugin {name!r} returned the batch field {field!r}, which the trainer already has.")
             if not isinstance(values, torch.Tensor) or (values.dim() > 0 and len(values) != len(round.rows)):
@@ -68,35 +75,19 @@ def finish(session: Session, output: dict[str, Any]) -> dict[str, Any]:
                     f"{len(round.rows)} rows or 0-d."
                 )
             output[field] = values.detach()
-    metrics |= session.collect("round_metrics", round=round)
-    session.report(metrics)
+    metrics |= context.calls.metrics("round_metrics", round=round)
+    context.report_logged(state.log, metrics)
     if state.record is not None:
         state.record.finish(round)
     return output
 
 
-def keep_groups(permutation: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
-    """TRL's random order with the rows of each group moved next to each other.
-
-    Groups come in the order of their first row in `permutation`, and the rows of a group in their order there.
-
-    Args:
-        permutation: (b,) drawn by TRL's generator.
-        batch: With the group of every row.
-    """
-    first: dict[int, int] = {}
-    for group in batch[GROUP_IDS][permutation].tolist():
-        first.setdefault(group, len(first))
-    rank = [first[group] for group in batch[GROUP_IDS][permutation].tolist()]
-    return permutation[torch.tensor(rank).argsort(stable=True)]
-
-
-def _provide_logps(session: Session, output: dict[str, Any]) -> None:
+def _provide_logps(context: Context, output: dict[str, Any]) -> None:
     """Adds old and reference log-probabilities that plugins need and TRL did not compute."""
-    needs, trainer, known = set(session.plan.needs), session.trainer, session.current().logps
-    if session.kind == "rloo" and session.wants_loss:
+    needs, trainer, known = set(context.plan.needs), context.trainer, context.current_round().logps
+    if context.kind == "rloo" and context.wants_loss:
         needs.add("old_logps")  # RLOO keeps their sum only, which loss hooks cannot use
-    if session.has("hidden_positions"):
+    if context.calls.has("hidden_positions"):
         needs.add("old_logps")  # their forward is the one that hidden states are read in
     if "old_logps" in needs and output.get("old_per_token_logps") is None:
         old = known.get("old")
@@ -104,26 +95,26 @@ def _provide_logps(session: Session, output: dict[str, Any]) -> None:
     if "ref_logps" in needs and output.get("ref_per_token_logps") is None:
         values = known.get("reference")
         if values is None:
-            if session.reference is None:
+            if context.reference is None:
                 with reference_policy.without_adapters(trainer):
                     values = forwards.completion_logps(trainer, output)
             else:
-                values = forwards.completion_logps(trainer, output, session.reference)
+                values = forwards.completion_logps(trainer, output, context.reference)
         output["ref_per_token_logps"] = values
 
 
-def _chain(session: Session, round: Round, metrics: dict[str, tuple[float, float]]) -> Round:
+def _chain(context: Context, round: Round, metrics: dict[str, tuple[float, float]]) -> Round:
     rows, tokens = len(round.group_ids), round.batch["completion_mask"].shape
-    for name, caller in session.chain("advantages"):
-        result = session.call(name, "advantages", caller, round=round)
+    for name, caller in context.calls.chain("advantages"):
+        result = context.calls.call(name, "advantages", caller, round=round)
         if result is None:
             continue
         if not isinstance(result, torch.Tensor):
             raise PluginError(f"plugin {name!r} returned {type(result).__name__} from 'advantages', expected a tensor.")
         tokenwise = result.dim() == 2
-        if tuple(result.shape) not in ((rows,), tuple(tokens)) or (tokenwise and session.kind != "grpo"):
+        if tuple(result.shape) not in ((rows,), tuple(tokens)) or (tokenwise and context.kind != "grpo"):
             allowed = f"({rows},) for the rows of all processes"
-            if session.kind == "grpo":
+            if context.kind == "grpo":
                 allowed += f" or {tuple(tokens)} for this process's tokens"
             raise PluginError(f"plugin {name!r} returned advantages {tuple(result.shape)}, expected {allowed}.")
         if round.advantages.dim() == 2 and not tokenwise:
@@ -140,7 +131,7 @@ def _chain(session: Session, round: Round, metrics: dict[str, tuple[float, float
         metrics[f"trl_ext/{name}/advantage_mean"] = (_per_row(after).sum().item(), len(round.rows))
         metrics[f"trl_ext/{name}/advantage_change"] = (change.abs().sum().item(), len(round.rows))
         round = after
-        session.seen(name, round)
+        context.show(name, round)
     return round
 
 
@@ -151,13 +142,13 @@ def _per_row(round: Round) -> torch.Tensor:
     return masked_mean(round.advantages, round.loss_mask, dim=1)
 
 
-def _log(session: Session, round: Round) -> None:
+def _log(context: Context, round: Round) -> None:
     """Makes TRL's completions table and its share of groups without signal speak of the advantages really used."""
-    used = session.view.gather(_per_row(round))
-    trainer_state.replace_logged_advantages(session.trainer, used.tolist())
+    used = context.view.gather(_per_row(round))
+    trainer_state.replace_logged_advantages(context.trainer, used.tolist())
     strength = used.abs()
     if round.advantages.dim() == 2:
-        strength = session.view.gather(round.token_advantages.abs().amax(dim=1))
+        strength = context.view.gather(round.token_advantages.abs().amax(dim=1))
     silent = strength <= 1e-8  # TRL's own tolerance; a batch mean that is subtracted may leave rounding
     groups = group_stats((~silent).double(), round.group_ids).mean == 0
-    trainer_state.replace_last_metric(session.trainer, "frac_reward_zero_std", groups.double().mean().item())
+    trainer_state.replace_last_metric(context.trainer, "frac_reward_zero_std", groups.double().mean().item())

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 
 from trl_ext_hooks import Logps, LogpsCall
-from trl_ext_hooks.ops import predicting
+from trl_ext_hooks.toolkit.tokens import predicting
 
 from ...errors import CompatError, PluginError
 from ...trl_internals import forwards
-
-if TYPE_CHECKING:
-    from ..host import Session
+from ..context import Context
 
 
-def during(session: Session, call: LogpsCall, dense: Callable[[], Logps]) -> Logps:
+def during(context: Context, call: LogpsCall, dense: Callable[[], Logps]) -> Logps:
     """Runs TRL's forward and keeps the hidden states that plugins name: of a loss, or of the first scoring of a round.
 
     A forward comes in chunks of rows, so positions are cut like the rows.
     """
-    mask = _mask(session, call)
-    if mask is None or not session.has("hidden_positions"):
+    mask = _mask(context, call)
+    if mask is None or not context.calls.has("hidden_positions"):
         return dense()
-    positions = {name: _positions(session, name, caller, mask) for name, caller in session.chain("hidden_positions")}
+    positions = {
+        name: _positions(context, name, caller, mask) for name, caller in context.calls.chain("hidden_positions")
+    }
     found: dict[str, list[torch.Tensor]] = {name: [] for name in positions}
     seen = 0
 
@@ -42,24 +41,25 @@ def during(session: Session, call: LogpsCall, dense: Callable[[], Logps]) -> Log
             found[name].append(own[where[rows].to(own.device)])
         seen = rows.stop
 
-    with forwards.last_hidden_states(session.trainer, see):
+    with forwards.last_hidden_states(context.trainer, see):
         result = dense()
     if seen != len(mask):
         raise CompatError(f"a forward of {len(mask)} rows gave hidden states of {seen}.")
-    states = {name: torch.cat(parts).to(session.view.device) for name, parts in found.items()}
+    states = {name: torch.cat(parts).to(context.view.device) for name, parts in found.items()}
     if call.role == "policy":
-        session.policy_hidden = states
+        assert context.micro_batch is not None
+        context.micro_batch.hidden_states = states
     else:
-        session.current().hidden = states
+        context.current_round().hidden_states = states
     return result
 
 
-def _mask(session: Session, call: LogpsCall) -> torch.Tensor | None:
+def _mask(context: Context, call: LogpsCall) -> torch.Tensor | None:
     """The loss mask (B, T) of a forward whose states are wanted, or None."""
     if call.role == "policy":
-        return session.policy_mask
-    state = session.round
-    if call.role != "old" or state is None or state.hidden is not None:
+        return None if context.micro_batch is None else context.micro_batch.mask
+    state = context.round
+    if call.role != "old" or state is None or state.hidden_states is not None:
         return None
     mask = call.attention_mask[:, -call.logits_to_keep :]
     if state.tool_mask is None:
@@ -72,8 +72,8 @@ def _mask(session: Session, call: LogpsCall) -> torch.Tensor | None:
     return mask * own
 
 
-def _positions(session: Session, name: str, caller: object, mask: torch.Tensor) -> torch.Tensor:
-    result = session.call(name, "hidden_positions", caller, loss_mask=mask)
+def _positions(context: Context, name: str, caller: object, mask: torch.Tensor) -> torch.Tensor:
+    result = context.calls.call(name, "hidden_positions", caller, loss_mask=mask)
     if not isinstance(result, torch.Tensor) or result.shape != mask.shape or result.dtype != torch.bool:
         got = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, torch.Tensor) else type(result).__name__
         raise PluginError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -12,15 +12,13 @@ from trl_ext_hooks import Round
 
 from ...errors import PluginError
 from ...trl_internals import losses
-
-if TYPE_CHECKING:
-    from ..host import Session
+from ..context import Context
 
 KEPT = "trl_ext_kept"
 SCALE = "trl_ext_kept_scale"
 
 
-def select(session: Session, round: Round, metrics: dict[str, tuple[float, float]]) -> Round:
+def select(context: Context, round: Round, metrics: dict[str, tuple[float, float]]) -> Round:
     """Asks every plugin which rows to keep, and takes the others out of a training round.
 
     Their advantages and masks become 0, and the counts that the loss divides by are made again. The attention still
@@ -28,7 +26,7 @@ def select(session: Session, round: Round, metrics: dict[str, tuple[float, float
     """
     rows = len(round.group_ids)
     kept = torch.ones(rows, dtype=torch.bool, device=round.group_ids.device)
-    for name, wanted in session.each("keep_rows", round=round):
+    for name, wanted in context.calls.each("keep_rows", round=round):
         if not isinstance(wanted, torch.Tensor) or wanted.shape != (rows,) or wanted.dtype != torch.bool:
             got = f"{wanted.dtype} {tuple(wanted.shape)}" if isinstance(wanted, torch.Tensor) else type(wanted).__name__
             raise PluginError(f"plugin {name!r} returned {got} from 'keep_rows', expected booleans ({rows},).")
@@ -43,13 +41,14 @@ def select(session: Session, round: Round, metrics: dict[str, tuple[float, float
         tool_mask = torch.ones_like(batch["completion_mask"])
     batch["tool_mask"] = tool_mask * own.unsqueeze(1)
     if "num_items_in_batch" in batch:
-        batch["num_items_in_batch"] = session.view.gather((batch["completion_mask"] * batch["tool_mask"]).sum()).sum()
+        batch["num_items_in_batch"] = context.view.gather((batch["completion_mask"] * batch["tool_mask"]).sum()).sum()
     batch[KEPT] = own
     batch[SCALE] = torch.tensor(rows / max(int(kept.sum()), 1), device=own.device)  # 0-d: reaches every micro-batch
     tokenwise = round.advantages.dim() == 2
     mask = own.unsqueeze(1) if tokenwise else kept.to(round.advantages.device)
     batch["advantages"] = batch["advantages"] * (mask if tokenwise else own)
-    return dataclasses.replace(round, advantages=round.advantages * mask, batch=batch)
+    lengths = round.lengths * kept.to(round.lengths.device)
+    return dataclasses.replace(round, advantages=round.advantages * mask, batch=batch, gathered_lengths=lengths)
 
 
 def weight(batch: Mapping[str, Any], unit: losses.LossUnit) -> torch.Tensor | None:

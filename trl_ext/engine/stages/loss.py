@@ -1,61 +1,31 @@
-"""Forward and loss: the hooks `logps`, `loss_inputs`, `policy_loss`, `loss_terms` and `loss_metrics`."""
+"""The loss of a micro-batch: the hooks `loss_inputs`, `policy_loss`, `loss_terms` and `loss_metrics`."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from trl_ext_hooks import Logps, LogpsCall, Loss, PolicyLoss
-from trl_ext_hooks.ops import masked_mean
-from trl_ext_hooks.types import loss_mask
+from trl_ext_hooks import Loss, PolicyLoss
+from trl_ext_hooks.toolkit.losses import masked_mean
 
 from ...errors import PluginError
 from ...trl_internals import losses, trainer_state
-from . import hidden_states, kept_rows
-
-if TYPE_CHECKING:
-    from ..host import Session
-
-
-def logps(session: Session, call: LogpsCall, dense: Callable[[], Logps]) -> Logps:
-    """Runs the owner of the forward, or TRL's, and keeps the result for the loss hooks."""
-    result: Logps | None = None
-
-    def compute() -> Logps:
-        return hidden_states.during(session, call, dense)
-
-    for name, caller in session.chain("logps"):
-        result = session.call(name, "logps", caller, call=call, compute=compute)
-        shape = (call.input_ids.size(0), call.logits_to_keep)
-        if not isinstance(result, Logps) or tuple(result.per_token_logps.shape) != shape:
-            got = tuple(result.per_token_logps.shape) if isinstance(result, Logps) else type(result).__name__
-            raise PluginError(
-                f"plugin {name!r} returned {got} from 'logps', expected Logps with {shape} log-probabilities."
-            )
-        if call.compute_entropy and result.entropies is None:
-            raise PluginError(
-                f"plugin {name!r} returned no entropies from 'logps', which the {call.role} forward asked for."
-            )
-    if result is None:
-        result = compute()
-    if call.role == "policy":
-        session.policy_logps = result
-    elif session.round is not None:
-        session.round.logps[call.role] = result.per_token_logps
-    return result
+from ..calls import as_mapping
+from ..context import Context
+from . import kept_rows
 
 
-def edited(session: Session, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+def edited(context: Context, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """The micro-batch after every plugin's `loss_inputs`; the buffered original stays as it was."""
-    if not session.has("loss_inputs"):
+    if not context.calls.has("loss_inputs"):
         return inputs
     batch = dict(inputs)
-    for name, caller in session.chain("loss_inputs"):
-        result = session.call(name, "loss_inputs", caller, batch=dict(batch), trainer=session.view)
-        changes = session.mapping(name, "loss_inputs", {} if result is None else result)
+    for name, caller in context.calls.chain("loss_inputs"):
+        result = context.calls.call(name, "loss_inputs", caller, batch=dict(batch), trainer=context.view)
+        changes = as_mapping(name, "loss_inputs", {} if result is None else result)
         unknown = [key for key in changes if key not in batch]
         if unknown:
             raise PluginError(
@@ -65,74 +35,69 @@ def edited(session: Session, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     return batch
 
 
-def compute(session: Session, inputs: Mapping[str, Any], stock: Callable[[Mapping[str, Any]], Any]) -> Any:
+def compute(context: Context, inputs: Mapping[str, Any], stock: Callable[[Mapping[str, Any]], Any]) -> Any:
     """The loss of a micro-batch: TRL's or a plugin's, plus the terms of all plugins."""
-    batch = edited(session, inputs)
-    replaced = session.has("policy_loss")
+    batch = edited(context, inputs)
+    replaced = context.calls.has("policy_loss")
     keep = (
-        trainer_state.only_metrics(session.trainer, ("entropy", "kl", "aux_loss"))
+        trainer_state.only_metrics(context.trainer, ("entropy", "kl", "aux_loss"))
         if replaced
         else contextlib.nullcontext()
     )
-    session.in_loss, session.policy_logps, session.policy_mask = True, None, loss_mask(batch)
-    try:
-        with keep:
-            total = stock(batch)
-    finally:
-        session.in_loss, session.policy_mask = False, None
+    with context.in_loss(batch) as micro_batch, keep:
+        total = stock(batch)
     if not replaced:
-        total = _weighted(total, batch, losses.loss_unit(session.trainer, session.kind))
-    if not session.wants_loss:
+        total = _weighted(total, batch, losses.loss_unit(context.trainer, context.kind))
+    if not context.wants_loss:
         return total
-    if session.policy_logps is None:
+    policy = micro_batch.policy
+    if policy is None:
         raise PluginError(
-            f"{type(session.trainer).__name__} computed its loss without TRL's log-probability method, so "
-            f"{', '.join(session.plan.users('policy_loss', 'loss_terms', 'loss_metrics'))} cannot act."
+            f"{type(context.trainer).__name__} computed its loss without TRL's log-probability method, so "
+            f"{', '.join(context.plan.users('policy_loss', 'loss_terms', 'loss_metrics'))} cannot act."
         )
     loss = Loss(
-        mode=trainer_state.mode(session.trainer),
-        step=session.trainer.state.global_step,
-        trainer=session.view,
+        mode=trainer_state.mode(context.trainer),
+        step=context.trainer.state.global_step,
+        trainer=context.view,
         batch=batch,
-        per_token_logps=session.policy_logps.per_token_logps,
-        entropies=session.policy_logps.entropies,
-        hidden_states=session.policy_hidden,
+        per_token_logps=policy.per_token_logps,
+        entropies=policy.entropies,
+        hidden_states=micro_batch.hidden_states,
     )
-    aux_loss = session.policy_logps.aux_loss
-    session.policy_logps, session.policy_hidden = None, {}
     metrics: dict[str, tuple[float, float]] = {}
-    for name, result in session.each("policy_loss", loss=loss):
+    for name, result in context.calls.each("policy_loss", loss=loss):
         if not isinstance(result, PolicyLoss):
             raise PluginError(
                 f"plugin {name!r} returned {type(result).__name__} from 'policy_loss', expected PolicyLoss."
             )
-        total = _average(session, name, result, loss)
-        if aux_loss is not None:
-            total = total + losses.router_loss(session.trainer, session.kind, aux_loss)
-    for name, terms in session.each("loss_terms", loss=loss):
-        for term, value in session.mapping(name, "loss_terms", terms).items():
+        total = _average(context, name, result, loss)
+        if policy.aux_loss is not None:
+            total = total + losses.router_loss(context.trainer, context.kind, policy.aux_loss)
+    for name, terms in context.calls.each("loss_terms", loss=loss):
+        for term, value in as_mapping(name, "loss_terms", terms).items():
             if isinstance(value, PolicyLoss):
-                scaled = _average(session, name, value, loss)
+                scaled = _average(context, name, value, loss)
             elif isinstance(value, torch.Tensor) and value.dim() == 0:
-                scaled = value / losses.loss_divisor(session.trainer, session.kind)
+                scaled = value / losses.loss_divisor(context.trainer, context.kind)
             else:
                 got = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
                 raise PluginError(
                     f"plugin {name!r} returned the loss term {term!r} as {got}, expected a 0-d tensor or PolicyLoss."
                 )
             total = total + scaled
-            metrics[f"{name}/{term}"] = (scaled.item() * losses.loss_divisor(session.trainer, session.kind), 1)
-    metrics |= session.collect("loss_metrics", loss=loss)
-    session.report(metrics)
+            metrics[f"{name}/{term}"] = (scaled.item() * losses.loss_divisor(context.trainer, context.kind), 1)
+    metrics |= context.calls.metrics("loss_metrics", loss=loss)
+    context.report_logged(loss.metric_log, metrics)
     return total
 
 
-def _average(session: Session, name: str, result: PolicyLoss, loss: Loss) -> torch.Tensor:
+def _average(context: Context, name: str, result: PolicyLoss, loss: Loss) -> torch.Tensor:
     """The average that a plugin asks for, scaled for accumulation."""
-    divisor = losses.loss_divisor(session.trainer, session.kind)
+    divisor = losses.loss_divisor(context.trainer, context.kind)
     if result.values.dim() == 0:
-        if session.has("keep_rows") and "keep_rows" not in session.plugins[name].honours:
-            others = ", ".join(session.plan.users("keep_rows"))
+        if context.calls.has("keep_rows") and "keep_rows" not in context.plan.plugins[name].honours:
+            others = ", ".join(context.plan.users("keep_rows"))
             raise PluginError(
                 f"plugin {name!r} returned a scalar from 'policy_loss', and {others} leaves rows out. Return one loss "
                 f"per token, or average over the rows where `loss.mask` is not 0 and declare honours = ('keep_rows',)."
@@ -144,8 +109,8 @@ def _average(session: Session, name: str, result: PolicyLoss, loss: Loss) -> tor
             f"{tuple(loss.mask.shape)}."
         )
     if result.normalisation == "trainer":
-        total = losses.aggregate(session.trainer, session.kind, result.values, loss.mask, loss.batch)
-        return _weighted(total, loss.batch, losses.loss_unit(session.trainer, session.kind))
+        total = losses.aggregate(context.trainer, context.kind, result.values, loss.mask, loss.batch)
+        return _weighted(total, loss.batch, losses.loss_unit(context.trainer, context.kind))
     if result.normalisation == "token_mean":
         return _weighted(masked_mean(result.values, loss.mask), loss.batch, "micro_batch") / divisor
     return _weighted(masked_mean(result.values, loss.mask, dim=1).mean(), loss.batch, "rows") / divisor

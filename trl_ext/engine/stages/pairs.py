@@ -9,18 +9,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from trl_ext_hooks import Logps, LogpsCall, PairLogps, Pairs, ScoredPairs
 
 from ...errors import ConfigError, PluginError
 from ...trl_internals import forwards, trainer_state
-from . import loss
-
-if TYPE_CHECKING:
-    import torch
-
-    from ..host import Session
+from ..calls import as_mapping
+from ..context import Context
+from . import forward, loss
 
 HOOKS = ("pair_batch", "pair_logps", "pair_metrics")
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -63,29 +62,29 @@ def without_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name != KEY}
 
 
-def batch_of(session: Session, inputs: Mapping[str, Any]) -> Pairs:
+def batch_of(context: Context, inputs: Mapping[str, Any]) -> Pairs:
     """The hooks' view of a collated batch."""
     carried = inputs.get(KEY)
     if not isinstance(carried, Rows):
         raise PluginError(
-            f"{type(session.trainer).__name__} made a batch without its dataset rows, so "
-            f"{', '.join(session.plan.users(*HOOKS))} cannot act. Give the trainer its `data_collator` before the "
+            f"{type(context.trainer).__name__} made a batch without its dataset rows, so "
+            f"{', '.join(context.plan.users(*HOOKS))} cannot act. Give the trainer its `data_collator` before the "
             f"plugins are attached."
         )
     return Pairs(
-        mode=trainer_state.mode(session.trainer),
-        step=session.trainer.state.global_step,
-        trainer=session.view,
+        mode=trainer_state.mode(context.trainer),
+        step=context.trainer.state.global_step,
+        trainer=context.view,
         batch=without_rows(inputs),
         rows=carried.rows,
     )
 
 
-class _MicroBatch:
-    """What happens to one micro-batch between its two forwards."""
+class _Forwards:
+    """The two forwards of one micro-batch: the reference's, and then the policy's."""
 
-    def __init__(self, session: Session, pairs: Pairs, fields: Mapping[str, Any]) -> None:
-        self.session = session
+    def __init__(self, context: Context, pairs: Pairs, fields: Mapping[str, Any]) -> None:
+        self.context = context
         self.pairs = pairs
         self.fields = fields
         self.policy: torch.Tensor | None = None
@@ -99,12 +98,12 @@ class _MicroBatch:
             assert self.reference is not None
             self.answered = True  # the forward itself ran before the policy's
             return dataclasses.replace(self.reference, per_token_logps=self.rewritten)
-        result = loss.logps(self.session, call, dense)
+        result = forward.logps(self.context, call, dense)
         if call.role == "reference":
             self.reference = result
             return result
         self.policy = result.per_token_logps
-        if not self.session.has("pair_logps"):
+        if not self.context.calls.has("pair_logps"):
             return result
         return dataclasses.replace(result, per_token_logps=self._rewrite(result.per_token_logps))
 
@@ -117,8 +116,8 @@ class _MicroBatch:
             raise PluginError("the reference was not computed before the policy; report this with your TRL version.")
         reference, masked = self.reference.per_token_logps, ~self.pairs.mask
         gradient = policy.requires_grad
-        for name, caller in self.session.chain("pair_logps"):
-            result = self.session.call(name, "pair_logps", caller, pairs=self.scored(policy, reference))
+        for name, caller in self.context.calls.chain("pair_logps"):
+            result = self.context.calls.call(name, "pair_logps", caller, pairs=self.scored(policy, reference))
             if result is None:
                 continue
             _check(name, result, policy, gradient)
@@ -129,7 +128,7 @@ class _MicroBatch:
 
 
 def compute(
-    session: Session,
+    context: Context,
     inputs: Mapping[str, Any],
     stock: Callable[[Mapping[str, Any]], Any],
     reference: Callable[[Mapping[str, Any]], Any],
@@ -137,55 +136,65 @@ def compute(
     """The loss of a micro-batch of pairs.
 
     Args:
-        session: The plugins.
+        context: The plugins.
         inputs: The collated batch.
         stock: TRL's loss of a batch.
         reference: TRL's forward of the reference on a batch; its result is caught on the way.
     """
-    batch = loss.edited(session, without_rows(inputs))
-    if not session.has("logps", *HOOKS):
-        return stock(batch)
-    if session.has(*HOOKS):
-        result = _with_hooks(session, inputs, batch, stock, reference)
-    else:
-        with forwards.pair_forwards(session.trainer, lambda call, dense: loss.logps(session, call, dense)):
-            result = stock(batch)
-    session.policy_logps = None  # it holds the graph
-    return result
+    batch = loss.edited(context, without_rows(inputs))
+    with context.in_loss(batch):
+        return _compute(context, inputs, batch, stock, reference)
 
 
-def _with_hooks(
-    session: Session,
+def _compute(
+    context: Context,
     inputs: Mapping[str, Any],
     batch: Mapping[str, Any],
     stock: Callable[[Mapping[str, Any]], Any],
     reference: Callable[[Mapping[str, Any]], Any],
 ) -> Any:
-    pairs = dataclasses.replace(batch_of(session, inputs), batch=batch)
-    current = _MicroBatch(session, pairs, _fields(session, pairs))
-    watched = session.has("logps", "pair_logps", "pair_metrics")  # before TRL 1.15 the forward cannot be
-    with forwards.pair_forwards(session.trainer, current.forward) if watched else contextlib.nullcontext():
-        if session.has("pair_logps"):
+    if not context.calls.has("logps", *HOOKS):
+        return stock(batch)
+    if context.calls.has(*HOOKS):
+        return _with_hooks(context, inputs, batch, stock, reference)
+    with forwards.pair_forwards(context.trainer, lambda call, dense: forward.logps(context, call, dense)):
+        return stock(batch)
+
+
+def _with_hooks(
+    context: Context,
+    inputs: Mapping[str, Any],
+    batch: Mapping[str, Any],
+    stock: Callable[[Mapping[str, Any]], Any],
+    reference: Callable[[Mapping[str, Any]], Any],
+) -> Any:
+    pairs = dataclasses.replace(batch_of(context, inputs), batch=batch)
+    current = _Forwards(context, pairs, _fields(context, pairs))
+    watched = context.calls.has("logps", "pair_logps", "pair_metrics")  # before TRL 1.15 the forward cannot be
+    with forwards.pair_forwards(context.trainer, current.forward) if watched else contextlib.nullcontext():
+        if context.calls.has("pair_logps"):
             reference(batch)
         result = stock(batch)
-    if session.has("pair_logps") and not current.answered:
+    if context.calls.has("pair_logps") and not current.answered:
         raise PluginError(
-            f"{type(session.trainer).__name__} took its reference log-probabilities from somewhere else than the "
-            f"reference's forward, so {', '.join(session.plan.users('pair_logps'))} changed the policy's alone."
+            f"{type(context.trainer).__name__} took its reference log-probabilities from somewhere else than the "
+            f"reference's forward, so {', '.join(context.plan.users('pair_logps'))} changed the policy's alone."
         )
-    if session.has("pair_metrics"):
+    metrics: dict[str, tuple[float, float]] = {}
+    if context.calls.has("pair_metrics"):
         if current.policy is None:
-            raise PluginError(f"{type(session.trainer).__name__} computed its loss without TRL's fused forward.")
+            raise PluginError(f"{type(context.trainer).__name__} computed its loss without TRL's fused forward.")
         raw = None if current.reference is None else current.reference.per_token_logps.detach()
-        session.report(session.collect("pair_metrics", pairs=current.scored(current.policy.detach(), raw)))
+        metrics = context.calls.metrics("pair_metrics", pairs=current.scored(current.policy.detach(), raw))
+    context.report_logged(pairs.metric_log, metrics)
     return result
 
 
-def _fields(session: Session, pairs: Pairs) -> dict[str, Any]:
+def _fields(context: Context, pairs: Pairs) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, result in session.each("pair_batch", pairs=pairs):
-        for field, value in session.mapping(name, "pair_batch", result).items():
-            session.owned(name, "pair_batch", field)
+    for name, result in context.calls.each("pair_batch", pairs=pairs):
+        for field, value in as_mapping(name, "pair_batch", result).items():
+            context.calls.check_declared(name, "pair_batch", field)
             found[field] = value
     return found
 

@@ -5,22 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from trl_ext_hooks import Pairs
 
 from ...errors import ConfigError
+from ..context import Context
 from . import pairs as stage
 
-if TYPE_CHECKING:
-    from ..host import Session
 
-
-def add_columns(session: Session, name: str, score: Callable[[Pairs], torch.Tensor], key: str) -> None:
+def add_columns(context: Context, name: str, score: Callable[[Pairs], torch.Tensor], key: str) -> None:
     """Adds `chosen_NAME` and `rejected_NAME` to the trainer's data; see `TrainerView.precompute_pairs`."""
-    trainer = session.trainer
+    trainer = context.trainer
     training, evaluation = trainer.train_dataset, trainer.eval_dataset
 
     def undo() -> None:
@@ -28,18 +26,18 @@ def add_columns(session: Session, name: str, score: Callable[[Pairs], torch.Tens
 
     sets = {"train": training}
     sets |= evaluation if isinstance(evaluation, dict) else {"eval": evaluation} if evaluation is not None else {}
-    made = {label: _with_columns(session, data, label, name, score, key) for label, data in sets.items()}
+    made = {label: _with_columns(context, data, label, name, score, key) for label, data in sets.items()}
     trainer.train_dataset = made.pop("train")
     if isinstance(evaluation, dict):
         trainer.eval_dataset = made
     elif evaluation is not None:
         trainer.eval_dataset = made["eval"]
-    session.undo.append(undo)
-    session.columns += [f"{side}_{name}" for side in ("chosen", "rejected")]
+    context.undo.append(undo)
+    context.columns += [f"{side}_{name}" for side in ("chosen", "rejected")]
 
 
 def _with_columns(
-    session: Session, data: Any, label: str, name: str, score: Callable[[Pairs], torch.Tensor], key: str
+    context: Context, data: Any, label: str, name: str, score: Callable[[Pairs], torch.Tensor], key: str
 ) -> Any:
     from accelerate.utils import broadcast_object_list
     from datasets import Dataset, IterableDataset, concatenate_datasets
@@ -49,14 +47,14 @@ def _with_columns(
             f"{name} cannot be computed ahead for the {label} data: they are read as they come, or are not text. Leave "
             f"this to training."
         )
-    args, accelerator = session.trainer.args, session.trainer.accelerator
+    args, accelerator = context.trainer.args, context.trainer.accelerator
     fingerprint = _digest(data, name, key, args.max_length, args.truncation_mode)
     place = [(fingerprint, data._get_cache_file_path(fingerprint))]
     broadcast_object_list(place, from_process=0)  # data in memory have a folder per process
     fingerprint, file = place[0]
-    if all(session.view.gather_objects([os.path.exists(file)])):
+    if all(context.view.gather_objects([os.path.exists(file)])):
         return concatenate_datasets([data, Dataset.from_file(file)], axis=1)
-    found = _score(session, data, f"Computing {name} for the {label} data", score)
+    found = _score(context, data, f"Computing {name} for the {label} data", score)
     columns = {f"{side}_{name}": [row[i] for row in found] for i, side in enumerate(("chosen", "rejected"))}
     if accelerator.is_main_process:
         data.map(
@@ -85,18 +83,18 @@ def _digest(data: Any, *settings: Any) -> str:
 
 
 def _score(
-    session: Session, data: Any, title: str, score: Callable[[Pairs], torch.Tensor]
+    context: Context, data: Any, title: str, score: Callable[[Pairs], torch.Tensor]
 ) -> list[tuple[list[float], list[float]]]:
     """The values of every row's chosen and rejected tokens, in the order of the data, on all processes."""
     from torch.utils.data import DataLoader
     from tqdm.auto import tqdm
 
-    args, accelerator = session.trainer.args, session.trainer.accelerator
-    loader = DataLoader(data, args.per_device_eval_batch_size, collate_fn=session.trainer.data_collator)
+    args, accelerator = context.trainer.args, context.trainer.accelerator
+    loader = DataLoader(data, args.per_device_eval_batch_size, collate_fn=context.trainer.data_collator)
     disabled = bool(os.environ.get("TQDM_DISABLE")) or not accelerator.is_main_process
     found: list[tuple[list[float], list[float]]] = []
     for inputs in tqdm(accelerator.prepare(loader), desc=title, disable=disabled):
-        pairs = stage.batch_of(session, inputs)
+        pairs = stage.batch_of(context, inputs)
         values = score(pairs)
         if values.shape != pairs.mask.shape:
             raise ConfigError(f"{title}: got values of shape {tuple(values.shape)}, expected {tuple(pairs.mask.shape)}")
@@ -109,7 +107,7 @@ def _score(
             )
             for i, row in enumerate(pairs.rows)
         ]
-        found += session.view.gather_objects(rows)
+        found += context.view.gather_objects(rows)
     return found[: len(data)]  # the last batch is filled up, so that every process has one
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -12,13 +12,12 @@ from trl_ext_hooks import Rewards, Rollout, Scored
 
 from ...errors import PluginError
 from ...trl_internals import rewards, trainer_state
-
-if TYPE_CHECKING:
-    from ..host import Session
+from ..calls import as_mapping
+from ..context import Context
 
 
 def score(
-    session: Session,
+    context: Context,
     rows: list[dict[str, Any]],
     prompts: list[Any],
     completions: list[Any],
@@ -27,16 +26,16 @@ def score(
 ) -> torch.Tensor:
     """Annotates the rollout, runs the reward functions, and lets plugins rewrite the rewards of all processes."""
     if not (
-        session.recording
-        or session.has("annotate", "rewards", "advantages", "keep_rows", "batch_fields", "round_metrics")
+        context.recording
+        or context.calls.has("annotate", "rewards", "advantages", "keep_rows", "batch_fields", "round_metrics")
     ):
         return stock(rows, prompts, completions, completion_ids)
-    rollout = _rollout(session, rows, prompts, completions, completion_ids)
-    fields, gathered = _annotate(session, rollout)
+    rollout = _rollout(context, rows, prompts, completions, completion_ids)
+    fields, gathered = _annotate(context, rollout)
     if fields:
         rows = [{**row, **{name: values[i] for name, values in fields.items()}} for i, row in enumerate(rows)]
     values = stock(rows, prompts, completions, completion_ids)
-    trainer = session.trainer
+    trainer = context.trainer
     names, weights = rewards.reward_names(trainer), rewards.reward_weights(trainer)
     expected = (len(rollout.group_ids), len(names))
     if tuple(values.shape) != expected:
@@ -47,18 +46,18 @@ def score(
     scored = Scored(
         **vars(rollout), fields=fields, gathered=gathered, rewards=values, reward_names=names, reward_weights=weights
     )
-    session.seen("TRL", scored)
-    scored = _rewrite(session, scored)
-    state = session.current()
+    context.show("TRL", scored)
+    scored = _rewrite(context, scored)
+    state = context.current_round()
     state.rollout, state.scored = rollout, scored
-    state.columns.use(scored.reward_names, scored.reward_weights)
+    rewards.use_columns(trainer, scored.reward_names, scored.reward_weights)
     return scored.rewards
 
 
 def _rollout(
-    session: Session, rows: list[dict[str, Any]], prompts: list[Any], completions: list[Any], ids: list[list[int]]
+    context: Context, rows: list[dict[str, Any]], prompts: list[Any], completions: list[Any], ids: list[list[int]]
 ) -> Rollout:
-    trainer, view = session.trainer, session.view
+    trainer, view = context.trainer, context.view
     group = trainer_state.num_generations(trainer)
     total = len(rows) * view.num_processes
     return Rollout(
@@ -69,20 +68,21 @@ def _rollout(
         prompts=prompts,
         completions=completions,
         completion_ids=ids,
-        tool_mask=session.current().tool_mask,
+        tool_mask=context.current_round().tool_mask,
         group_ids=torch.arange(total, device=view.device) // group,
         offset=view.process_index * len(rows),
         trainer=view,
-        turns=session.current().turns,
+        turns=context.current_round().turns,
+        metric_log=context.current_round().log,
     )
 
 
-def _annotate(session: Session, rollout: Rollout) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _annotate(context: Context, rollout: Rollout) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     fields: dict[str, Any] = {}
     gathered: dict[str, torch.Tensor] = {}
-    for name, result in session.each("annotate", rollout=rollout):
-        for field, values in session.mapping(name, "annotate", result).items():
-            session.owned(name, "annotate", field)
+    for name, result in context.calls.each("annotate", rollout=rollout):
+        for field, values in as_mapping(name, "annotate", result).items():
+            context.calls.check_declared(name, "annotate", field)
             if rollout.rows and field in rollout.rows[0]:
                 raise PluginError(f"plugin {name!r} annotated {field!r}, which is a column of the data already.")
             if len(values) != len(rollout.rows):
@@ -92,13 +92,13 @@ def _annotate(session: Session, rollout: Rollout) -> tuple[dict[str, Any], dict[
                 )
             fields[field] = values
             if isinstance(values, torch.Tensor):
-                gathered[field] = session.view.gather(values.to(session.view.device))
+                gathered[field] = context.view.gather(values.to(context.view.device))
     return fields, gathered
 
 
-def _rewrite(session: Session, scored: Scored) -> Scored:
-    for name, caller in session.chain("rewards"):
-        result = session.call(name, "rewards", caller, scored=scored)
+def _rewrite(context: Context, scored: Scored) -> Scored:
+    for name, caller in context.calls.chain("rewards"):
+        result = context.calls.call(name, "rewards", caller, scored=scored)
         if result is None:
             continue
         if isinstance(result, torch.Tensor):
@@ -119,5 +119,5 @@ def _rewrite(session: Session, scored: Scored) -> Scored:
             reward_names=tuple(result.names),
             reward_weights=result.weights.to(scored.reward_weights),
         )
-        session.seen(name, scored)
+        context.show(name, scored)
     return scored

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,43 +12,32 @@ from trl_ext_hooks import Turns
 
 from ...errors import PluginError
 from ...trl_internals import trainer_state
-
-if TYPE_CHECKING:
-    from ..host import Session
-
-
-@dataclasses.dataclass(frozen=True)
-class Poll:
-    """What one environment tells at one moment; `reward` is None where it tells none."""
-
-    reward: float | None
-    done: bool
-    truncated: bool
+from ..context import Context, Poll
 
 
 @contextlib.contextmanager
-def reading(session: Session) -> Iterator[None]:
-    """Inside the block, which is one generation of all rows with its tool calls, environments are read."""
-    if "turns" not in session.plan.needs:
+def reading(context: Context) -> Iterator[None]:
+    """Reads environments during the block, which is one generation of all rows with its tool calls."""
+    if "turns" not in context.plan.needs:
         yield
         return
-    state = session.current()
+    state = context.current_round()
     state.polls, state.turns = [], None
     try:
         yield
-        read(session)
-        state.turns = between(state.polls, session.view.device)
+        read(context)
+        state.turns = between(state.polls, context.view.device)
     finally:
         state.polls = None
 
 
-def read(session: Session) -> None:
+def read(context: Context) -> None:
     """Reads the environments of all rows, at the beginning of a turn and at the end of the last."""
-    if session.round is None or session.round.polls is None:
+    if context.round is None or context.round.polls is None:
         return
-    environments = trainer_state.environments(session.trainer)
+    environments = trainer_state.environments(context.trainer)
     if environments:
-        session.round.polls.append([poll(each) for each in environments])
+        context.round.polls.append([poll(each) for each in environments])
 
 
 def poll(environment: Any) -> Poll:
@@ -73,7 +61,7 @@ def poll(environment: Any) -> Poll:
 
 
 def between(polls: Sequence[Sequence[Poll]], device: torch.device) -> Turns | None:
-    """J + 1 readings of b environments as J turns; None where there are no environments."""
+    """Turns J + 1 readings of b environments into J turns; returns None where there are no environments."""
     if not polls:
         return None
     rows = list(zip(*polls, strict=True))  # b rows of J + 1 readings

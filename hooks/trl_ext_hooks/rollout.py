@@ -1,0 +1,172 @@
+# mypy: disable-error-code="empty-body"
+"""Rows and generation: a round before it is scored, and the hooks that choose prompts and surround the sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .basics import Logs, Mode
+from .plugin import hookspec
+from .trainer import TrainerView
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a rollout produced, one entry per prompt (b rows).
+
+    Attributes:
+        prompt_ids: Token ids of each prompt, unpadded.
+        completion_ids: Token ids of each completion, unpadded, tool results included.
+        completions: Text or messages, as the reward functions receive them.
+        tool_mask: Per completion token 1 = written by the model, 0 = tool result; None without tools.
+        logprobs: Log-probabilities reported by the sampler, or None.
+        extra: Further values of TRL's own rollout, to be passed on unchanged.
+    """
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    completions: list[Any]
+    tool_mask: list[list[int]] | None = None
+    logprobs: Any = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What environments gave between the turns of the model: for plugins with the need `turns`.
+
+    Turn j of a row is what the model wrote in the j-th generation of a round, the j-th run of ones in its `tool_mask`,
+    and the tool calls that this led to, up to the next generation or the end. J is the largest number of turns of a row
+    on this process; a row that stopped earlier stays as it was. Environments are read before every generation and at
+    the end, so this holds with several calls in a turn, with calls that fail, and where an answer was too long to keep.
+
+    An environment tells its cumulative reward as a number `total_reward`, or the rewards of its steps as a list
+    `step_rewards`; that it has ended by itself as `done`, and by a limit as `truncated`. None of them has to exist.
+
+    Attributes:
+        rewards: (b, J) float64: how much the cumulative reward grew in the turn; NaN where it is not finite.
+        done, truncated: (b, J + 1) bool: as they were before turn j, and at the end.
+        rewarded: (b,) bool: whether the environment tells rewards at all; `rewards` is 0 where it does not.
+    """
+
+    rewards: torch.Tensor
+    done: torch.Tensor
+    truncated: torch.Tensor
+    rewarded: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Rollout(Logs):
+    """A generated round before scoring. Lists have the b local rows.
+
+    Attributes:
+        mode: `"train"` or `"eval"`.
+        step: Optimizer steps taken so far.
+        num_generations: G of this mode.
+        rows: Dataset rows.
+        prompts, completions: Text or messages.
+        completion_ids: Token ids of each completion, unpadded.
+        tool_mask: See `Generation.tool_mask`.
+        group_ids: (N,) which rows share a prompt: equal numbers, equal group.
+        offset: Index of this process's first row among the N.
+        trainer: The trainer.
+        turns: What the environments gave turn by turn, with the need `turns`; None where there are none.
+    """
+
+    mode: Mode
+    step: int
+    num_generations: int
+    rows: list[dict[str, Any]]
+    prompts: list[Any]
+    completions: list[Any]
+    completion_ids: list[list[int]]
+    tool_mask: list[list[int]] | None
+    group_ids: torch.Tensor
+    offset: int
+    trainer: TrainerView
+    turns: Turns | None = field(default=None, kw_only=True)
+
+    @property
+    def local(self) -> slice:
+        """Selects this process's rows from a tensor over the N rows."""
+        return slice(self.offset, self.offset + len(self.rows))
+
+    @property
+    def tool_calls(self) -> torch.Tensor:
+        """(b,) int64: executed tool calls of each rollout, that is its messages with the role `tool`.
+
+        Rollouts that are plain text hold no messages: see `trl_ext_hooks.toolkit.tool_calls.CallCounter`.
+        """
+        from .toolkit.tool_calls import count_tool_messages
+
+        return count_tool_messages(self.completions).to(self.trainer.device)
+
+
+Generate = Callable[[list[Any]], Generation]
+Fields = Mapping[str, "torch.Tensor | Sequence[Any]"]
+
+
+@hookspec
+def select_rows(rows: list[dict[str, Any]], trainer: TrainerView) -> list[dict[str, Any]] | None:
+    """Replaces the prompts of a training round, before anything is generated. Chained.
+
+    Gets the dataset rows of all processes (N, every prompt G times in a row) and returns N rows in the same layout.
+    Every process gets the same rows and has to return the same rows; each then keeps its own part. GRPO, RLOO; training
+    rounds only.
+
+    ```python
+    class EasiestFirst(Plugin):
+        name = "easiest-first"
+        trainers = ("grpo", "rloo")
+        needs = ("column:difficulty",)
+
+        @hookimpl
+        def select_rows(self, rows):
+            return sorted(rows, key=lambda row: row["difficulty"])  # stable: copies of a prompt stay together
+    ```
+    """
+
+
+@hookspec
+def rollout(prompts: list[Any], generate: Generate, trainer: TrainerView) -> Generation:
+    """Surrounds the generation of a round. Plugins nest in order, the first one outermost. Collective.
+
+    `generate(prompts)` runs the next plugin and finally TRL's generation, tools included. It may be called again for
+    a second pass, on every process the same number of times, and always takes and returns b rows (a group may lie on
+    two processes). GRPO and RLOO.
+
+    ```python
+    class ThinkHint(Plugin):
+        name = "think-hint"
+        trainers = ("grpo",)
+
+        @hookimpl
+        def rollout(self, prompts, generate):
+            return generate([[*prompt, {"role": "user", "content": "Think first."}] for prompt in prompts])
+    ```
+    """
+
+
+@hookspec
+def annotate(rollout: Rollout) -> Fields | None:
+    """Adds values per row after generation and before rewards, such as counted tool calls. All plugins. Collective.
+
+    Returns {name: b values}; names must be declared in `fields`. Reward functions receive them as keyword arguments,
+    later hooks in `fields`, and tensors (b, ...) also from all processes in `gathered`.
+
+    ```python
+    class CountQuestions(Plugin):
+        name = "count-questions"
+        trainers = ("grpo", "rloo")
+        fields = ("questions",)
+
+        @hookimpl
+        def annotate(self, rollout):
+            return {"questions": torch.tensor([float(str(text).count("?")) for text in rollout.completions])}
+    ```
+    """

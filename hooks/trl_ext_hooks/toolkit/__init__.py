@@ -1,0 +1,1 @@
+"""Functions that methods share. Import its modules by name: most of them import torch."""

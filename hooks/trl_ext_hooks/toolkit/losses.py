@@ -1,0 +1,34 @@
+"""Pieces of policy losses: the clipped surrogate, weighted gradients and masked means."""
+
+from __future__ import annotations
+
+import torch
+
+
+def scale_gradient(values: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+    """The same values, whose gradient is multiplied by `factor` (same shape or broadcast); None leaves it alone."""
+    if factor is None:
+        return values
+    constant = values.detach()
+    return constant + factor * (values - constant)
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+    """Mean of the `values` where `mask` is 1, over `dim` or everything; 0 where nothing is counted."""
+    dims = tuple(range(values.dim())) if dim is None else dim
+    return (values * mask).sum(dims) / mask.sum(dims).clamp(min=1)
+
+
+def clipped_surrogate(
+    ratio: torch.Tensor, advantages: torch.Tensor, low: float, high: float, delta: float | None = None
+) -> torch.Tensor:
+    """Returns the loss -min(min(rho, delta) * A, clip(rho, 1 - low, 1 + high) * A) of PPO, one value per entry.
+
+    Args:
+        ratio: rho, the policy over the sampling policy; (m, T) per token or (m, 1) per row.
+        advantages: A, constants; (m, 1) or (m, T).
+        low, high: Clip range, such as `loss.clip_range`.
+        delta: Upper bound of the unclipped ratio, which caps the loss where A < 0 (dual clip). None bounds nothing.
+    """
+    bounded = ratio if delta is None else ratio.clamp(max=delta)
+    return -torch.min(bounded * advantages, ratio.clamp(1 - low, 1 + high) * advantages)

@@ -1,0 +1,113 @@
+"""Tool calls of rollouts: the one place that decides what a call is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..rollout import Rollout
+from ..scoring import Scored
+from ..setup import Config, Need, Refuse, Requirement
+
+
+def count_tool_messages(completions: Sequence[Any]) -> torch.Tensor:
+    """Executed tool calls of each completion: its messages with the role `tool`.
+
+    A failed call answers with a message too and counts. A call that the model wrote and nobody executed (turn limit, or
+    a result that would not have fitted) has no message and does not count. Parallel calls in one turn count one each.
+
+    Args:
+        completions: b lists of messages; a plain text holds no messages and counts 0.
+
+    Returns:
+        (b,) int64.
+    """
+    counts = [
+        0 if isinstance(completion, str) else sum(message.get("role") == "tool" for message in completion)
+        for completion in completions
+    ]
+    return torch.tensor(counts, dtype=torch.int64)
+
+
+def count_tag(texts: Sequence[str], tag: str) -> torch.Tensor:
+    """How often `tag` stands in each text, without overlaps: tool calls of rollouts that are plain text.
+
+    Returns:
+        (b,) int64.
+    """
+    if not tag:
+        raise ValueError("the tag must not be empty")
+    return torch.tensor([text.count(tag) for text in texts], dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class CallCounter:
+    """How the tool calls of a rollout are counted: executed calls, unless `tag` or `field` says otherwise.
+
+    Executed calls are messages with the role `tool` (`Rollout.tool_calls`), which TRL's tool loop writes. A
+    `rollout_func` leaves none behind, and RLOO has no tools: there a call is a tag in the text, or a number that the
+    `rollout_func` reports itself.
+
+    Attributes:
+        tag: Text that opens a call, such as `<tool_call>`. It is counted in the decoded completion, special tokens and
+            inserted results included, so name what opens a result to count executed calls only.
+        field: Name of a value per rollout: of what `rollout_func` returns, or of what a plugin annotates.
+    """
+
+    tag: str | None = None
+    field: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.tag == "" or self.field == "":
+            raise ValueError("call_tag and calls_field must not be empty; leave them out to count tool messages")
+        if self.tag is not None and self.field is not None:
+            raise ValueError("call_tag and calls_field exclude each other")
+
+    def requirements(self, config: Config, plugin: str) -> Iterator[Requirement]:
+        """For `configure`: refuses a run in which nothing would ever be counted.
+
+        Args:
+            config: As `configure` gets it.
+            plugin: Name of the plugin, for its options `call_tag` and `calls_field`.
+        """
+        if self.tag is not None or self.field is not None:
+            return
+        if config.kind == "rloo":
+            yield Refuse("the RLOO trainer has no tool loop, so no tool message exists.", f"Set {plugin}.call_tag.")
+        elif config.tool_sources == ("rollout_func",):
+            yield Refuse(
+                "completions of a rollout_func hold no tool messages, so no call would be counted.",
+                f"Set {plugin}.calls_field to a list that it returns, or {plugin}.call_tag to the text that opens a "
+                f"call.",
+            )
+        elif config.tool_sources:
+            yield Need("tools")
+
+    def count(self, rollout: Rollout) -> torch.Tensor:
+        """(b,) int64 calls of each rollout of this process."""
+        if self.field is not None:
+            return torch.tensor(self._values(rollout, self.field), dtype=torch.int64, device=rollout.trainer.device)
+        if self.tag is not None:
+            decode = rollout.trainer.processing_class.batch_decode
+            return count_tag(decode(rollout.completion_ids), self.tag).to(rollout.trainer.device)
+        return rollout.tool_calls
+
+    def gather(self, rollout: Rollout) -> torch.Tensor:
+        """(N,) int64 calls of the rollouts of all processes. Collective."""
+        return rollout.trainer.gather(self.count(rollout))
+
+    def _values(self, rollout: Rollout, field: str) -> list[int]:
+        annotated = rollout.fields.get(field) if isinstance(rollout, Scored) else None
+        rows = [row.get(field) for row in rollout.rows] if annotated is None else list(annotated)
+        values: list[int] = []
+        for row, value in enumerate(rows):
+            if value is None:
+                known = ", ".join(sorted({*rollout.rows[row], *getattr(rollout, "fields", ())}))
+                raise KeyError(f"row {row} has no field {field!r} with its number of tool calls; it has {known}")
+            if int(value) != value or value < 0:
+                raise ValueError(f"field {field!r} of row {row} is {value!r}, expected a whole number of tool calls")
+            values.append(int(value))
+        return values

@@ -1,0 +1,118 @@
+"""Building a trainer with plugins: the checks before TRL's constructor, the constructor, and what comes after it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from trl_ext_hooks import Config, TrainerKind
+
+from ..catalog.declaration import PluginSpec, instances
+from ..errors import ConfigError
+from ..plan.check import make_plan, provided_arguments
+from ..plan.compose import Plan, check_kind
+from ..plan.ownership import check_owned
+from ..plan.show import print_plan
+from ..plan.stages import TOOL_SOURCES
+from ..trl_internals import generation, rewards, seams, trainer_state
+from .attach import has_plugins, put_in_front
+
+
+def construct(
+    specs: tuple[PluginSpec, ...], original: Callable[..., None], trainer: Any, args: Any, kwargs: Any
+) -> None:
+    """Runs a trainer's constructor with plugins.
+
+    Args:
+        specs: The plugins.
+        original: The constructor.
+        trainer: The object that is being constructed.
+        args: The caller's positional arguments.
+        kwargs: The caller's keyword arguments.
+    """
+    kind = check_class(type(trainer), specs)
+    plugins = instances(specs)
+    signature = inspect.signature(original)
+    bound: dict[str, Any] = {}
+    for name, value in signature.bind_partial(trainer, *args, **kwargs).arguments.items():
+        variadic = signature.parameters[name].kind
+        if variadic is inspect.Parameter.VAR_KEYWORD:
+            bound |= value
+        elif variadic is not inspect.Parameter.VAR_POSITIONAL:
+            bound[name] = value
+    provided = provided_arguments(specs, plugins, bound)
+    kwargs, bound = {**kwargs, **provided}, {**bound, **provided}
+    config, plan = None, None
+    if bound.get("args") is not None:  # without arguments TRL makes its own, and the plan waits for them
+        config = _config_of_arguments(kind, bound)
+        plan = make_plan(specs, config, plugins)
+        if "tools" in plan.needs and not generation.renders_tool_calls(bound):
+            raise ConfigError(
+                f"{' and '.join(plan.needs['tools'])}: rollouts must be able to call tools, and the chat template of "
+                f"this model loses a tool call or its result (a message of the role 'tool'). Use a model that was "
+                f"trained with tools, such as Qwen/Qwen3-0.6B, or set the chat_template of the processing_class."
+            )
+    original(trainer, *args, **kwargs)
+    if config is None or plan is None:
+        plan = make_plan(specs, _config_of_trainer(trainer, kind), plugins)
+    elif config.reward_names is None:
+        config = dataclasses.replace(config, reward_names=rewards.reward_names(trainer))
+        plan = make_plan(specs, config, plugins)
+    _start(trainer, plan)
+
+
+def attach_to(trainer: Any, specs: tuple[PluginSpec, ...]) -> None:
+    """Gives plugins to a trainer that exists."""
+    kind = check_class(type(trainer), specs)
+    late = [spec.name for spec in specs if "trainer_arguments" in spec.hooks]
+    if late:
+        raise ConfigError(
+            f"plugin {late[0]!r} supplies constructor arguments, so it cannot be attached to an existing trainer. Use "
+            f"trl_ext.enable or trl_ext.extend."
+        )
+    _start(trainer, make_plan(specs, _config_of_trainer(trainer, kind)))
+
+
+def _start(trainer: Any, plan: Plan) -> None:
+    put_in_front(trainer, plan)
+    if trainer.accelerator.is_main_process:
+        print_plan(plan)
+
+
+def check_class(cls: type[Any], specs: tuple[PluginSpec, ...]) -> TrainerKind:
+    """Refuses a trainer class that the plugins, or this TRL, cannot serve; returns its kind."""
+    seams.check_version()
+    kind = seams.kind_of(cls)
+    if kind is None:
+        raise ConfigError(f"{cls.__name__} is none of TRL's GRPOTrainer, RLOOTrainer and DPOTrainer, nor a subclass.")
+    if has_plugins(cls):
+        raise ConfigError(f"this {cls.__name__} already has plugins. Name all of them in one call.")
+    check_kind(specs, kind)
+    check_owned(specs)
+    seams.check_seams(kind, users(specs))
+    return kind
+
+
+def users(specs: tuple[PluginSpec, ...]) -> set[str]:
+    """Returns the hooks and needs of plugins, which decide what of TRL must be there."""
+    return {use for spec in specs for use in spec.uses}
+
+
+def _config_of_arguments(kind: TrainerKind, bound: Mapping[str, Any]) -> Config:
+    functions = bound.get("reward_funcs") or ()
+    functions = functions if isinstance(functions, list | tuple) else [functions]
+    names = None if bound.get("environment_factory") is not None else tuple(map(rewards.reward_name, functions))
+    sources = tuple(name for name in TOOL_SOURCES if bound.get(name))
+    return Config(kind, bound["args"], names, _columns(bound.get("train_dataset")), (), sources)
+
+
+def _config_of_trainer(trainer: Any, kind: TrainerKind) -> Config:
+    names, columns = rewards.reward_names(trainer), _columns(trainer.train_dataset)
+    return Config(kind, trainer.args, names, columns, (), trainer_state.tool_sources(trainer))
+
+
+def _columns(dataset: Any) -> tuple[str, ...] | None:
+    names = getattr(dataset, "column_names", None)
+    return tuple(names) if isinstance(names, list) else None

@@ -1,0 +1,176 @@
+"""The context of the stages: the plugins of a trainer, the round that is under way, and the micro-batch in its loss."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from trl_ext_hooks import Logps, Rollout, Scored, Turns
+from trl_ext_hooks.basics import MetricLog, Role, loss_mask
+
+from ..errors import PluginError
+from ..plan.compose import Plan
+from ..trl_internals import trainer_state
+from .calls import HookCalls
+from .observer import Recorder, RoundRecord
+from .view import View
+
+
+@dataclasses.dataclass(frozen=True)
+class Poll:
+    """What one environment tells at one moment; `reward` is None where it tells none."""
+
+    reward: float | None
+    done: bool
+    truncated: bool
+
+
+@dataclasses.dataclass
+class RoundState:
+    """What the stages of one round hand on to each other.
+
+    Attributes:
+        tool_mask: Per completion token 1 = written by the model, 0 = tool result.
+        polls: Readings of the environments while a generation runs, else None.
+        turns: The readings as turns, when the generation has ended.
+        hidden_states: What plugins asked for, from the first forward that scored the round.
+        log: The metrics that hooks log.
+        logps: Log-probabilities of the round by role, as TRL computed them.
+        rollout, scored: The round before and after its rewards.
+        record: The record of the round, where it is recorded.
+    """
+
+    tool_mask: list[list[int]] | None = None
+    polls: list[list[Poll]] | None = None
+    turns: Turns | None = None
+    hidden_states: dict[str, torch.Tensor] | None = None
+    log: MetricLog = dataclasses.field(default_factory=MetricLog)
+    logps: dict[Role, torch.Tensor] = dataclasses.field(default_factory=dict)
+    rollout: Rollout | None = None
+    scored: Scored | None = None
+    record: RoundRecord | None = None
+
+
+@dataclasses.dataclass
+class MicroBatch:
+    """One micro-batch inside its loss.
+
+    Attributes:
+        batch: Its tensors by TRL's names.
+        policy: What the policy's forward gave, with its graph; None before that forward.
+        hidden_states: What plugins asked for in that forward.
+    """
+
+    batch: Mapping[str, Any]
+    policy: Logps | None = None
+    hidden_states: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """(m, T): 1 on the tokens that the loss counts."""
+        return loss_mask(self.batch)
+
+
+class Context:
+    """What every stage may use. It knows no stage.
+
+    Attributes:
+        trainer: The TRL trainer.
+        plan: The checked plan of its plugins.
+        view: The trainer as plugins see it.
+        calls: The hooks of the plugins.
+        round: The round under way, else None.
+        micro_batch: The micro-batch inside its loss, else None.
+        reference: A frozen copy of the policy, where a plugin needs one and TRL has none.
+        recorder: Who records rounds, if anybody does.
+        columns: Columns of the data that plugins on pairs need.
+        undo: What has to be undone when the plugins are taken off.
+    """
+
+    def __init__(self, trainer: Any, plan: Plan) -> None:
+        self.trainer = trainer
+        self.plan = plan
+        self.kind = plan.kind
+        self.view = View(trainer, plan.kind)
+        self.calls = HookCalls(plan)
+        self.round: RoundState | None = None
+        self.micro_batch: MicroBatch | None = None
+        self.reference: Any = None
+        self.recorder: Recorder | None = None
+        self.columns: list[str] = []
+        self.undo: list[Callable[[], None]] = []
+        self.keeps_groups = bool({"whole_groups", "grouped_order"} & set(plan.needs))
+        self.wants_loss = self.calls.has("policy_loss", "loss_terms", "loss_metrics")
+        needs_logps = bool({"old_logps", "ref_logps"} & set(plan.needs))
+        self.watches_logps = self.wants_loss or self.calls.has("logps", "hidden_positions") or needs_logps
+
+    # --- the round and the micro-batch under way ---
+
+    @contextlib.contextmanager
+    def new_round(self) -> Iterator[RoundState]:
+        """Opens a round for the block."""
+        state = RoundState(record=None if self.recorder is None else self.recorder.begin())
+        self.round = state
+        try:
+            yield state
+        finally:
+            self.round = None
+
+    def current_round(self) -> RoundState:
+        """Returns the round under way, in which the caller must be."""
+        assert self.round is not None, "a stage ran outside a round"
+        return self.round
+
+    @contextlib.contextmanager
+    def in_loss(self, batch: Mapping[str, Any]) -> Iterator[MicroBatch]:
+        """Opens a micro-batch for the block, inside which the policy's forward belongs to it."""
+        current = MicroBatch(batch)
+        self.micro_batch = current
+        try:
+            yield current
+        finally:
+            self.micro_batch = None  # it holds the graph
+
+    # --- records and metrics ---
+
+    @property
+    def recording(self) -> bool:
+        """Whether the round under way is recorded. Equal on every process."""
+        return self.round is not None and self.round.record is not None
+
+    def show(self, by: str, state: Scored) -> None:
+        """Shows rewards or advantages to the record of the round, as `by` left them."""
+        if self.round is not None and self.round.record is not None:
+            self.round.record.after(by, state)
+
+    def report(self, values: Mapping[str, tuple[float, float]]) -> None:
+        """Adds (sum, count) pairs over processes and records each ratio. Collective; names may differ by process."""
+        totals: dict[str, list[float]] = {}
+        for local in self.view.gather_objects([dict(values)]):
+            for name, (amount, count) in local.items():
+                entry = totals.setdefault(name, [0.0, 0.0])
+                entry[0] += float(amount)
+                entry[1] += float(count)
+        for name in sorted(totals):
+            amount, count = totals[name]
+            if count:
+                trainer_state.add_metric(self.trainer, name, amount / count)
+
+    def report_logged(self, logged: MetricLog, returned: Mapping[str, tuple[float, float]]) -> None:
+        """Reports what hooks logged and what they returned. Collective.
+
+        Raises:
+            PluginError: A plugin did both under one name.
+        """
+        twice = sorted(logged.values.keys() & returned.keys())
+        if twice:
+            name, _, key = twice[0].partition("/")
+            raise PluginError(
+                f"plugin {name!r} logged {key!r} and returned a metric or a loss term of that name too. Report it "
+                f"once, or under two names."
+            )
+        self.report({**logged.values, **returned})
