@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from tests.train.histories import finished, training
 from trl_ext import ConfigError
@@ -15,6 +16,8 @@ from trl_ext.bench import overhead, probes, shared_prefix, speedup_plot
 from trl_ext.catalog import find
 from trl_ext.catalog.declaration import PluginSpec
 from trl_ext.cli import doctor, main, plugins, show
+from trl_ext.compare.progress import ProgressDisplay
+from trl_ext.compare.runs import Run
 from trl_ext.plan.check import make_plan
 from trl_ext.plan.show import print_plan
 from trl_ext.support import child_errors, console
@@ -166,3 +169,17 @@ def test_tables_consoles_and_spinners(monkeypatch: pytest.MonkeyPatch) -> None:
         change(BRACKETS)
     with console.progress_bar(BRACKETS) as advance:
         advance(1, 2)
+
+
+def test_bars_of_a_comparison() -> None:
+    stream = io.StringIO()
+    terminal = Console(file=stream, force_terminal=True, width=200)
+    run = Run(BRACKETS, 1, "grpo", {}, {}, None, {}, {}, "")
+    with ProgressDisplay(2, 0, terminal) as display:
+        display.started(run)
+        display.step(run, 1, 2)
+        display.progress.refresh()
+        display.ended(run, {"status": BRACKETS, "seconds": 1.0, "error": BRACKETS})
+    with console.status(BRACKETS, terminal):
+        pass
+    assert stream.getvalue().count(BRACKETS) >= 5

@@ -47,7 +47,7 @@ def test_every_command_explains_itself(name, capsys):
     assert f"trl_ext {name}" in capsys.readouterr().out
 
 
-HELP = [[], *([name] for name in main.COMMANDS if name != "compare")]
+HELP = [[], *([name] for name in main.COMMANDS)]
 HELP += [["bench", name] for name in ("overhead", "probes", "shared-prefix")]
 
 

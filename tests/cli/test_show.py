@@ -16,6 +16,7 @@ def test_show_prints_every_option_with_its_source(capsys):
         "default": 1e-4,
         "help": "added to a group's standard deviation",
         "source": "authors' TRL fork, TRL 1.16",
+        "bounds": {},
     }
     assert found["claims"] == ["estimator"]
     assert main.main(["show", "gdpo"]) == 0

@@ -19,9 +19,9 @@ from trl_ext.lab.builtin import (
 )
 from trl_ext.lab.builtin.chains import Chain
 from trl_ext.lab.messages import assistant, call, calls_made, final_text, hashed_integer, result
-from trl_ext.lab.model import _tokenized
 from trl_ext.lab.pictures import as_json
 from trl_ext.lab.tokenizer import Vocabulary
+from trl_ext.lab.trace_tokens import tokenized
 
 TASKS = lab.tasks()
 every_task = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
@@ -74,7 +74,7 @@ def test_traces_fit_the_task(task: lab.Task) -> None:
     """Every character is a token, nothing is too long, and the model is as small as promised."""
     vocabulary = Vocabulary.of(task)
     tokenizer = vocabulary.build()
-    rows = _tokenized(task, tokenizer, json.loads(json.dumps(task.traces(200, 0), default=as_json)))
+    rows = tokenized(task, tokenizer, json.loads(json.dumps(task.traces(200, 0), default=as_json)))
     assert len(tokenizer) < 200
     for row, trace in zip(rows, task.traces(200, 0), strict=True):
         learnt = tokenizer.decode([token for token in row["labels"] if token != -100])

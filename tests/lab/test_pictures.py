@@ -15,8 +15,8 @@ import torch
 
 from trl_ext import ConfigError, lab
 from trl_ext.lab import pictures
-from trl_ext.lab.model import _tokenized
 from trl_ext.lab.tokenizer import Vocabulary, tools_of
+from trl_ext.lab.trace_tokens import tokenized
 
 TASK = lab.task("minigrid-view")
 
@@ -30,7 +30,7 @@ def folder() -> Path:
 def test_tokens_of_traces_are_those_of_the_processor(folder: Path) -> None:
     processor = pictures.processor_of(str(folder), TASK.shape)
     traces = TASK.traces(3, 0)
-    rows = _tokenized(TASK, Vocabulary.of(TASK).build(), json.loads(json.dumps(traces, default=pictures.as_json)))
+    rows = tokenized(TASK, Vocabulary.of(TASK).build(), json.loads(json.dumps(traces, default=pictures.as_json)))
     for trace, row in zip(traces, rows, strict=True):
         blocks = [
             {**message, "content": message["content"] or []}
@@ -56,7 +56,7 @@ def test_the_model_sees(folder: Path) -> None:
 
     model = AutoModelForImageTextToText.from_pretrained(folder)
     collate = pictures.collator(pictures.processor_of(str(folder), TASK.shape))
-    rows = _tokenized(
+    rows = tokenized(
         TASK, Vocabulary.of(TASK).build(), json.loads(json.dumps(TASK.traces(2, 0), default=pictures.as_json))
     )
     batch = collate(rows[:1])

@@ -151,6 +151,7 @@ def _measure_shape(model: nn.Module, shape: Shape, repeats: int, progress: Calla
     results: dict[str, _Result] = {}
     memory: dict[str, int] = {}
     for round_number in range(repeats + 1):
+        # alternating order, so that no path always runs after the same other one
         order = list(arms) if round_number % 2 else list(reversed(arms))
         for name in order:
             progress(f"{prompt}x{group}x{completion}: {name}, round {round_number} of {repeats}")

@@ -123,6 +123,7 @@ def check_plugin(cls: Any, origin: str) -> type[Plugin]:
         if not isinstance(getattr(cls, attribute), tuple):
             raise broken(f"`{attribute}` must be a tuple of strings; got {getattr(cls, attribute)!r}.")
     for attribute, known in (("claims", CLAIMS), ("needs", NEEDS)):
+        # entries such as `column:answer` are known by their pattern, `column:NAME`
         for entry in getattr(cls, attribute):
             pattern = entry.partition(":")[0] + ":NAME" if ":" in entry else entry
             if pattern not in known:

@@ -48,6 +48,7 @@ def find(reference: str) -> tuple[type[Plugin], str, str]:
     if ":" in reference:
         module, _, attribute = reference.partition(":")
         return _pick(_import(module, reference), attribute, module), reference, "module"
+    # neither a file nor a module: a built-in name, or the name of an entry point
     name, points = canonical(reference), outside()
     if name in BUILTINS and name in points:
         raise PluginError(

@@ -10,14 +10,15 @@ from pathlib import Path
 from ..errors import OptionError
 
 _DESCRIPTION = """\
-Trains every arm of a recipe (plain TRL, plugin sets, settings) with every seed, on the same data, and says what the
-runs show: means with bootstrap confidence intervals over seeds, and whether an arm is better, worse or not
-distinguishable. Every run is a process of its own. Runs that have ended are kept and not repeated when the command is
-started again."""
+Trains every arm of a recipe (plain TRL, plugin sets, settings) with every
+seed, on the same data, and says what the runs show: means with bootstrap
+confidence intervals over seeds, and whether an arm is better, worse or not
+distinguishable. Every run is a process of its own. Runs that have ended are
+kept and not repeated when the command is started again."""
 _EPILOG = """\
 examples:
   trl_ext compare recipes/tiny/gdpo.yaml
-      ten seeds of GDPO and of plain GRPO on a small language model, minutes on two cores
+      ten seeds of GDPO and of plain GRPO on a small language model, in minutes
   trl_ext compare recipes/tiny/gdpo.yaml --seeds 2
       a quick look, whose runs the full comparison later uses
   trl_ext compare run.yaml --output runs/mine --json
@@ -29,7 +30,7 @@ a recipe is a YAML file of TRL with two blocks more:
   plugins:
     gdpo: {}
   experiment:
-    task: loud-quiet                  # or model_name_or_path and dataset_name above
+    task: loud-quiet              # or model_name_or_path and dataset_name above
     seeds: 10
     metrics:
       - name: rewards/quiet/mean      # anything that the runs log
@@ -37,13 +38,17 @@ a recipe is a YAML file of TRL with two blocks more:
         expect: {arm: gdpo, is: better, against: plain}
 recipes/README.md explains every key.
 
-Into the output folder: compare.html (curves, table, completions side by side, settings), compare.png, compare.json, and
-in runs/ a file per run. Exit code 0: all runs ended and every expectation was met. 1: a run crashed or diverged, or an
-expectation was not met. 2: something is wrong with the recipe or the folder.
+The output folder gets compare.html (curves, table, completions side by side,
+settings), compare.png, compare.json, and in runs/ a file per run.
+
+Exit code 0: all runs ended and every expectation was met. 1: a run crashed or
+diverged, or an expectation was not met. 2: something is wrong with the recipe
+or the folder.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
     parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file")
     parser.add_argument("--seeds", type=int, metavar="N", help="use the first N seeds of the recipe only")
@@ -56,9 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
+    """Runs the command and returns its exit code."""
     from ..compare import html_report, plots, recipe, schedule, store, text_report
+    from ..support.console import console
     from ..support.tables import print_table
 
     for name in ("seeds", "jobs"):
@@ -69,9 +74,8 @@ def run(args: argparse.Namespace) -> int:
         raise OptionError(f"--record {record}: there is no folder {record.parent}.")
     checked = recipe.read(args.recipe).with_seeds(args.seeds)
     folder = Path(args.output or Path("runs") / "compare" / checked.name)
-    console = Console(stderr=True, highlight=False)
     command = shlex.join(["trl_ext", "compare", args.recipe, *(["--seeds", str(args.seeds)] if args.seeds else [])])
-    content = schedule.run_comparison(checked, folder, args.jobs, console, command)
+    content = schedule.run_comparison(checked, folder, args.jobs, console(stderr=True), command)
     store.write_file(folder / "compare.html", html_report.render(content))
     store.write_file(folder / "compare.png", plots.picture(content))
     brief = {name: value for name, value in content.items() if name not in ("curves", "completions")}

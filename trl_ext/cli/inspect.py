@@ -72,6 +72,7 @@ def main(argv: Sequence[str]) -> int:
         argv: Everything after `trl_ext inspect`.
     """
     parser = _parser()
+    # a first argument that is no option is the folder or file to show
     given = list(argv)
     place = given.pop(0) if given and not given[0].startswith("-") else None
     args, rest = parser.parse_known_args(given)
@@ -119,6 +120,7 @@ def _record(options: Sequence[str]) -> tuple[int, str]:
     from ..train.command_line import as_arguments
     from . import train
 
+    # only --output_dir concerns this command, and `trl_ext train` reads everything else
     finder = _Parser("trl_ext inspect", add_help=False, allow_abbrev=False)
     finder.add_argument("--output_dir", "--output-dir")
     given, options = finder.parse_known_args(options)
@@ -126,6 +128,7 @@ def _record(options: Sequence[str]) -> tuple[int, str]:
     old_times = _recorded_at(folder)
     code = 1
     try:
+        # the user's options come later and win over these
         defaults = [*as_arguments(ONE_ROUND), "--inspect", "1", "--no_save"]
         code = train.main([*defaults, *options, "--output_dir", folder], DEMO)
         if code == 0 and _recorded_at(folder) == old_times:

@@ -29,8 +29,10 @@ class ProgressDisplay:
         self.began = time.monotonic()
         self.shares: dict[str, float] = {}
         self.bars: dict[str, TaskID] = {}
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
-        self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        names, notes = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[note]"))
+        self.progress = Progress(
+            names, BarColumn(), notes, console=console, transient=True, disable=not console.is_terminal
+        )
         self.whole = self.progress.add_task("all runs", total=total, completed=done, note="")
 
     def __enter__(self) -> ProgressDisplay:

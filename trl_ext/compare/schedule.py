@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import ConfigError, near
+from ..support.console import status
 from . import child_process, mean_curves, store, verdicts
 from .child_process import ChildProcess, Failure, Result, Said, Step, Tell
 from .progress import ProgressDisplay
@@ -40,8 +41,8 @@ def run_comparison(recipe: Recipe, folder: Path, at_once: int | None, console: C
     """
     began = time.monotonic()
     with locked(folder):
-        with tempfile.TemporaryDirectory(prefix="trl_ext-") as scratch, console.status("loading TRL") as shown:
-            say = shown.update if console.is_terminal else partial(console.print, markup=False, soft_wrap=True)
+        with tempfile.TemporaryDirectory(prefix="trl_ext-") as scratch, status("loading TRL", console) as show:
+            say = show if console.is_terminal else partial(console.print, markup=False, soft_wrap=True)
             prepared = child_process.call(_prepare, recipe, log=os.path.join(scratch, "log"), say=say)
         recipe = dataclasses.replace(recipe, metrics=recipe.metrics or default_metrics(prepared.kind))
         runs = list_runs(recipe, prepared, folder / "runs")

@@ -16,10 +16,11 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..support import cache
-from . import pictures, warmup
+from . import pictures, trace_tokens, warmup
 from . import tokenizer as tokenizers
 from .definition import Row, Shape, Task
-from .tokenizer import UNKNOWN, Vocabulary, tools_of
+from .tokenizer import Vocabulary
+from .trace_tokens import tokenized, written
 
 _LAUNCHER = ("ACCELERATE_", "FSDP_", "LOCAL_", "MASTER_", "NODE_", "OMPI_", "PMI_", "TORCHELASTIC_")
 """Prefixes of environment variables that would make the warm-up a part of the run that asks for it."""
@@ -41,7 +42,7 @@ def model_folder(task: Task, say: Callable[[str], None] = print) -> Path:
         ConfigError: The traces do not fit the task, or the cache cannot be written.
     """
     vocabulary = Vocabulary.of(task)
-    traces = _json(task.traces(task.warm_up.traces, task.warm_up.seed), task)
+    traces = written(task, task.traces(task.warm_up.traces, task.warm_up.seed))
     target = cache.cache_folder() / "lab" / f"{task.name}-{_digest(task, vocabulary, traces)}"
 
     def make(work: Path) -> None:
@@ -53,7 +54,7 @@ def model_folder(task: Task, say: Callable[[str], None] = print) -> Path:
         model.config.save_pretrained(work)
         warmup.write_weights(model, work)
         if steps:
-            _train(task, work, _tokenized(task, tokenizer, json.loads(traces)), say)
+            _train(task, work, tokenized(task, tokenizer, json.loads(traces)), say)
 
     return cache.kept(target, make, needed=16 * 2**20)
 
@@ -96,69 +97,16 @@ def _untrained(task: Task, tokenizer: Any) -> Any:
 
 def _digest(task: Task, vocabulary: Vocabulary, traces: str) -> str:
     """Hashes everything that determines the weights."""
+    modules = (sys.modules[__name__], tokenizers, trace_tokens, warmup, pictures)
     made_from = {
         "vocabulary": dataclasses.asdict(vocabulary),
         "shape": dataclasses.asdict(task.shape),
         "warm_up": dataclasses.asdict(task.warm_up),
         "traces": traces,
-        "code": [
-            Path(str(module.__file__)).read_text() for module in (sys.modules[__name__], tokenizers, warmup, pictures)
-        ],
+        "code": [Path(str(module.__file__)).read_text() for module in modules],
         "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers", "trl")},
     }
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _json(traces: list[Row], task: Task) -> str:
-    """Writes traces as JSON, pictures included."""
-    try:
-        return json.dumps(traces, default=pictures.as_json)
-    except TypeError as error:
-        raise task.broken(f"traces must be made of texts, numbers, lists, dictionaries and images: {error}") from error
-
-
-def _tokenized(task: Task, tokenizer: Any, traces: list[Row]) -> list[Row]:
-    """Tokenizes the traces, with the label -100 on all that is not learnt: prompts, prefixes and results of tools."""
-    rows = []
-    tools = tools_of(task) or None
-    unknown = tokenizer.convert_tokens_to_ids(UNKNOWN)
-    for number, trace in enumerate(traces):
-        if not {"prompt", "completion"} <= set(trace):
-            raise task.broken(f"trace {number} must have `prompt` and `completion`; it has {sorted(trace)}.")
-        prompt = tokenizer.apply_chat_template(
-            trace["prompt"], tools=tools, add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        whole = tokenizer.apply_chat_template(
-            trace["prompt"] + trace["completion"], tools=tools, return_dict=True, return_assistant_tokens_mask=True
-        )
-        ids, learnt = whole["input_ids"], whole["assistant_masks"]
-        if task.shape.picture:
-            prompt, _ = pictures.expanded(prompt, prompt, task.shape, tokenizer)
-            ids, learnt = pictures.expanded(ids, learnt, task.shape, tokenizer)
-        if unknown in ids:
-            raise task.broken(
-                f"trace {number} has characters that are not tokens; add them to `words`: "
-                f"{trace['prompt'] + trace['completion']}"
-            )
-        if ids[: len(prompt)] != prompt:
-            raise task.broken(f"trace {number} must have a completion that begins with a message of the assistant.")
-        if len(ids) - len(prompt) > task.max_completion_length:
-            raise task.broken(
-                f"trace {number} has {len(ids) - len(prompt)} tokens after the prompt, more than "
-                f"`max_completion_length` ({task.max_completion_length})."
-            )
-        if len(ids) > task.shape.positions:
-            raise task.broken(
-                f"trace {number} has {len(ids)} tokens, more than `shape.positions` ({task.shape.positions})."
-            )
-        labels = [
-            token if index >= len(prompt) and learn else -100
-            for index, (token, learn) in enumerate(zip(ids, learnt, strict=True))
-        ]
-        rows.append({"input_ids": ids, "labels": labels})
-        if task.shape.picture:
-            rows[-1]["pictures"] = pictures.in_order(trace["prompt"] + trace["completion"])
-    return rows
 
 
 def _train(task: Task, folder: Path, rows: list[Row], say: Callable[[str], None]) -> None:

@@ -93,10 +93,12 @@ class Vocabulary:
         """Returns the vocabulary of a task."""
         tools = tools_of(task)
         words = {*task.words, *_words_of_calls(tools)}
+        # special tokens inside a word would be split off before the word is looked for
         for word in words:
             if not word or any(special in word for special in (PAD, UNKNOWN, END, *ROLES, *pictures.MARKS)):
                 raise task.broken(f"`words` holds {word!r}; a word is a text without the tokens of the chat template.")
         characters = {*CHARACTERS, *(letter for word in words for letter in word)}
+        # the first alternative of a regular expression wins, so longer words come first
         longest_first = sorted((word for word in words if len(word) > 1), key=lambda word: (-len(word), word))
         return cls(tuple(longest_first), tuple(sorted(characters)), bool(tools), task.shape.picture > 0)
 
@@ -106,6 +108,7 @@ class Vocabulary:
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
+        # transformers decodes as for a byte-level BPE, so tokens are spelled like its own
         spell = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
         spelled = [
             "".join(piece for piece, _ in spell.pre_tokenize_str(text)) for text in (*self.characters, *self.words)
@@ -113,6 +116,7 @@ class Vocabulary:
         marks = pictures.MARKS if self.sees else ()
         tokens = [PAD, UNKNOWN, END, *ROLES, *marks, *spelled]
         backend = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token=UNKNOWN))
+        # a text is cut into words where it can, and into characters elsewhere
         pieces = Regex("|".join([*map(_escape, self.words), r"[\s\S]"]))
         backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"), spell])
         backend.decoder = decoders.ByteLevel()
@@ -152,6 +156,7 @@ def _words_of_calls(tools: Iterable[Callable[..., Any]]) -> set[str]:
     words: set[str] = set()
     for tool in tools:
         words |= {'<tool_call>\n{"name": "', tool.__name__}
+        # from the name of the tool to the first value, from one value to the next, and to the end
         between = '", "arguments": {'
         for name, parameter in inspect.signature(tool).parameters.items():
             quote = '"' if parameter.annotation in (str, "str") else ""

@@ -35,7 +35,7 @@ def train(job: dict[str, Any], scratch: str) -> Any:
     )
     from trl import SFTTrainer
 
-    torch.set_num_threads(1)  # sums in another order would give other weights
+    torch.set_num_threads(1)  # more threads would add in another order and give other weights
     config = _config(job["settings"], scratch)
     if "pictures" in job["rows"][0]:  # SFTTrainer takes pictures only with messages, not with tokens and labels
         config.remove_unused_columns = False

@@ -64,7 +64,7 @@ def make_plan(specs: Sequence[PluginSpec], config: Config, plugins: Mapping[str,
     Args:
         specs: The plugins that were asked for.
         config: The trainer that is about to be built.
-        plugins: Their instances by name, which then serve the trainer; new ones by default.
+        plugins: Their instances by name, which then serve the trainer. New ones by default.
 
     Raises:
         ConfigError: Lists all refusals of all plugins, each with a way out.

@@ -76,9 +76,10 @@ def _fill(target: Path, make: Callable[[Path], None], needed: int) -> None:
     work = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=target.parent))
     try:
         make(work)
+        # a temporary folder and safetensors files are for their owner only, and other users may share the cache
         work.chmod(0o755)
         for file in work.iterdir():
-            file.chmod(0o644)  # other users may share the cache
+            file.chmod(0o644)
         work.rename(target)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)

@@ -34,10 +34,15 @@ def print_line(text: str, mark: str = "", style: str = "", *, stderr: bool = Fal
 
 
 @contextlib.contextmanager
-def status(text: str = "") -> Iterator[Callable[[str], None]]:
-    """Shows a spinner on standard error and yields the function that changes the text beside it."""
+def status(text: str = "", output: Console | None = None) -> Iterator[Callable[[str], None]]:
+    """Shows a spinner and yields the function that changes the text beside it.
+
+    Args:
+        text: The first text.
+        output: Where to show it, by default standard error.
+    """
     # a spinner reads markup whatever its console does, so it gets texts that are built already
-    with console(stderr=True).status(Text(text)) as spinner:
+    with (output or console(stderr=True)).status(Text(text)) as spinner:
         yield lambda changed: spinner.update(Text(changed))
 
 

@@ -21,7 +21,7 @@ def reward_functions(paths: Sequence[str]) -> dict[str, Callable[..., Any]]:
     for path in paths:
         name, dot, attribute = path.rpartition(".")
         if not dot:
-            continue
+            continue  # a reward of TRL
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())  # where TRL looks too
         try:

@@ -91,7 +91,7 @@ def tiny_model(folder: str | Path, *, tools: bool = False, **config: Any) -> str
     }
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     architecture = Qwen2Config(vocab_size=len(vocabulary), **ids, **shape | config)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng():  # the caller's random numbers stay as they are
         torch.manual_seed(0)
         Qwen2ForCausalLM(architecture).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -129,6 +129,7 @@ def calls(folder: str, name: str, likelihood: float = 3.0, end: float = 3.0, **a
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    # after the first token of a call, every longer beginning of it makes its next token certain
     written = tokenizer("<tool_call>" + json.dumps({"name": name, "arguments": arguments}) + "</tool_call>")[
         "input_ids"
     ]

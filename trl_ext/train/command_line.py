@@ -134,6 +134,7 @@ def understand(args: argparse.Namespace, rest: list[str]) -> Request:
     """
     settings = read_config(args.config)
     block, experiment = (settings.pop(name, None) for name in BLOCKS)
+    # recipes of `trl_ext compare` are accepted too: their block names the trainer and the task
     experiment = experiment if isinstance(experiment, Mapping) else {}
     requests = find.merge(args.plugin, block, options.parse_set(args.set))
     specs = compose(find.resolve(requests))

@@ -89,6 +89,7 @@ def check_rewards(
     from torch.nn import Module
     from transformers import TrainerState
 
+    # what the trainer passes besides the columns of the data
     conversational = isinstance(rows[0]["prompt"], list)
     empty: Any = [{"role": "assistant", "content": ""}] if conversational else ""
     ignored = ("prompt", "completion", "completion_ids")

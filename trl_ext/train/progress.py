@@ -58,6 +58,7 @@ class Progress(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._seconds_in_steps += time.time() - self._step_began
         if state.global_step >= state.max_steps:
+            # the last step is logged whatever `logging_steps` is
             control.should_log = True
             if args.eval_on_start and self.trainer.eval_dataset is not None:
                 control.should_evaluate = True

@@ -47,6 +47,7 @@ def before_and_after(history: Sequence[Mapping[str, Any]]) -> Comparison | None:
     steps = [values for logs in history if is_training(logs) and (values := shown(logs))]
     if len(steps) < 2:
         return None
+    # single steps are noisy, so up to five of them are averaged at each end
     width = max(1, min(5, len(steps) // 2))
     what = "first and last log entry" if width == 1 else f"means of the first and the last {width} log entries"
     return Comparison(f"training prompts, {what} (no held-out evaluation)", _mean(steps[:width]), _mean(steps[-width:]))
