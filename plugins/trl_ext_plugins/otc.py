@@ -177,11 +177,11 @@ class OTC(Plugin):
         assert c is not None, "configure asks for it"
         calls = options.counter.gather(scored)
         correct = scored.reward(options.correct_reward) > options.correct_threshold  # NaN is not right
-        if options.mode == "ppo":  # that is the coefficient of a prompt that was never solved and may fall
-            n, unsolved = torch.full_like(calls, torch.nan, dtype=torch.float64), "cos"
+        if options.mode == "ppo":
+            n, coefficient = torch.full_like(calls, torch.nan, dtype=torch.float64), falling_coefficient(calls, c)
         else:
-            n, unsolved = self.fewest(scored, calls, correct), options.unsolved
-        coefficient = tool_coefficient(calls, n, c, unsolved)
+            n = self.fewest(scored, calls, correct)
+            coefficient = tool_coefficient(calls, n, c, options.unsolved)
         for name in scored.reward_names:
             scored.log(f"base/{name}", scored.reward(name))
         scored.log("r_tool_mean", coefficient)
