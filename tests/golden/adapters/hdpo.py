@@ -72,11 +72,12 @@ def _advantages(
         _close(accuracy, outputs["acc_advantage"], limit, f"acc_advantage, {dtype}")
     expected = _tensor(outputs["tool_advantage"])
     _close(tool, outputs["tool_advantage"], limit, f"tool_advantage, {dtype}")
-    # where the mean is hit up to rounding, the authors may see a signal, and there is none here
-    noise = (expected.abs() < 1e-6) & (tool == 0)
-    theirs = torch.tensor(outputs["tool_signal"]).bool() if "tool_signal" in outputs else expected != 0
-    assert signal[~noise].tolist() == theirs[~noise].tolist(), f"tool_signal, {dtype}"
-    return accuracy.to(dtype), tool.to(dtype), theirs
+    theirs = torch.tensor(outputs["tool_signal"]) if "tool_signal" in outputs else (expected != 0).long()
+    # a right rollout among others may hit their mean up to rounding: the authors see a signal then, and there is none
+    several = group_ids.bincount(weights=correct.double())[group_ids] > 1
+    noise = correct & several & (expected.abs() < 1e-6) & (tool == 0)
+    assert signal.long()[~noise].tolist() == theirs[~noise].tolist(), f"tool_signal, {dtype}"
+    return accuracy.to(dtype), tool.to(dtype), theirs.bool()
 
 
 def _loss(
