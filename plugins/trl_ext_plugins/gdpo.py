@@ -78,6 +78,8 @@ def gdpo_advantages(
 
 @dataclass(frozen=True)
 class Condition:
+    """`target` counts only where `given` reaches `threshold`."""
+
     target: RewardName = option(help="reward that becomes 0 where the condition is missed")
     given: RewardName = option(help="reward that decides")  # not `on`, which YAML reads as true
     threshold: float = option(1.0, help="minimum `given` reward for `target` to count", source="paper, eq. 8")
@@ -93,13 +95,17 @@ class GDPO(Plugin):
     @dataclass(frozen=True)
     class Options:
         group_eps: float = option(1e-4, gt=0, help="added to a group's standard deviation", source="authors' fork, TRL")
-        batch_eps: float = option(1e-4, gt=0, help="the same for the batch", source="authors' fork, TRL")
+        batch_eps: float = option(1e-4, gt=0, help="added to the batch's standard deviation", source="authors' fork")
         batch_norm: bool = option(True, help="rescale over the batch at the end", source="paper, eq. 6")
         whiten: Literal["sequence", "token"] = option(
             "sequence", help="batch statistics over rows, or over tokens: long rows weigh more", source="paper, eq. 6"
         )
-        conditions: tuple[Condition, ...] = option((), help="rewards that depend on another", source="paper, eq. 8")
-        nan_policy: Literal["exclude", "zero"] = option("exclude", help="NaN is left out, or is 0", source="TRL 1.16")
+        conditions: tuple[Condition, ...] = option(
+            (), help="rewards that count only where another is reached: {target, given, threshold}", source="eq. 8"
+        )
+        nan_policy: Literal["exclude", "zero"] = option(
+            "exclude", help="leave NaN rewards out of the statistics, or count them as 0", source="TRL; authors: zero"
+        )
         zero_std_tol: float = option(1e-6, help="relative range up to which a group is constant", source="ours")
 
     options: Options
@@ -127,14 +133,6 @@ class GDPO(Plugin):
             round.log(f"zero_std/{name}", column)
         if len(names) == 1:
             return None
-        return gdpo_advantages(
-            round.rewards,
-            round.reward_weights,
-            round.group_ids,
-            group_eps=options.group_eps,
-            batch_eps=options.batch_eps,
-            batch_norm=options.batch_norm,
-            nan_policy=options.nan_policy,
-            tol=options.zero_std_tol,
-            lengths=round.lengths if options.whiten == "token" else None,
-        )
+        settings = {name: getattr(options, name) for name in ("group_eps", "batch_eps", "batch_norm", "nan_policy")}
+        settings |= {"tol": options.zero_std_tol, "lengths": round.lengths if options.whiten == "token" else None}
+        return gdpo_advantages(round.rewards, round.reward_weights, round.group_ids, **settings)
