@@ -117,15 +117,21 @@ class HDPO(Plugin):
     class Options(CallOptions):
         """The accuracy loss has the weight 1. Clipping is the trainer's `epsilon` and `delta`."""
 
-        w_tool: float = option(0.15, ge=0, help="weight of the tool loss; useful: 0.05 to 0.3", source="authors' code")
-        w_ans: float = option(0.9, gt=0, help="weight of the correctness reward", source="authors' code")
-        w_fmt: float = option(0.1, ge=0, help="weight of the format reward; 1 - w_ans", source="authors' code")
+        w_tool: float = option(
+            0.15, ge=0, help="weight of the tool loss; useful: 0.05 to 0.3", source="authors' script"
+        )
+        w_ans: float = option(0.9, gt=0, help="weight of the correctness reward", source="authors' reward manager")
+        w_fmt: float = option(
+            0.1, ge=0, help="weight of the format reward; 1 - w_ans", source="authors' reward manager"
+        )
         correct_reward: RewardName | None = option(
             None, help="reward function that judges the answer; default: the first one", source="ours"
         )
-        format_reward: RewardName | None = option(None, help="reward function that judges the form", source="ours")
+        format_reward: RewardName | None = option(
+            None, help="reward function that judges the form, if there is one", source="ours"
+        )
         correct_threshold: float = option(
-            0.0, help="an answer is right when its reward is above this", source="authors' code"
+            0.0, help="an answer is right when its reward is above this", source="authors' reward manager"
         )
         eps: float = option(1e-6, gt=0, help="added to standard deviations", source="authors' code")
         scale_by_std: bool = option(True, help="divide both advantages by their deviation", source="authors' code")

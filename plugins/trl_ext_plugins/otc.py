@@ -137,7 +137,9 @@ class OTC(Plugin):
         negative_rewards: Literal["literal", "spare"] = option(
             "literal", help="multiply negative rewards too, which shrinks a penalty, or spare them", source="paper"
         )
-        apply_to: tuple[RewardName, ...] = option((), help="rewards that are multiplied; default: all", source="paper")
+        apply_to: tuple[RewardName, ...] = option(
+            (), help="reward functions that are multiplied; default: all", source="paper"
+        )
         correct_reward: RewardName | None = option(
             None, help="reward function that judges the answer; default: the first one", source="ours"
         )
