@@ -11,13 +11,6 @@ from trl_ext_hooks import Config, Plugin, Requirement, Rewards, Scored, hookimpl
 from trl_ext_hooks.toolkit.tool_calls import CallCounter
 
 
-@dataclass(frozen=True)
-class CallPenaltyOptions:
-    """Options of the penalty."""
-
-    penalty: float = option(0.6, help="what a call costs", source="ours")
-
-
 class CallPenalty(Plugin):
     """Takes a constant from the reward for every executed call.
 
@@ -26,10 +19,13 @@ class CallPenalty(Plugin):
 
     name = "call-penalty"
     trainers = ("grpo",)
-    Options = CallPenaltyOptions
     counter = CallCounter()
 
-    options: CallPenaltyOptions
+    @dataclass(frozen=True)
+    class Options:
+        penalty: float = option(0.6, help="what a call costs", source="ours")
+
+    options: Options
 
     @hookimpl
     def configure(self, config: Config) -> Iterator[Requirement]:

@@ -49,9 +49,9 @@ class WithOptions(Good):
     ("values", "expected"),
     [
         ({"group_epsilon": 1}, "plugin 'gdpo' has no option 'group_epsilon'. Did you mean 'group_eps'"),
-        ({"group_eps": "much"}, "gdpo.group_eps: expected float, got 'much'"),
-        ({"group_eps": True}, "gdpo.group_eps: expected float, got True"),
-        ({"group_eps": None}, "gdpo.group_eps: expected float, got None"),
+        ({"group_eps": "much"}, "gdpo.group_eps: expected float, > 0, got 'much'"),
+        ({"group_eps": True}, "gdpo.group_eps: expected float, > 0, got True"),
+        ({"group_eps": None}, "gdpo.group_eps: expected float, > 0, got None"),
         ({"batch_norm": "yes"}, "gdpo.batch_norm: expected bool, got 'yes'"),
         ({"batch_norm": 1}, "gdpo.batch_norm: expected bool, got 1"),
         ({"whiten": "rows"}, "gdpo.whiten: expected 'sequence' or 'token', got 'rows'"),

@@ -15,8 +15,8 @@ def test_show_prints_every_option_with_its_source(capsys):
         "required": False,
         "default": 1e-4,
         "help": "added to a group's standard deviation",
-        "source": "authors' TRL fork, TRL 1.16",
-        "bounds": {},
+        "source": "authors' fork, TRL",
+        "bounds": {"gt": 0},
     }
     assert found["claims"] == ["estimator"]
     assert main.main(["show", "gdpo"]) == 0

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from trl_ext.testing import brevity, digits, tiny_data
+from trl_ext_hooks import Plugin, hookimpl
 
 FOLDER = Path(__file__).parent / "smoke"
 Smoke = tuple[dict[str, dict[str, Any]], dict[str, Any]]
@@ -61,3 +62,23 @@ def _load(name: str) -> Any:
     sys.modules[spec.name] = module  # options may name its functions
     spec.loader.exec_module(module)
     return module
+
+
+class Look(Plugin):
+    """Keeps every finished round."""
+
+    name = "look"
+    trainers = ("grpo", "rloo")
+
+    def start(self) -> None:
+        self.rounds: list[Any] = []
+
+    @hookimpl
+    def round_metrics(self, round: Any) -> None:
+        self.rounds.append(round)
+
+
+@pytest.fixture
+def look(plugin: Callable[[type], str]) -> str:
+    """A plugin that keeps every finished round: `trainer._trl_ext.plugins["look"].rounds`."""
+    return plugin(Look)

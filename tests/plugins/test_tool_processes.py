@@ -12,8 +12,8 @@ import torch
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "scripts" / "tool_processes.py"
-CORE = HERE.parent / "core" / "test_processes.py"
-_spec = importlib.util.spec_from_file_location("core_processes", CORE)
+CORE = HERE.parent / "end_to_end" / "test_processes.py"
+_spec = importlib.util.spec_from_file_location("processes", CORE)
 assert _spec and _spec.loader
 core = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(core)

@@ -11,7 +11,7 @@ from trl_ext.trl_internals import launch as trl_launch
     [
         (["--plugin", "gdop"], ["no plugin is called 'gdop'", "Did you mean 'gdpo'"]),
         (["--plugin", "gdpo", "--set", "gdpo.grup_eps=1"], ["no option 'grup_eps'", "Did you mean 'group_eps'?"]),
-        (["--plugin", "gdpo", "--set", "gdpo.group_eps=much"], ["gdpo.group_eps: expected float, got 'much'"]),
+        (["--plugin", "gdpo", "--set", "gdpo.group_eps=much"], ["gdpo.group_eps: expected float, > 0, got 'much'"]),
         (["--plugin", "gdpo", "--set", "group_eps=1"], ["expected PLUGIN.OPTION=VALUE"]),
         (["--set", "gdpo.group_eps=1"], ["'gdpo' is not enabled", "--plugin gdpo"]),
         (["--plugin", "gdpo", "--trainer", "rloo"], ["'gdpo' cannot serve the RLOO trainer; it serves grpo"]),

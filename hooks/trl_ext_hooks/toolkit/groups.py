@@ -29,10 +29,10 @@ class GroupStats:
 
 
 def group_stats(values: torch.Tensor, group_ids: torch.Tensor, *, ddof: int = 1, tol: float = 1e-6) -> GroupStats:
-    """Mean and spread of every group.
+    """Returns mean and spread of every group.
 
     Equal float32 numbers have a mean that is off by rounding, and a deviation that is not 0. Divided by a small epsilon
-    that becomes an advantage, so a group is called constant by its range and its deviation is then exactly 0.
+    that becomes an advantage. So a group is called constant by its range, and its deviation is then exactly 0.
 
     Args:
         values: (N,) or (N, K); NaN entries are left out.
@@ -76,7 +76,7 @@ def group_normalize(
     ddof: int = 1,
     tol: float = 1e-6,
 ) -> torch.Tensor:
-    """(value - group mean) / (group std + eps), or only the difference when `scale` is off.
+    """Returns (value - group mean) / (group std + eps), or only the difference when `scale` is off.
 
     Args:
         values: (N,) or (N, K).
@@ -95,7 +95,7 @@ def group_normalize(
 
 
 def group_pairs(group_ids: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-    """All unordered pairs of different rows of one group.
+    """Returns all unordered pairs of different rows of one group.
 
     Args:
         group_ids: (N,) integers; equal numbers, equal group.

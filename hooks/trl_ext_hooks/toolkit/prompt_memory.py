@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..setup import Config, Need, Refuse, Requirement
 
 
 def prompt_key(value: Any) -> int:
-    """A signed 64-bit number for a JSON value: a hash of its canonical form, the same in every process and every run.
+    """Returns a signed 64-bit number for a JSON value: a hash of its canonical form, equal in every process and run.
 
     Raises:
         TypeError: The value is not JSON, such as an image.
@@ -24,16 +25,16 @@ def prompt_key(value: Any) -> int:
 
 
 class PromptMemory:
-    """One number per prompt, the same on all processes, kept in checkpoints and frozen in evaluation.
+    """Remembers one number per prompt, the same on all processes, kept in checkpoints and frozen in evaluation.
 
-    A prompt is a row of the data: the value of `id_column`, or else the column `prompt` as the data hold it, whatever
-    an environment or a plugin makes of it afterwards. Every process sees the rows of all processes, so a group that
-    lies on several, or two groups of one prompt, are merged alike everywhere.
+    A prompt is a row of the data: the value of `id_column`, or else the column `prompt` as the data hold it. What an
+    environment or a plugin makes of it afterwards does not matter. Every process sees the rows of all processes. So a
+    group that lies on several, or two groups of one prompt, are merged alike everywhere.
 
         memory = PromptMemory(merge=min)
         keys = memory.keys(rollout)                 # (N,), collective
         before = memory.recall(keys)                # (N,), NaN where the prompt is new
-        memory.update(rollout, keys, values)        # NaN values are left out; nothing happens in evaluation
+        memory.update(rollout, keys, values)        # NaN values are left out, and evaluation changes nothing
 
     Args:
         merge: Joins the remembered and the new number. Rows are merged in their order, so that every process gets the
@@ -50,7 +51,7 @@ class PromptMemory:
         return len(self._numbers)
 
     def requirements(self, config: Config, option: str) -> Iterator[Requirement]:
-        """For `configure`: the data must tell prompts apart.
+        """Yields for `configure` what refuses data that do not tell prompts apart.
 
         Args:
             config: As `configure` gets it.
@@ -66,13 +67,13 @@ class PromptMemory:
             )
 
     def keys(self, rollout: Rollout) -> torch.Tensor:
-        """(N,) int64 key of the prompt of every row of all processes. Collective."""
+        """Returns the (N,) int64 key of the prompt of every row of all processes. Collective."""
         column = self.id_column or "prompt"
         keys = [self._key(row, column) for row in rollout.rows]
         return rollout.trainer.gather(torch.tensor(keys, dtype=torch.int64, device=rollout.trainer.device))
 
     def recall(self, keys: torch.Tensor) -> torch.Tensor:
-        """(N,) float64 remembered numbers; NaN for prompts that nothing is known of."""
+        """Returns the (N,) float64 remembered numbers; NaN for prompts of which nothing is known."""
         numbers = [self._numbers.get(key, torch.nan) for key in keys.tolist()]
         return torch.tensor(numbers, dtype=torch.float64, device=keys.device)
 
@@ -81,16 +82,17 @@ class PromptMemory:
         if rollout.mode != "train":
             return
         for key, value in zip(keys.tolist(), values.tolist(), strict=True):
-            if value == value:
-                old = self._numbers.get(key)
-                self._numbers[key] = float(value if old is None else self.merge(old, value))
+            if not math.isnan(value):
+                known = self._numbers.get(key)
+                self._numbers[key] = float(value if known is None else self.merge(known, value))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything remembered, for a plugin's `state_dict`."""
+        """Returns everything remembered, for a plugin's `state_dict`."""
         keys = torch.tensor(list(self._numbers), dtype=torch.int64)
         return {"keys": keys, "numbers": torch.tensor(list(self._numbers.values()), dtype=torch.float64)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` returned."""
         self._numbers = dict(zip(state["keys"].tolist(), state["numbers"].tolist(), strict=True))
 
     @staticmethod

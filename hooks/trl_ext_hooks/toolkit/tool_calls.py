@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 
+from ..plugin import option
 from ..rollout import Rollout
 from ..scoring import Scored
 from ..setup import Config, Need, Refuse, Requirement
 
 
 def count_tool_messages(completions: Sequence[Any]) -> torch.Tensor:
-    """Executed tool calls of each completion: its messages with the role `tool`.
+    """Counts the executed tool calls of each completion: its messages with the role `tool`.
 
-    A failed call answers with a message too and counts. A call that the model wrote and nobody executed (turn limit, or
-    a result that would not have fitted) has no message and does not count. Parallel calls in one turn count one each.
+    A failed call is answered by a message too and counts. A call that the model wrote and nobody executed (turn limit,
+    or a result that would not have fitted) has no message and does not count. Parallel calls in one turn count one
+    each.
 
     Args:
         completions: b lists of messages; a plain text holds no messages and counts 0.
@@ -33,7 +35,7 @@ def count_tool_messages(completions: Sequence[Any]) -> torch.Tensor:
 
 
 def count_tag(texts: Sequence[str], tag: str) -> torch.Tensor:
-    """How often `tag` stands in each text, without overlaps: tool calls of rollouts that are plain text.
+    """Counts `tag` in each text, without overlaps: the tool calls of rollouts that are plain text.
 
     Returns:
         (b,) int64.
@@ -45,15 +47,15 @@ def count_tag(texts: Sequence[str], tag: str) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class CallCounter:
-    """How the tool calls of a rollout are counted: executed calls, unless `tag` or `field` says otherwise.
+    """Counts the tool calls of rollouts: executed calls, unless `tag` or `field` says otherwise.
 
     Executed calls are messages with the role `tool` (`Rollout.tool_calls`), which TRL's tool loop writes. A
-    `rollout_func` leaves none behind, and RLOO has no tools: there a call is a tag in the text, or a number that the
+    `rollout_func` leaves none behind, and RLOO has no tools. There a call is a tag in the text, or a number that the
     `rollout_func` reports itself.
 
     Attributes:
         tag: Text that opens a call, such as `<tool_call>`. It is counted in the decoded completion, special tokens and
-            inserted results included, so name what opens a result to count executed calls only.
+            inserted results included. To count executed calls only, name the text that opens a result.
         field: Name of a value per rollout: of what `rollout_func` returns, or of what a plugin annotates.
     """
 
@@ -67,7 +69,7 @@ class CallCounter:
             raise ValueError("call_tag and calls_field exclude each other")
 
     def requirements(self, config: Config, plugin: str) -> Iterator[Requirement]:
-        """For `configure`: refuses a run in which nothing would ever be counted.
+        """Yields for `configure` what refuses a run in which nothing would ever be counted.
 
         Args:
             config: As `configure` gets it.
@@ -87,27 +89,49 @@ class CallCounter:
             yield Need("tools")
 
     def count(self, rollout: Rollout) -> torch.Tensor:
-        """(b,) int64 calls of each rollout of this process."""
+        """Returns the (b,) int64 calls of each rollout of this process."""
         if self.field is not None:
-            return torch.tensor(self._values(rollout, self.field), dtype=torch.int64, device=rollout.trainer.device)
+            return torch.tensor(self._reported(rollout, self.field), dtype=torch.int64, device=rollout.trainer.device)
         if self.tag is not None:
             decode = rollout.trainer.processing_class.batch_decode
             return count_tag(decode(rollout.completion_ids), self.tag).to(rollout.trainer.device)
         return rollout.tool_calls
 
     def gather(self, rollout: Rollout) -> torch.Tensor:
-        """(N,) int64 calls of the rollouts of all processes. Collective."""
+        """Returns the (N,) int64 calls of the rollouts of all processes. Collective."""
         return rollout.trainer.gather(self.count(rollout))
 
-    def _values(self, rollout: Rollout, field: str) -> list[int]:
+    def _reported(self, rollout: Rollout, field: str) -> list[int]:
+        """Returns the number in `field` of each rollout: what a plugin annotated, or else that of its row."""
         annotated = rollout.fields.get(field) if isinstance(rollout, Scored) else None
-        rows = [row.get(field) for row in rollout.rows] if annotated is None else list(annotated)
-        values: list[int] = []
-        for row, value in enumerate(rows):
+        values = [row.get(field) for row in rollout.rows] if annotated is None else list(annotated)
+        counts: list[int] = []
+        for row, value in enumerate(values):
             if value is None:
                 known = ", ".join(sorted({*rollout.rows[row], *getattr(rollout, "fields", ())}))
                 raise KeyError(f"row {row} has no field {field!r} with its number of tool calls; it has {known}")
             if int(value) != value or value < 0:
                 raise ValueError(f"field {field!r} of row {row} is {value!r}, expected a whole number of tool calls")
-            values.append(int(value))
-        return values
+            counts.append(int(value))
+        return counts
+
+
+@dataclass(frozen=True)
+class CallOptions:
+    """The options with which users say what a tool call is: base class of the `Options` of a plugin that counts calls.
+
+    A subclass that has a `__post_init__` of its own calls this one.
+    """
+
+    call_tag: str | None = option(
+        None, help="count this text in completions instead of executed calls, for rollouts without tool messages"
+    )
+    calls_field: str | None = option(None, help="take the number of calls that a rollout_func returns under this name")
+
+    def __post_init__(self) -> None:
+        CallCounter(self.call_tag, self.calls_field)  # refuses what cannot be counted
+
+    @property
+    def counter(self) -> CallCounter:
+        """The counter of these options."""
+        return CallCounter(self.call_tag, self.calls_field)

@@ -19,9 +19,9 @@ def mode_reward(
     wrong_think: float = -1.0,
     format_error: float = -1.0,
 ) -> Reward:
-    """A reward function with the authors' constants; raise `think` towards 0.8 if the model becomes too terse.
+    """Makes a reward function with the authors' constants; raise `think` towards 0.8 if the model becomes too terse.
 
-    The mode is the first token of the completion, and the answer is what follows `<short>`, or follows `</think>`. A
+    The mode is the first token of the completion. The answer is what follows `<short>`, or follows `</think>`. A
     completion without a mode, or with `<think>` and without `</think>`, is a format error.
 
     Args:
@@ -52,9 +52,9 @@ def mode_reward(
         for mode, answer, expected in zip(thinkless_mode, thinkless_answer, columns[reference], strict=True):
             right: bool | None = False
             if answer is not None:
-                several = expected if isinstance(expected, list | tuple) else [expected]
-                found = [correct(answer, one) for one in several]
-                right = None if found and all(each is None for each in found) else any(found)
+                references = expected if isinstance(expected, list | tuple) else [expected]
+                verdicts = [correct(answer, one) for one in references]
+                right = None if verdicts and all(verdict is None for verdict in verdicts) else any(verdicts)
             if mode is not None and right is not None and log_metric is not None:
                 log_metric(f"thinkless/accuracy_{mode}", float(right))
             if mode is None or answer is None:
@@ -72,7 +72,7 @@ def mode_reward(
 
 
 def boxed(text: str) -> str | None:
-    """The content of the last \\boxed{...} of a text, braces balanced; None without one."""
+    """Returns the content of the last \\boxed{...} of a text, braces balanced; None without one."""
     for start in reversed([match.end() for match in re.finditer(r"\\boxed\{", text)]):
         depth = 1
         for place in range(start, len(text)):
@@ -83,13 +83,13 @@ def boxed(text: str) -> str | None:
 
 
 def boxed_match(answer: str, reference: str) -> bool:
-    """Whether the boxed part of an answer is the reference, spaces, `$` and `\\boxed` of the reference aside."""
-    found, expected = boxed(answer), boxed(reference) or reference
+    """Says whether the boxed part of an answer is the reference, spaces, `$` and `\\boxed` of the reference aside."""
+    given, expected = boxed(answer), boxed(reference) or reference
 
     def plain(text: str) -> str:
         return re.sub(r"[\s$]", "", text)
 
-    return found is not None and plain(found) == plain(expected)
+    return given is not None and plain(given) == plain(expected)
 
 
 boxed_reward = mode_reward(boxed_match)

@@ -9,7 +9,7 @@ import torch
 
 
 def token_id(tokenizer: Any, token: str) -> int | None:
-    """The id of a text that is one token of its own, else None."""
+    """Returns the id of a text that is one token of its own, else None."""
     ids = tokenizer.encode(token, add_special_tokens=False)
     return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None
 
@@ -19,8 +19,8 @@ def add_control_tokens(
 ) -> list[str]:
     """Adds the missing ones of some tokens to a tokenizer and a model, as ordinary tokens with mean embeddings.
 
-    They must not be special tokens: TRL removes those from the texts that reward functions see. Save both afterwards;
-    the model has to learn the new tokens before reinforcement learning can use them.
+    They must not be special tokens, which TRL removes from the texts that reward functions see. Save both afterwards.
+    The model has to learn the new tokens before reinforcement learning can use them.
 
     Returns:
         The tokens that were added.
@@ -42,11 +42,11 @@ def add_control_tokens(
 def warmup_rows(
     example: Mapping[str, Any], *, think: str = "<think>", short: str = "<short>", close: str = "</think>"
 ) -> list[dict[str, str]]:
-    """The two texts of one paired example for supervised training: a direct and a long completion of a prompt.
+    """Makes the two texts of one paired example for supervised training: a direct and a long completion of a prompt.
 
     Args:
         example: `prompt`, `short` (the direct answer) and `think` (thoughts, then `</think>`, then the answer), as
-            text; an opening control token is added where it is missing.
+            text. An opening control token is added where it is missing.
         think, short, close: The tokens.
 
     Returns:

@@ -9,35 +9,44 @@ import torch
 
 from trl_ext_plugins.otc import falling_coefficient, fewest_calls, scale_rewards, tool_coefficient
 
-LIMITS = ((torch.float64, 1e-9), (torch.float32, 1e-6))
+KNOWN = {"c", "alpha"}
 
 
 def compare(case: dict[str, Any]) -> None:
     inputs, outputs, settings = case["inputs"], case["outputs"], case["hyperparameters"]
-    assert settings.keys() == {"c", "alpha"}, f"the adapter does not know {settings.keys() - {'c', 'alpha'}}"
-    calls = torch.tensor(inputs["tool_calls"])
+    assert not settings.keys() - KNOWN, f"the adapter does not know {settings.keys() - KNOWN}"
+    calls, c = torch.tensor(inputs["tool_calls"]), settings["c"]
     if case["kind"] == "ppo":
-        coefficient = falling_coefficient(calls, settings["c"])
+        coefficient = falling_coefficient(calls, c)
     else:
         assert case["kind"] == "grpo", f"unknown kind {case['kind']!r}"
         size = inputs["num_generations"]
         group_ids = torch.arange(len(calls)) // size
-        now = fewest_calls(calls, torch.tensor(inputs["correct"]).bool(), group_ids)
-        n = torch.fmin(_numbers(inputs["n_prev"])[group_ids], now)
-        _close(n[::size], _numbers(outputs["n"]), 0.0, "n")
-        coefficient = tool_coefficient(calls, n, settings["c"])
-    _close(coefficient, _numbers(outputs["r_tool"]), 1e-9, "r_tool")
-    for dtype, limit in LIMITS:
-        found = scale_rewards(_numbers(inputs["r_phi"]).to(dtype), coefficient, settings["alpha"])
-        assert found.dtype == dtype
-        _close(found, _numbers(outputs["reward"]), limit, f"reward, {dtype}")
+        now = fewest_calls(calls, _tensor(inputs["correct"]) > 0, group_ids)
+        before = _solved(inputs.get("n_prev") or [None] * (len(calls) // size))
+        n = torch.fmin(before[group_ids], now)
+        _close(n[::size], _solved(outputs["n"]), 0.0, 0.0, "n")
+        coefficient = tool_coefficient(calls, n, c)
+    _close(coefficient, _tensor(outputs["r_tool"]), 1e-9, 0.0, "r_tool")
+    rewards, alpha, expected = _tensor(inputs["r_phi"]), settings.get("alpha", 1.0), _tensor(outputs["reward"])
+    for dtype, limit, relative in ((torch.float64, 1e-9, 1e-12), (torch.float32, 1e-6, 1e-6)):
+        ours = scale_rewards(rewards.to(dtype), coefficient, alpha)
+        assert ours.dtype == dtype
+        _close(ours, expected, limit, relative, f"reward, {dtype}")
 
 
-def _numbers(values: list[Any]) -> torch.Tensor:
-    return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
+def _tensor(values: list[Any]) -> torch.Tensor:
+    """Returns (N,) float64; null is NaN."""
+    return torch.tensor([math.nan if value is None else float(value) for value in values], dtype=torch.float64)
 
 
-def _close(found: torch.Tensor, expected: torch.Tensor, limit: float, what: str) -> None:
+def _solved(values: list[Any]) -> torch.Tensor:
+    """Returns fewest calls; a prompt that was never solved is null, or infinitely many."""
+    numbers = _tensor(values)
+    return torch.where(torch.isinf(numbers), torch.nan, numbers)
+
+
+def _close(ours: torch.Tensor, expected: torch.Tensor, limit: float, relative: float, what: str) -> None:
     torch.testing.assert_close(
-        found.double(), expected, atol=limit, rtol=0, equal_nan=True, msg=lambda text: f"{what}: {text}"
+        ours.double(), expected, atol=limit, rtol=relative, equal_nan=True, msg=lambda text: f"{what}: {text}"
     )

@@ -1,21 +1,21 @@
-"""Thinkless: the authors' loss and advantage, an independent sequence form and weights, and the authors' rewards."""
+"""Thinkless: the authors' loss and advantage, an independent sequence form and weights, and the authors' rewards.
+
+Three things differ by design. Where the official loss is 0/0, the plugin's is finite. A group of one keeps its raw
+reward there and gets 0 here. The mode of an answer is its first token, and not whether its text holds `<short>`.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
 import torch
 
 from trl_ext_hooks.toolkit.groups import group_normalize
-from trl_ext_hooks.toolkit.losses import masked_mean
-from trl_ext_plugins.thinkless import ThinklessOptions, boxed_match, mode_reward
-from trl_ext_plugins.thinkless.degrpo import (
-    clipped_surrogate,
-    control_tokens,
-    sequence_mean_weights,
-    token_mean_weights,
-)
+from trl_ext_hooks.toolkit.losses import clipped_surrogate, masked_mean
+from trl_ext_plugins.thinkless import Thinkless, boxed_match, mode_reward
+from trl_ext_plugins.thinkless.maths import control_tokens, sequence_mean_weights, token_mean_weights
 
 LIMIT = 1e-9
 
@@ -26,84 +26,111 @@ def compare(case: dict[str, Any]) -> None:
 
 
 def _tensor(values: Any) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+    """Returns a float64 tensor of a number, a list, or a list of lists; null and the text `nan` are NaN."""
+    if isinstance(values, list) and values and isinstance(values[0], list):
+        return torch.stack([_tensor(row) for row in values])
+    if isinstance(values, list):
+        return torch.tensor([math.nan if value is None else float(value) for value in values], dtype=torch.float64)
+    return torch.tensor(math.nan if values is None else float(values), dtype=torch.float64)
 
 
-def _close(found: torch.Tensor, expected: Any, what: str) -> None:
-    torch.testing.assert_close(found, _tensor(expected), atol=LIMIT, rtol=0, msg=lambda text: f"{what}: {text}")
+def _close(ours: torch.Tensor, expected: Any, what: str) -> None:
+    torch.testing.assert_close(ours, _tensor(expected), atol=LIMIT, rtol=0, msg=lambda text: f"{what}: {text}")
 
 
 def _two_means(
     logps: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, weights: Any, eps: float
 ) -> torch.Tensor:
-    """(B, T) losses of weighted advantages, as the trainer sees them."""
-    return clipped_surrogate(logps, old, advantages.unsqueeze(1) * mask * weights, eps, eps) * mask
+    """Returns (B, T) losses of weighted advantages, as the trainer sees them."""
+    return clipped_surrogate(torch.exp(logps - old), advantages.unsqueeze(1) * mask * weights, eps, eps) * mask
+
+
+def _logps(inputs: dict[str, Any], mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns new and old log-probabilities; what stands on padding is nobody's, so it may be infinite."""
+    new, old = (_tensor(inputs[name]) for name in ("log_prob", "old_log_prob"))
+    new, old = (torch.where(mask == 0, values.nan_to_num(0.0, 0.0, 0.0), values) for values in (new, old))
+    return new.requires_grad_(), old
+
+
+def _check(
+    losses: torch.Tensor, logps: torch.Tensor, loss: torch.Tensor, outputs: Any, name: str, gradient: str
+) -> None:
+    """Compares a loss and its gradient, unless the file lacks them or has 0/0 there."""
+    if name not in outputs or _tensor(outputs[name]).isnan():
+        assert torch.isfinite(loss)
+        return
+    _close(loss.detach(), outputs[name], name)
+    if gradient in outputs:
+        _close(torch.autograd.grad(loss, logps)[0], outputs[gradient], gradient)
 
 
 def _loss(inputs: dict[str, Any], outputs: dict[str, Any], settings: dict[str, Any]) -> None:
     alpha, eps = settings.pop("alpha"), settings.pop("cliprange")
     assert not settings, f"unknown settings {set(settings)}"
-    ThinklessOptions(alpha=alpha)
-    logps = _tensor(inputs["log_prob"]).requires_grad_()
-    old, advantages, mask = (_tensor(inputs[name]) for name in ("old_log_prob", "advantages", "completion_mask"))
+    Thinkless.Options(alpha=alpha)
+    advantages, mask = _tensor(inputs["advantages"]), _tensor(inputs["completion_mask"])
+    logps, old = _logps(inputs, mask)
 
     def check(weights: Any, form: str, loss: str, gradient: str) -> None:
         losses = _two_means(logps, old, advantages, mask, weights, eps)
-        found = masked_mean(losses, mask, dim=1).mean() if form == "sequence" else masked_mean(losses, mask)
-        _close(found.detach(), outputs[loss], loss)
-        _close(torch.autograd.grad(found, logps)[0], outputs[gradient], gradient)
+        ours = masked_mean(losses, mask, dim=1).mean() if form == "sequence" else masked_mean(losses, mask)
+        _check(losses, logps, ours, outputs, loss, gradient)
 
     if alpha is None:
         check(1.0, "token", "loss_official", "grad_log_prob_official")
         return
     control = control_tokens(torch.zeros_like(mask), mask)
     weights = token_mean_weights(control, mask, alpha, control.sum(), mask.sum())
-    _close(weights, outputs["token_mean_weights"], "token_mean_weights")
+    rows = sequence_mean_weights(control, mask, alpha)
+    for name, ours in (("token_mean_weights", weights), ("sequence_mean_weights", rows)):
+        if name in outputs:
+            _close(ours, outputs[name], name)
     check(weights, "token", "loss_official_guarded", "grad_log_prob_official_guarded")
-    if outputs["loss_official"] != "nan":
-        check(weights, "token", "loss_official", "grad_log_prob_official")
-    weights = sequence_mean_weights(control, mask, alpha)
-    _close(weights, outputs["sequence_mean_weights"], "sequence_mean_weights")
-    check(weights, "sequence", "loss_sequence_mean_form", "grad_log_prob_sequence_mean_form")
+    check(weights, "token", "loss_official", "grad_log_prob_official")
+    check(rows, "sequence", "loss_sequence_mean_form", "grad_log_prob_sequence_mean_form")
 
 
-def _advantages(inputs: dict[str, Any], settings: dict[str, Any]) -> torch.Tensor:
+def _advantages(inputs: dict[str, Any], settings: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the trainer's advantages of a case, and those with the raw rewards of groups of one, as the authors'."""
     names = sorted(set(inputs["group_index"]))
     groups = torch.tensor([names.index(name) for name in inputs["group_index"]])
     scale, eps = settings.pop("std_normalizer"), settings.pop("epsilon", 1e-6)
-    return group_normalize(_tensor(inputs["rewards"]), groups, scale=scale, eps=eps)
+    rewards = _tensor(inputs["rewards"])
+    ours = group_normalize(rewards, groups, scale=scale, eps=eps)
+    alone = groups.bincount()[groups] == 1
+    assert (ours[alone] == 0).all()
+    return ours, torch.where(alone, rewards / (1 + eps if scale else 1), ours)
 
 
 def _advantage(inputs: dict[str, Any], outputs: dict[str, Any], settings: dict[str, Any]) -> None:
-    """The trainer's own advantage; the official code gives a group of one its raw reward, here it gets 0."""
-    found = _advantages(inputs, settings)
+    _, theirs = _advantages(inputs, settings)
     assert not settings, f"unknown settings {set(settings)}"
-    alone = torch.tensor([inputs["group_index"].count(name) == 1 for name in inputs["group_index"]])
-    _close(found[~alone], _tensor(outputs["advantages"])[~alone].tolist(), "advantages")
-    assert (found[alone] == 0).all()
+    _close(theirs, outputs["advantages"], "advantages")
 
 
 def _chain(inputs: dict[str, Any], outputs: dict[str, Any], settings: dict[str, Any]) -> None:
     alpha, eps = settings.pop("alpha"), settings.pop("cliprange")
-    advantages = _advantages(inputs, settings)
+    _, advantages = _advantages(inputs, settings)
     assert not settings, f"unknown settings {set(settings)}"
     mask = _tensor(inputs["completion_mask"])
-    assert mask.sum(1).tolist() == inputs["completion_lengths"]
+    if "completion_lengths" in inputs:
+        assert mask.sum(1).tolist() == inputs["completion_lengths"]
     _close(advantages.unsqueeze(1) * mask, outputs["advantages_token"], "advantages_token")
-    logps, old = _tensor(inputs["log_prob"]).requires_grad_(), _tensor(inputs["old_log_prob"])
+    logps, old = _logps(inputs, mask)
     control = control_tokens(torch.zeros_like(mask), mask)
-    weights = token_mean_weights(control, mask, alpha, control.sum(), mask.sum())
+    weights: Any = 1.0
+    if alpha is not None:
+        weights = token_mean_weights(control, mask, alpha, control.sum(), mask.sum())
     for weight, loss, gradient in (
         (weights, "loss_official", "grad_log_prob_official"),
         (1.0, "loss_vanilla_token_mean", "grad_log_prob_vanilla"),
     ):
-        found = masked_mean(_two_means(logps, old, advantages, mask, weight, eps), mask)
-        _close(found.detach(), outputs[loss], loss)
-        _close(torch.autograd.grad(found, logps)[0], outputs[gradient], gradient)
+        losses = _two_means(logps, old, advantages, mask, weight, eps)
+        _check(losses, logps, masked_mean(losses, mask), outputs, loss, gradient)
 
 
 def _reward(inputs: dict[str, Any], outputs: dict[str, Any], settings: dict[str, Any]) -> None:
-    """The official rules but for one row: thoughts that name `<short>` stay thoughts, by their first token."""
+    """Compares with the official rules, but for rows that hold a further control token behind their first token."""
     rename = {f"{name}_{mode}_reward": (name, mode) for name in ("correct", "wrong") for mode in ("think", "short")}
     assert set(settings) == set(rename)
     given = {mode if name == "correct" else f"wrong_{mode}": settings[key] for key, (name, mode) in rename.items()}
@@ -116,12 +143,20 @@ def _reward(inputs: dict[str, Any], outputs: dict[str, Any], settings: dict[str,
         _, closed, after = rest.partition("</think>")
         thought = after if closed else None
         answers.append(thought if modes[-1] == "think" else rest)
-    found = reward(
+    ours = reward(
         completions=[item["text"] for item in inputs["items"]],
         thinkless_mode=modes,
         thinkless_answer=answers,
         ground_truth=[item["ground_truth"] for item in inputs["items"]],
     )
-    for item, ours, official in zip(inputs["items"], found, outputs["rewards_official"], strict=True):
-        named = item["text"].startswith("<think>") and "<short>" in item["text"]
-        assert ours == (settings["correct_think_reward"] if named else official), item
+    for item, mode, answer, value, official in zip(
+        inputs["items"], modes, answers, ours, outputs["rewards_official"], strict=True
+    ):
+        further = re.search(r"<(think|short)>", item["text"][1:])
+        if not further:
+            assert value == official, item
+        elif mode is None or answer is None:
+            assert value == -1.0, item
+        else:
+            right = boxed_match(answer, item["ground_truth"])
+            assert value == settings[f"{'correct' if right else 'wrong'}_{mode}_reward"], item

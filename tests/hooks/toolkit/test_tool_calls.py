@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import types
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
-from trl_ext_hooks import Config, Need, Refuse, Rollout, Scored
-from trl_ext_hooks.toolkit.tool_calls import CallCounter, count_tag, count_tool_messages
+from trl_ext import OptionError
+from trl_ext.catalog.find import resolve
+from trl_ext_hooks import Config, Need, Plugin, Refuse, Rollout, Scored, option
+from trl_ext_hooks.toolkit.tool_calls import CallCounter, CallOptions, count_tag, count_tool_messages
 
 
 def assistant(text: str, *calls: str) -> dict[str, Any]:
@@ -116,6 +119,25 @@ def test_one_way_only() -> None:
     for empty in ({"tag": ""}, {"field": ""}):
         with pytest.raises(ValueError, match="must not be empty"):
             CallCounter(**empty)
+
+
+class Counting(Plugin):
+    name = "counting"
+    trainers = ("grpo",)
+
+    @dataclass(frozen=True)
+    class Options(CallOptions):
+        weight: float = option(1.0, gt=0, help="a factor")
+
+    options: Options
+
+
+def test_options_that_say_what_a_call_is(plugin: Any) -> None:
+    for given, counter in (({}, CallCounter()), ({"call_tag": "<call>"}, CallCounter(tag="<call>"))):
+        (spec,) = resolve({plugin(Counting): {"weight": 2, **given}})
+        assert spec.options.counter == counter and spec.options.weight == 2
+    with pytest.raises(OptionError, match="call_tag and calls_field exclude each other"):
+        resolve({plugin(Counting): {"call_tag": "<call>", "calls_field": "turns"}})
 
 
 def test_runs_in_which_nothing_would_be_counted_are_refused() -> None:

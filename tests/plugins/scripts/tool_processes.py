@@ -43,8 +43,7 @@ class Scripted(Plugin):
     trainers = ("grpo",)
     fields = ("row", "turn")
 
-    def __init__(self, options: Any = None) -> None:
-        super().__init__(options)
+    def start(self) -> None:
         self.turn = 0
         self.seen: dict[str, list[Any]] = {"rewards": [], "advantages": [], "calls": [], "tools": [], "shares": []}
 

@@ -1,4 +1,4 @@
-"""OTC: its coefficients, the memory of fewest calls, and real runs with executed and with counted calls."""
+"""The rounds of OTC: rewards, metrics and memory of written rollouts, and what is refused before training."""
 
 from __future__ import annotations
 
@@ -9,166 +9,29 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import trl_ext
-from trl_ext.testing import Scripted, calls, digits, metrics_of, reported, tiny_data, tiny_trainer
-from trl_ext.tools import calculator
-from trl_ext_hooks import Plugin, hookimpl
+from trl_ext.testing import Scripted, reported, tiny_data
 from trl_ext_hooks.toolkit.groups import group_normalize
-from trl_ext_hooks.toolkit.prompt_memory import PromptMemory, prompt_key
-from trl_ext_plugins.otc import falling_coefficient, fewest_calls, scale_rewards, tool_coefficient
-
-NAN = math.nan
-COUNTS = st.integers(0, 60)
-
-
-def tensor(*values: float) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def coefficient(m: int, n: float, c: float = 4, **settings: Any) -> float:
-    return tool_coefficient(torch.tensor([m]), tensor(n), c, **settings).item()
-
-
-# --- the mathematics --------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=200, deadline=None)
-@given(COUNTS, st.one_of(COUNTS, st.just(NAN)), st.integers(0, 20))
-def test_it_is_the_paper_s_equations(m: int, n: float, c: int) -> None:
-    def paper() -> float:
-        if math.isnan(n):
-            return 1.0
-        if m == 0 and n == 0:
-            return 1.0
-        if n == 0:
-            return math.cos(m * math.pi / (2 * m + c))
-        f = 2 * n * m / (m + n)
-        return math.sin(f * math.pi / (2 * n))
-
-    found = coefficient(m, n, c)
-    assert found == pytest.approx(paper(), abs=1e-12)
-    assert 0 <= found <= 1
-
-
-@settings(max_examples=100, deadline=None)
-@given(COUNTS, st.integers(0, 20))
-def test_the_closed_forms(m: int, c: int) -> None:
-    found = falling_coefficient(torch.tensor([m]), c).item()
-    if m or c:
-        assert found == pytest.approx(math.cos(m * math.pi / (2 * m + c)), abs=1e-12)
-    assert 0 <= found <= 1 and falling_coefficient(torch.tensor([0]), c).item() == 1
-    if m:
-        assert coefficient(m, m, c) == 1
-        assert falling_coefficient(torch.tensor([m]), m).item() == pytest.approx(0.5, abs=1e-12)
-
-
-@pytest.mark.parametrize("n", [1, 2, 5])
-def test_one_maximum_at_n(n: int) -> None:
-    found = tool_coefficient(torch.arange(40), torch.full((40,), float(n)), 4)
-    assert found[0] == 0 and found[n] == 1 and int((found == found.max()).sum()) == 1
-    assert (found[: n + 1].diff() > 0).all() and (found[n:].diff() < 0).all()
-    assert found[-1] > 0
-
-
-@pytest.mark.parametrize("c", [1, 3, 4, 20])
-def test_without_a_needed_call_every_call_costs(c: int) -> None:
-    m = torch.arange(40)
-    found = tool_coefficient(m, torch.zeros(40), c)
-    assert found[0] == 1 and (found.diff() < 0).all() and (found > 0).all()
-    assert torch.equal(found, falling_coefficient(m, c))
-    harsher = falling_coefficient(m, c + 1)
-    assert (harsher[1:] > found[1:]).all()  # a larger c is milder
-
-
-def test_the_numbers_of_the_paper_s_example() -> None:
-    found = [round(coefficient(m, 1), 3) for m in range(1, 6)]
-    assert found == [1, 0.866, 0.707, 0.588, 0.5]
-    assert [round(value, 3) for value in falling_coefficient(torch.arange(5), 4).tolist()] == found
-
-
-def test_prompts_that_nobody_solved() -> None:
-    assert [coefficient(m, NAN) for m in (0, 3)] == [1, 1]
-    assert [coefficient(m, NAN, unsolved="cos") for m in (0, 3)] == falling_coefficient(
-        torch.tensor([0, 3]), 4
-    ).tolist()
-    assert coefficient(3, 2, unsolved="cos") == coefficient(3, 2)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(COUNTS, st.booleans(), st.integers(0, 3)), min_size=1, max_size=20))
-def test_fewest_calls_is_a_loop_over_right_rollouts(rows: list[tuple[int, bool, int]]) -> None:
-    found = fewest_calls(*(torch.tensor(column) for column in zip(*rows, strict=True)))
-    for (_, _, group), value in zip(rows, found.tolist(), strict=True):
-        right = [m for m, correct, other in rows if correct and other == group]
-        assert value == min(right) if right else math.isnan(value)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=3, max_size=3), min_size=1, max_size=6))
-def test_what_is_remembered_never_grows(steps: list[list[tuple[int, bool]]]) -> None:
-    """And the local form differs exactly where the history is smaller."""
-
-    class Step:
-        mode = "train"
-
-    memory, keys, history = PromptMemory(merge=min), torch.zeros(3, dtype=torch.long), math.inf
-    for step in steps:
-        counted, correct = (torch.tensor(column) for column in zip(*step, strict=True))
-        local = fewest_calls(counted, correct, keys)
-        n = torch.fmin(memory.recall(keys), local)
-        memory.update(Step(), keys, local)  # type: ignore[arg-type]
-        value = n[0].item()
-        assert math.isnan(value) == math.isinf(min(history, local.nan_to_num(math.inf)[0].item()))
-        assert not value > history
-        assert (value != local[0].item() and not math.isnan(value)) == (history < local.nan_to_num(math.inf)[0].item())
-        history = min(history, torch.tensor(value).nan_to_num(math.inf).item())
-
-
-def test_rewards_are_scaled_linearly() -> None:
-    rewards = torch.tensor([[1.0, 0.2], [0.0, -1.0], [NAN, 0.5]])
-    factor = tensor(0.5, 0.25, 0.5)
-    found = scale_rewards(rewards, factor)
-    torch.testing.assert_close(found, torch.tensor([[0.5, 0.1], [0, -0.25], [NAN, 0.25]]), equal_nan=True)
-    torch.testing.assert_close(scale_rewards(rewards, factor, 3.0), 3 * found, equal_nan=True)
-    spared = scale_rewards(rewards, factor, 2.0, spare_negative=True)
-    torch.testing.assert_close(spared, torch.tensor([[1.0, 0.2], [0, -2.0], [NAN, 0.5]]), equal_nan=True)
-    assert scale_rewards(rewards[:, 0], factor).shape == (3,) and found.dtype == torch.float32
-
-
-# --- runs whose rollouts are written down here ------------------------------------------------------------------------
-
-
-class Look(Plugin):
-    """Keeps every finished round."""
-
-    name = "look"
-    trainers = ("grpo", "rloo")
-
-    def __init__(self, options: Any = None) -> None:
-        super().__init__(options)
-        self.rounds: list[Any] = []
-
-    @hookimpl
-    def round_metrics(self, round: Any) -> None:
-        self.rounds.append(round)
-
+from trl_ext_plugins.otc import falling_coefficient
 
 Rows = list[dict[str, Any]]
+
+
 Run = Callable[..., tuple[Any, list[Any]]]
+
+
 REWARDS = [reported("right"), reported("form")]
 
 
 @pytest.fixture
-def scripted(build: Any, plugin: Any) -> Run:
+def scripted(build: Any, look: str) -> Run:
     """Trains on scripted rounds of 8 rows, two prompts of 4; gives the trainer and its rounds."""
 
     def run(*rounds: Rows, options: dict[str, Any] | None = None, **settings: Any) -> tuple[Any, list[Any]]:
         given = {"rollout_func": Scripted(*rounds), **settings.pop("trainer", {})}
         settings = {"data": tiny_data(rows=2), "shuffle_dataset": False, "rewards": REWARDS} | settings
-        with trl_ext.enable(plugin(Look), otc={"c": 4, "calls_field": "turns", **(options or {})}):
+        with trl_ext.enable(look, otc={"c": 4, "calls_field": "turns", **(options or {})}):
             trainer = build(max_steps=len(rounds), trainer=given, **settings)
             trainer.train()
             return trainer, trainer._trl_ext.plugins["look"].rounds
@@ -194,6 +57,8 @@ def failed(*calls: int, form: float = 0.0) -> Rows:
 
 
 FIRST = solved(2, 3, 4) + failed(1, form=0.5) + failed(0, 1, 2, 3, form=0.5)
+
+
 SECOND = solved(5, 4) + failed(2, 0, form=0.5) + solved(3) + failed(3, 0, 6, form=0.5)
 
 
@@ -310,10 +175,10 @@ def test_two_groups_of_one_prompt_share_their_memory(scripted: Run) -> None:
     assert round.rewards[:4, 0].tolist() == [1] * 4
 
 
-def test_evaluation_uses_the_memory_and_leaves_it_alone(build: Any, plugin: Any) -> None:
+def test_evaluation_uses_the_memory_and_leaves_it_alone(build: Any, look: str) -> None:
     data = tiny_data(rows=2)
     script = Scripted(solved(3, 3, 4, 5) + solved(2, 2, 2, 2), [rollout(1, 1.0), rollout(5, 0.0, 1.0)])
-    with trl_ext.enable(plugin(Look), otc={"c": 4, "calls_field": "turns"}):
+    with trl_ext.enable(look, otc={"c": 4, "calls_field": "turns"}):
         trainer = build(
             data=data,
             rewards=REWARDS,
@@ -335,12 +200,12 @@ def test_evaluation_uses_the_memory_and_leaves_it_alone(build: Any, plugin: Any)
     assert logged(trainer, "eval_otc/n_mean") == [pytest.approx((1 + 2) / 2)]
 
 
-def test_the_memory_survives_a_checkpoint(build: Any, plugin: Any, tmp_path: Path) -> None:
+def test_the_memory_survives_a_checkpoint(build: Any, tmp_path: Path, look: str) -> None:
     """The first round solved the prompts with fewer calls than the second one needs."""
     low, high = solved(1, 2, 3, 4) + solved(2, 3, 4, 5), solved(4, 5, 6, 7) + solved(4, 5, 6, 7)
 
     def run(script: Scripted, resume: str | None = None) -> tuple[Any, list[Any]]:
-        with trl_ext.enable(plugin(Look), otc={"c": 4, "calls_field": "turns"}):
+        with trl_ext.enable(look, otc={"c": 4, "calls_field": "turns"}):
             trainer = build(
                 data=tiny_data(rows=2),
                 rewards=REWARDS,
@@ -361,13 +226,13 @@ def test_the_memory_survives_a_checkpoint(build: Any, plugin: Any, tmp_path: Pat
         assert torch.equal(value, dict(resumed.model.named_parameters())[name])
 
 
-def test_otc_first_then_gdpo(build: Any, plugin: Any) -> None:
+def test_otc_first_then_gdpo(build: Any, look: str) -> None:
     """GDPO normalises each multiplied reward on its own, whatever the order in which the two are named."""
     from trl_ext_plugins.gdpo import gdpo_advantages
 
     seen = []
     for order in (("otc", "gdpo"), ("gdpo", "otc")):
-        with trl_ext.enable(*order, plugin(Look), otc={"c": 4, "calls_field": "turns"}):
+        with trl_ext.enable(*order, look, otc={"c": 4, "calls_field": "turns"}):
             trainer = build(
                 data=tiny_data(rows=2), rewards=REWARDS, trainer={"rollout_func": Scripted(FIRST)}, max_steps=1
             )
@@ -377,98 +242,6 @@ def test_otc_first_then_gdpo(build: Any, plugin: Any) -> None:
         expected = gdpo_advantages(round.rewards, torch.ones(2), round.group_ids)
         torch.testing.assert_close(round.advantages, expected)
     assert torch.equal(seen[0].rewards, seen[1].rewards) and 0 < seen[0].rewards[1, 0] < 1
-
-
-# --- real tools, and none ---------------------------------------------------------------------------------------------
-
-
-def answered(completions: list[Any], **kwargs: Any) -> list[float]:
-    """Whether a rollout ends with something that was said rather than called."""
-    return [float(bool(completion[-1].get("content"))) for completion in completions]
-
-
-@pytest.fixture
-def calling(tool_model: str, tmp_path: Path) -> Callable[..., Any]:
-    """A trainer of which TRL's own loop executes calculator calls."""
-
-    def make(name: str = "run", **settings: Any) -> Any:
-        defaults: dict[str, Any] = {"max_completion_length": 150, "max_tool_calling_iterations": 2}
-        defaults |= {"generation_kwargs": calls(tool_model, "calculator", likelihood=5.0, expression="6 * 7")}
-        defaults |= {"trainer": {"tools": [calculator]}, "rewards": [answered, digits]}
-        return tiny_trainer("grpo", tool_model, tmp_path / name, **defaults | settings)
-
-    return make
-
-
-def test_executed_calls_set_the_rewards(calling: Any, plugin: Any) -> None:
-    with trl_ext.enable("otc", plugin(Look), "shared-prefix"):  # c is max_tool_calling_iterations
-        trainer = calling(data=tiny_data(rows=2), max_steps=3, learning_rate=1e-3)
-        before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
-        trainer.train()
-        rounds = trainer._trl_ext.plugins["look"].rounds
-        remembered = trainer._trl_ext.plugins["otc"].memory._numbers
-    known: dict[int, float] = {}
-    for round in rounds:
-        base = torch.tensor([answered(round.completions), digits(round.completions)]).T
-        keys = [prompt_key(row["prompt"]) for row in round.rows]
-        counted = [sum(message["role"] == "tool" for message in text) for text in round.completions]
-        for key, m, correct in zip(keys, counted, base[:, 0].tolist(), strict=True):
-            if correct:
-                known[key] = min(known.get(key, math.inf), m)
-        n = torch.tensor([known.get(key, NAN) for key in keys])
-        expected = base * tool_coefficient(torch.tensor(counted), n, 2).unsqueeze(1)
-        torch.testing.assert_close(round.rewards.double(), expected, atol=1e-6, rtol=0)
-        assert len(set(counted)) > 1
-    assert remembered == known and len(known) == 2
-    frequency = logged(trainer, "tools/call_frequency")
-    assert all(ours <= trls for ours, trls in zip(logged(trainer, "otc/tool_calls_mean"), frequency, strict=True))
-    assert any((value - before[name]).abs().max() > 1e-5 for name, value in trainer.model.named_parameters())
-
-
-def test_truncated_rollouts_are_only_wrong(calling: Any, plugin: Any) -> None:
-    """A call that begins at once and its end are 61 tokens; nothing more fits, and no result does."""
-    with trl_ext.enable("otc", plugin(Look)):
-        trainer = calling(max_completion_length=61, mask_truncated_completions=True, max_steps=1, num_generations=8)
-        trainer.train()
-        (round,) = trainer._trl_ext.plugins["look"].rounds
-    ended = torch.tensor([ids[-1] == trainer.processing_class.eos_token_id for ids in round.completion_ids])
-    assert not ended.all() and torch.equal(round.loss_mask.sum(1) > 0, ended)
-    assert (round.tool_calls == 0).all() and logged(trainer, "tools/call_frequency")[0] > 0
-    assert torch.isfinite(round.advantages).all()
-
-
-def test_without_a_call_nothing_changes(train: Any, capfd: Any) -> None:
-    plain = train(max_steps=3)
-    with trl_ext.enable("otc", otc={"c": 4}):
-        trainer = train(max_steps=3)
-        notes = trainer._trl_ext.plan.notes
-    assert len(notes) == 1 and notes[0].startswith("otc: the trainer has neither tools nor an environment")
-    assert " ".join(capfd.readouterr().err.split()).count("otc: the trainer has neither tools") == 1
-    for name, value in plain.model.named_parameters():
-        assert torch.equal(value, dict(trainer.model.named_parameters())[name])
-    own = [{key: value for key, value in entry.items() if "otc/" not in key} for entry in metrics_of(trainer)]
-    assert own == metrics_of(plain)
-
-
-def test_calls_in_plain_text_under_rloo(train: Any, plugin: Any) -> None:
-    """RLOO has no tools, so a tag is counted; here a letter stands for it."""
-    settings = {"max_steps": 2, "beta": 0.0, "learning_rate": 0.05}
-    plain = train("rloo", **settings)
-    with trl_ext.enable(plugin(Look), otc={"c": 4, "call_tag": "<<<"}):  # nobody writes that
-        silent = train("rloo", **settings)
-    for name, value in plain.model.named_parameters():
-        assert torch.equal(value, dict(silent.model.named_parameters())[name])
-    with trl_ext.enable(plugin(Look), otc={"c": 2, "call_tag": "a", "mode": "ppo"}):
-        trainer = train("rloo", **settings)
-        rounds = trainer._trl_ext.plugins["look"].rounds
-    for round in rounds:
-        texts = trainer.processing_class.batch_decode(round.completion_ids)
-        counted = torch.tensor([text.count("a") for text in texts])
-        base = torch.tensor(digits(round.completions)).double()
-        torch.testing.assert_close(
-            round.rewards[:, 0].double(), base * falling_coefficient(counted, 2), atol=1e-6, rtol=0
-        )
-    assert sum(logged(trainer, "otc/tool_calls_mean")) > 0
 
 
 # --- runs that cannot work --------------------------------------------------------------------------------------------
@@ -521,8 +294,8 @@ def test_rloo_must_be_told_what_a_call_is(build: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"c": 0}, "c must be at least 1"),
-        ({"alpha": 0.0}, "alpha must be greater than 0"),
+        ({"c": 0}, "otc.c: expected int or null, >= 1, got 0"),
+        ({"alpha": 0.0}, "otc.alpha: expected float, > 0, got 0.0"),
         ({"call_tag": "<call>", "calls_field": "turns"}, "call_tag and calls_field exclude each other"),
         ({"mode": "dpo"}, "expected 'grpo' or 'ppo'"),
         ({"max_calls": 4}, "plugin 'otc' has no option 'max_calls'"),
