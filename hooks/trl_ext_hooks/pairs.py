@@ -55,6 +55,17 @@ class ScoredPairs(Pairs):
     per_token_logps: torch.Tensor
     ref_per_token_logps: torch.Tensor | None
 
+    @property
+    def sequence_log_ratios(self) -> torch.Tensor:
+        """(2n,): log-probability of each completion under the policy - that under the reference, summed over tokens."""
+        if self.ref_per_token_logps is not None:
+            return (self.per_token_logps - self.ref_per_token_logps).sum(dim=1)
+        import torch
+
+        # `precompute_ref_log_probs` keeps sums only
+        reference = torch.cat([self.batch[f"ref_{side}_logps"] for side in ("chosen", "rejected")])
+        return self.per_token_logps.sum(dim=1) - reference
+
 
 @dataclass(frozen=True)
 class PairLogps:

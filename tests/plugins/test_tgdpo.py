@@ -395,7 +395,7 @@ def test_settings_are_refused(build: Any, guide: str, settings: dict[str, Any], 
     ("options", "expected"),
     [
         ({"guide": "x", "reward_columns": True}, "exclude each other"),
-        ({"alpha": -1, "guide": "x"}, "alpha must not be negative"),
+        ({"alpha": -1, "guide": "x"}, "tgdpo.alpha: expected float, >= 0, got -1"),
         ({"reward_func": "x"}, "module:function"),
         ({"reward_columns": True, "precompute": True}, "belong to a guide"),
         ({"reward_columns": True, "guide_beta": 0.1}, "belong to a guide"),
@@ -444,7 +444,7 @@ def test_a_function_that_is_not_there(build: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("short", r"returned \(2, 2\) token rewards, expected"), ("broken", r"pair 0 in this batch \(chosen, position")],
+    [("short", r"token_rewards have the shape \(2, 2\), expected"), ("broken", r"pair 0 in this batch \(chosen, position")],
 )
 def test_bad_token_rewards_stop_the_run(build: Any, function: str, name: str, expected: str) -> None:
     with trl_ext.enable(tgdpo={"reward_func": f"my_token_rewards:{name}"}):

@@ -16,7 +16,6 @@ from trl_ext.testing import brevity, digits, tiny_data
 from trl_ext_hooks import Loss, Plugin, hookimpl
 from trl_ext_plugins.trpa import (
     TRPA,
-    TRPAOptions,
     log_ratio,
     pair_factors,
     preference_losses,
@@ -194,7 +193,7 @@ def micro_batch(levels: list[float], groups: list[int] | None = None, drift: flo
 
 
 def gradient(loss: Loss, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    value = TRPA(TRPAOptions(**options)).policy_loss(loss=loss).values
+    value = TRPA(TRPA.Options(**options)).policy_loss(loss=loss).values
     return value.detach(), torch.autograd.grad(value, loss.per_token_logps)[0]
 
 

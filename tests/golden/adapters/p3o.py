@@ -8,8 +8,9 @@ import torch
 
 from trl_ext_hooks.toolkit.groups import group_pairs
 from trl_ext_plugins.p3o import (
-    P3OOptions,
-    RunningMoments,
+    P3O,
+    add_to_moments,
+    running_std,
     importance,
     joint_clipping,
     reward_gap,
@@ -28,7 +29,7 @@ def compare(case: dict[str, Any]) -> None:
         return
     assert settings.pop("pairing", "all") == "all"
     assert set(settings) == {"variant", "kl_coef", "cliprange", "cliprange_ratio"}, f"unknown settings {set(settings)}"
-    P3OOptions(**settings)  # the plugin takes them as they are
+    P3O.Options(**settings)  # the plugin takes them as they are
     if settings["variant"] == "v2_token":
         _tokens(inputs, outputs, settings)
     elif "rewards" in inputs:
@@ -112,11 +113,11 @@ def _moments(inputs: dict[str, Any], outputs: dict[str, Any], settings: dict[str
     assert settings.pop("scale_reward") == "running"
     limit = settings.pop("cliprange_reward")
     assert not settings, f"unknown settings {set(settings)}"
-    moments = RunningMoments()
+    moments = (0.0, 0.0, 0.0)
     for batch, std, scaled in zip(
         inputs["score_batches"], outputs["running_std"], outputs["scaled_scores"], strict=True
     ):
         rewards = _tensor(batch).clamp(-limit, limit)
-        moments.update(rewards)
-        _close(torch.tensor(moments.std, dtype=torch.float64), std, "running std")
-        _close(rewards / moments.std, scaled, "scaled scores")
+        moments = add_to_moments(moments, rewards)
+        _close(torch.tensor(running_std(moments), dtype=torch.float64), std, "running std")
+        _close(rewards / running_std(moments), scaled, "scaled scores")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from trl_ext_hooks import ScoredPairs
-from trl_ext_plugins.tgdpo import GUIDE, TGDPO, TGDPOOptions, guidance_factors, guided_margin, implicit_rewards
+from trl_ext_plugins.tgdpo import GUIDE, TGDPO, guidance_factors, guided_margin, implicit_rewards
 
 LIMIT = 1e-9
 
@@ -52,7 +52,7 @@ def _hook(
     batch = {"completion_mask": torch.cat([torch.zeros(len(mask), 1), mask], dim=1).view(-1, width)}
     trainer: Any = types.SimpleNamespace(args=types.SimpleNamespace(beta=settings["beta"]))
     pairs = ScoredPairs("train", 0, trainer, batch, [{}] * (len(mask) // 2), {GUIDE: guide}, policy, reference)
-    out = TGDPO(TGDPOOptions(alpha=settings["alpha"], guide="any")).pair_logps(pairs=pairs)
+    out = TGDPO(TGDPO.Options(alpha=settings["alpha"], guide="any")).pair_logps(pairs=pairs)
     chosen, rejected = (out.per_token_logps.sum(1) - out.ref_per_token_logps.sum(1)).chunk(2)
     torch.testing.assert_close(settings["beta"] * (chosen - rejected), margin, atol=LIMIT, rtol=1e-12)
 

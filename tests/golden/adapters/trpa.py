@@ -8,7 +8,7 @@ import torch
 
 from trl_ext_plugins.trpa import (
     KL_CLAMP,
-    TRPAOptions,
+    TRPA,
     log_ratio,
     pair_factors,
     preference_losses,
@@ -24,7 +24,7 @@ def compare(case: dict[str, Any]) -> None:
     settings, outputs = dict(case["hyperparameters"]), case["outputs"]
     assert settings.pop("kl_type") == "low_var_kl" and KL_CLAMP == 10
     assert set(settings) == {"beta", "anisotropy", "tr_kl_coef", "use_sqrt_trkl"}, f"unknown settings {set(settings)}"
-    TRPAOptions(**settings)
+    TRPA.Options(**settings)
     inputs = {name: torch.tensor(values, dtype=torch.float64) for name, values in case["inputs"].items()}
     logps, mask, levels = inputs["log_prob"].requires_grad_(), inputs["mask"], inputs["preference_levels"]
     rho = log_ratio(logps, inputs["ref_log_prob"], mask)
