@@ -74,6 +74,9 @@ class Job(Protocol):
         folder anew; killed after it, never again.
         """
 
+    def write(self, file: Path, text: str) -> None:
+        """Writes a file that is there as a whole or not at all, also after a kill. Not collective."""
+
     def sampler(
         self, model: str, *, num: int, temperature: float, top_p: float, max_tokens: int
     ) -> Callable[[list[Any], int], list[list[Any]]]:

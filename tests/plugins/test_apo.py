@@ -702,12 +702,12 @@ def test_the_other_method_of_that_name_is_named(command: list[str], capsys: pyte
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"alpha": 1.0}, "alpha must be below 1"),
-        ({"rounds": 0}, "rounds must be at least 1"),
+        ({"alpha": 1.0}, "alpha: expected float, < 1"),
+        ({"rounds": 0}, "rounds: expected int, >= 1"),
         ({"rounds": 4, "betas": [0.1, 0.2, 0.3]}, "one for each of the 4 rounds"),
         ({"betas": [0.0]}, "greater than 0"),
-        ({"num_samples": 1}, "num_samples must be at least 2"),
-        ({"held_out": -1}, "held_out at least 0"),
+        ({"num_samples": 1}, "num_samples: expected int, >= 2"),
+        ({"held_out": -1}, "held_out: expected int, >= 0"),
         ({"judge": "x.y"}, "exclude each other"),
         ({"reward_weights": [1.0, 2.0]}, "one value per reward function"),
     ],

@@ -444,7 +444,10 @@ def test_a_function_that_is_not_there(build: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("short", r"token_rewards have the shape \(2, 2\), expected"), ("broken", r"pair 0 in this batch \(chosen, position")],
+    [
+        ("short", r"token_rewards have the shape \(2, 2\), expected"),
+        ("broken", r"pair 0 in this batch \(chosen, position"),
+    ],
 )
 def test_bad_token_rewards_stop_the_run(build: Any, function: str, name: str, expected: str) -> None:
     with trl_ext.enable(tgdpo={"reward_func": f"my_token_rewards:{name}"}):

@@ -140,9 +140,7 @@ class LocalJob:
     def log(self, metrics: Mapping[str, float], *, step: int, steps: int) -> None:
         self.history.append({f"{self.owner}/{name}": float(value) for name, value in metrics.items()} | {"step": step})
         if self.is_main:
-            unfinished = self.folder / f"{ROUNDS}.part"
-            unfinished.write_text(json.dumps(self.history, indent=1) + "\n")
-            unfinished.rename(self.folder / ROUNDS)
+            self.write(self.folder / ROUNDS, json.dumps(self.history, indent=1) + "\n")
         for listener in self.listeners:
             listener(step, steps)
 
@@ -162,6 +160,12 @@ class LocalJob:
             unfinished.rename(target)
         self.wait()
         return target
+
+    def write(self, file: Path, text: str) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_name(f"{file.name}.part")
+        unfinished.write_text(text)
+        unfinished.rename(file)
 
     def sampler(
         self, model: str, *, num: int, temperature: float, top_p: float, max_tokens: int

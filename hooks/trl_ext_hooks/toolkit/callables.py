@@ -5,17 +5,20 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
 
-def load(path: str) -> Callable[..., Any]:
+def load(path: str, method: str = "__call__") -> Any:
     """Returns what a path such as `my_tools.calculator` or `my_tools:calculator` names.
 
     Modules are looked for in the working directory too, where TRL looks for reward functions.
 
+    Args:
+        path: Module and name.
+        method: A method that makes an object acceptable which cannot be called itself.
+
     Raises:
-        ValueError: The module cannot be imported, or it holds nothing callable of that name.
+        ValueError: The module cannot be imported, or it holds nothing of that name that can be called.
     """
     module, separator, name = path.rpartition(":" if ":" in path else ".")
     if not separator:
@@ -26,8 +29,8 @@ def load(path: str) -> Callable[..., Any]:
         home = importlib.import_module(module)
     except Exception as error:  # a user's module may raise anything
         raise ValueError(f"{path!r}: importing {module!r} failed: {type(error).__name__}: {error}") from error
-    target = getattr(home, name, None)
-    if not callable(target):
+    target: Any = getattr(home, name, None)
+    if not (callable(target) or hasattr(target, method)):
         defined = [key for key, value in vars(home).items() if getattr(value, "__module__", None) == module]
         known = ", ".join(sorted(key for key in defined if not key.startswith("_"))) or "none"
         raise ValueError(f"{path!r}: {module!r} has no function {name!r}; it has {known}")
