@@ -60,11 +60,10 @@ class ScoredPairs(Pairs):
         """(2n,): log-probability of each completion under the policy - that under the reference, summed over tokens."""
         if self.ref_per_token_logps is not None:
             return (self.per_token_logps - self.ref_per_token_logps).sum(dim=1)
-        import torch
-
-        # `precompute_ref_log_probs` keeps sums only
-        reference = torch.cat([self.batch[f"ref_{side}_logps"] for side in ("chosen", "rejected")])
-        return self.per_token_logps.sum(dim=1) - reference
+        ratios, pairs = self.per_token_logps.sum(dim=1), len(self.rows)
+        ratios[:pairs] -= self.batch["ref_chosen_logps"]  # `precompute_ref_log_probs` keeps sums only
+        ratios[pairs:] -= self.batch["ref_rejected_logps"]
+        return ratios
 
 
 @dataclass(frozen=True)
