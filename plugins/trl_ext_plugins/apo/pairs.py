@@ -54,6 +54,28 @@ def wins(judge: Judge, prompts: Sequence[Any], completions: Sequence[Sequence[An
     return scores
 
 
+def scorer(job: Job, judge: str | None, functions: Sequence[str], weights: Sequence[float] | None) -> Score:
+    """Returns what scores completions: wins before the judge, or else the weighted rewards.
+
+    Raises:
+        UsageError: There is no such judge.
+    """
+    if judge is not None:
+        try:
+            referee = load_judge(judge)
+        except ValueError as error:
+            raise UsageError(f"apo.judge={judge!r}: {error}; write module.name") from error
+        return lambda rows, completions: wins(referee, [row["prompt"] for row in rows], completions)
+    rewards = job.rewards(functions, weights)
+
+    def score(rows: list[dict[str, Any]], completions: list[list[Any]]) -> list[list[float]]:
+        flat = [(row, text) for row, texts in zip(rows, completions, strict=True) for text in texts]
+        values = iter(rewards([row for row, _ in flat], [text for _, text in flat]))
+        return [[next(values) for _ in texts] for texts in completions]
+
+    return score
+
+
 def best_and_worst(completions: Sequence[Any], scores: Sequence[float]) -> tuple[int, int] | None:
     """Returns the indices of the highest and the lowest score, the first of equal ones; None where that says nothing.
 

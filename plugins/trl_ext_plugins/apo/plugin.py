@@ -5,7 +5,6 @@ Stages: run (the rounds), pair_metrics (a check of the reference).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -30,9 +29,9 @@ from trl_ext_hooks import (
 )
 
 from .maths import coefficients, extrapolate
-from .pairs import Score, collect, load_judge, sample, wins
+from .pairs import Score, collect, sample, scorer
+from .preparation import begin, check_run, divide
 
-RECORD = "apo.json"
 ANCHORED = ("apo_zero", "apo_down")
 TOLERANCE = 1e-3
 """Mean log-ratio per token up to which the reference counts as the start; rounding of bfloat16 stays below."""
@@ -132,9 +131,11 @@ class APO(Plugin):
 
     @hookimpl
     def run(self, job: Job) -> None:
-        options, score = self.options, self._scorer(job)
-        round_rows, held_out = self._split(job)
-        begin(job, options)
+        options = self.options
+        score = scorer(job, options.judge, options.reward_funcs, options.reward_weights)
+        check_run(job)
+        round_rows, held_out = divide(len(job.data), options.rounds, options.prompts_per_round, options.held_out)
+        begin(job, asdict(options))
         outputs: list[str | Path] = [job.model]  # hat_0, then that of every round that had pairs
         for index, rows in enumerate(round_rows):
             place, title = f"round-{index + 1}", f"round {index + 1} of {options.rounds}"
@@ -183,32 +184,6 @@ class APO(Plugin):
             )
         pairs.log("first_loss", losses)
 
-    def _split(self, job: Job) -> tuple[list[list[int]], list[int]]:
-        """Divides the data into the row numbers of each round and the held-out ones.
-
-        Raises:
-            UsageError: The run cannot work, which is found before anything is loaded.
-        """
-        options = self.options
-        if not hasattr(job.data, "select") or "prompt" not in (job.data.column_names or ()):
-            raise UsageError("apo needs data with a column 'prompt' that can be read in any order, not a stream")
-        if job.quantized:
-            raise UsageError("a quantized model cannot be extrapolated; train in 16 or 32 bits")
-        adapter = job.peft_config
-        if adapter is not None and (
-            getattr(adapter.peft_type, "value", adapter.peft_type) != "LORA" or adapter.use_dora
-        ):
-            raise UsageError(
-                "apo knows how to extrapolate LoRA adapters; DoRA and learned prompts have no weight change to add up"
-            )
-        count = len(job.data) - options.held_out
-        size = options.prompts_per_round or count // options.rounds
-        if count < 1 or size < 1:
-            raise UsageError(f"{max(count, 0)} prompts are too few for {options.rounds} rounds")
-        # rounds that need more prompts than there are begin again with the first
-        rows = [[number % count for number in range(r * size, (r + 1) * size)] for r in range(options.rounds)]
-        return rows, list(range(count, len(job.data)))
-
     def _start(self, job: Job, name: str, outputs: Sequence[str | Path]) -> Path:
         """Makes the start of a later round: the last output, moved on from the one before it."""
 
@@ -243,53 +218,3 @@ class APO(Plugin):
         job.wait()
         files = math.ceil(len(rows) / options.sample_batch)
         return job.produce(f"{place}/{name}", lambda folder: collect(samples, folder, files))
-
-    def _scorer(self, job: Job) -> Score:
-        """Returns what scores completions: the judge's games, or the weighted rewards."""
-        if self.options.judge is not None:
-            try:
-                judge = load_judge(self.options.judge)
-            except ValueError as error:
-                raise UsageError(f"apo.judge={self.options.judge!r}: {error}; write module.name") from error
-            return lambda rows, completions: wins(judge, [row["prompt"] for row in rows], completions)
-        rewards = job.rewards(self.options.reward_funcs, self.options.reward_weights)
-
-        def score(rows: list[dict[str, Any]], completions: list[list[Any]]) -> list[list[float]]:
-            flat = [(row, text) for row, texts in zip(rows, completions, strict=True) for text in texts]
-            values = iter(rewards([row for row, _ in flat], [text for _, text in flat]))
-            return [[next(values) for _ in texts] for texts in completions]
-
-        return score
-
-
-def begin(job: Job, options: APO.Options) -> None:
-    """Marks the output folder as that of this run, or goes on with it.
-
-    Raises:
-        UsageError: The folder holds a run and the user does not go on with it, or goes on with other settings, or wants
-            to go on where there is nothing.
-    """
-    job.wait()
-    file = job.folder / RECORD
-    settings = {"options": json.loads(json.dumps(asdict(options))), "model": job.model, "seed": job.args.seed}
-    settings["prompts"] = hashlib.sha256(json.dumps(list(job.data["prompt"])).encode()).hexdigest()
-    recorded = json.loads(file.read_text()) if file.exists() else None
-    job.wait()  # until every process has looked
-    if recorded is None:
-        if job.resume:
-            raise UsageError(f"there is no run of apo to go on with in {job.folder}; leave resume_from_checkpoint out")
-        if job.is_main:
-            job.write(file, json.dumps(settings, indent=1))
-    elif not job.resume:
-        raise UsageError(
-            f"{job.folder} holds rounds of a run of apo. Go on with it by --resume_from_checkpoint true, or choose "
-            f"another output_dir"
-        )
-    elif recorded != settings:
-        old, new = recorded | recorded["options"], settings | settings["options"]
-        name = next(key for key in new if key != "options" and old.get(key) != new[key])
-        raise UsageError(
-            f"{job.folder} holds a run with {name}={old.get(name)!r}, and now it is {new[name]!r}. Finished rounds "
-            f"cannot be mixed with others: set it back, or choose another output_dir"
-        )
-    job.wait()
