@@ -201,9 +201,8 @@ class P3O(Plugin):
         def pairs(rows: torch.Tensor) -> Pairwise:
             return rows[first], rows[second]
 
-        gap = reward_gap(
-            pairs(rewards), pairs(old_scores if options.kl_source == "rollout" else scores), options.kl_coef
-        )
+        kl_scores = old_scores if options.kl_source == "rollout" else scores
+        gap = reward_gap(pairs(rewards), pairs(kl_scores), options.kl_coef)
         clip = (options.cliprange, options.cliprange_ratio)
         if options.variant == "v1":
             losses, clipped = separate_clipping(pairs(log_ratios), gap, *clip)

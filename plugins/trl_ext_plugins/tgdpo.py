@@ -90,10 +90,7 @@ class TGDPO(Plugin):
         """Options of TGDPO. The guidance is exactly one of `guide`, `reward_func` and `reward_columns`."""
 
         alpha: float = option(
-            0.5,
-            ge=0,
-            help="strength of the guidance, 0 (plain DPO) to 2",
-            source="authors; paper: 0.5, 1, 2",
+            0.5, ge=0, help="strength of the guidance, 0 (plain DPO) to 2", source="authors; paper: 0.5, 1, 2"
         )
         guide: str | None = option(
             None, help="model or PEFT adapter that was trained with DPO or SimPO on the same data", source="paper"
