@@ -131,20 +131,23 @@ class TRPA(Plugin):
     class Options:
         """Options of TRPA. Its `beta` is the factor of the log-ratios, not the trainer's KL factor, which must be 0."""
 
-        beta: float = option(0.1, gt=0, help="factor of log-ratio differences; 0.05 .. 1", source="main_TRPA.sh")
-        anisotropy: float = option(2.5, gt=0, help="extra factor of wins on level 1; 1 .. 4", source="main_TRPA.sh")
+        beta: float = option(0.1, gt=0, help="factor of a pair's log-ratio gap; 0.05 .. 1", source="main_TRPA.sh")
+        anisotropy: float = option(2.5, gt=0, help="extra factor where level 1 wins; 1 .. 4", source="main_TRPA.sh")
         tr_kl_coef: float = option(
-            0.001, ge=0, help="weight of the trust region (with reuse); 0 .. 1", source="main_TRPA.sh"
+            0.001,
+            ge=0,
+            help="weight of the trust region, felt where rollouts are reused; 0 .. 1",
+            source="main_TRPA.sh",
         )
         use_sqrt_trkl: bool = option(False, help="penalise sqrt(KL + 0.25) in place of the KL", source="main_TRPA.sh")
         fallback: Literal["unary", "zero"] = option(
-            "unary", help="without any pair: push level 1 up and others down, or nothing", source="authors' code"
+            "unary", help="without pairs: push level 1 up and others down, or learn nothing", source="authors' code"
         )
         ratio_reduction: Literal["mean", "sum"] = option(
             "mean", help="log-ratio of a completion: per token, or summed as in DPO", source="authors' code"
         )
         level_reward: str = option(
-            "preference_level", help="reward function that returns the level: 1 is best, None leaves out", source="ours"
+            "preference_level", help="reward function that gives levels: 1 is best, None skips a row", source="ours"
         )
         levels: tuple[dict[str, float], ...] = option(
             (),
