@@ -86,6 +86,9 @@ class Job(Protocol):
             everywhere: Whether `make` runs on every process. By default it runs on the main process.
         """
 
+    def write(self, file: Path, text: str) -> None:
+        """Writes a file that is there as a whole or not at all, also after a kill. Not collective."""
+
     def sampler(
         self, model: str, *, num: int, temperature: float, top_p: float, max_tokens: int
     ) -> Callable[[list[Any], int], list[list[Any]]]:

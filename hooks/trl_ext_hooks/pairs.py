@@ -54,6 +54,16 @@ class ScoredPairs(Pairs):
     per_token_logps: torch.Tensor
     ref_per_token_logps: torch.Tensor | None
 
+    @property
+    def sequence_log_ratios(self) -> torch.Tensor:
+        """(2n,): log-probability of each completion under the policy - that under the reference, summed over tokens."""
+        if self.ref_per_token_logps is not None:
+            return (self.per_token_logps - self.ref_per_token_logps).sum(dim=1)
+        ratios, pairs = self.per_token_logps.sum(dim=1), len(self.rows)
+        ratios[:pairs] -= self.batch["ref_chosen_logps"]  # `precompute_ref_log_probs` keeps sums only
+        ratios[pairs:] -= self.batch["ref_rejected_logps"]
+        return ratios
+
 
 @dataclass(frozen=True)
 class PairLogps:

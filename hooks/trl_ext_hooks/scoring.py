@@ -99,6 +99,16 @@ class Round(Scored):
         return self.gathered_lengths
 
     @property
+    def micro_batches(self) -> int:
+        """Into how many micro-batches the round is divided, on all processes together.
+
+        A loss whose micro-batches add up to a mean over the round divides their sums by an average micro-batch: by what
+        the round holds / `micro_batches`.
+        """
+        per_process = self.trainer.args.steps_per_generation if self.mode == "train" else 1
+        return int(self.trainer.num_processes * per_process)
+
+    @property
     def loss_mask(self) -> torch.Tensor:
         """Marks the tokens that the loss counts with 1, others with 0: (b, T)."""
         return loss_mask(self.batch)

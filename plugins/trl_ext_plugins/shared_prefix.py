@@ -10,7 +10,7 @@ Stages: logps. The rows of a group are kept next to each other, so that a micro-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,26 +31,7 @@ from trl_ext_hooks import (
     hookimpl,
     option,
 )
-
-
-@dataclass(frozen=True)
-class SharedPrefixOptions:
-    backend: Literal["auto", "flash_attn", "aten", "math"] = option(
-        "auto", help="attention kernels: flash_attn on CUDA, aten on a CPU, math anywhere but slow", source="ours"
-    )
-    min_gain: float = option(
-        1.1, help="dense tokens per packed token below which the dense forward runs; 0 packs always", source="ours"
-    )
-    on_refusal: Literal["error", "dense"] = option(
-        "error",
-        help="for a model or batch that cannot be shared exactly: stop, or run dense and count it",
-        source="ours",
-    )
-    check: bool = option(True, help="compare with the dense forward the first time a model is used", source="ours")
-
-    def __post_init__(self) -> None:
-        if self.min_gain < 0:
-            raise ValueError("min_gain must not be negative")
+from trl_ext_hooks.loss import Compute
 
 
 class SharedPrefix(Plugin):
@@ -60,40 +41,54 @@ class SharedPrefix(Plugin):
     paper = "none; see trl_ext.shared_prefix"
     summary = "computes what the rows of a micro-batch share once, exactly"
     trainers = ("grpo", "rloo", "dpo")
-    Options = SharedPrefixOptions
 
-    options: SharedPrefixOptions
+    @dataclass(frozen=True)
+    class Options:
+        """Options of the shared-prefix forward."""
 
-    def __init__(self, options: SharedPrefixOptions | None = None) -> None:
-        super().__init__(options)
+        backend: Literal["auto", "flash_attn", "aten", "math"] = option(
+            "auto", help="attention kernels: flash_attn on CUDA, aten on a CPU, math anywhere but slow", source="ours"
+        )
+        min_gain: float = option(
+            1.1,
+            ge=0,
+            help="dense tokens per packed token below which the dense forward runs; 0 packs always",
+            source="ours",
+        )
+        on_refusal: Literal["error", "dense"] = option(
+            "error",
+            help="for a model or batch that cannot be shared exactly: stop, or run dense and count it",
+            source="ours",
+        )
+        check: bool = option(True, help="compare with the dense forward the first time a model is used", source="ours")
+
+    options: Options
+
+    def start(self) -> None:
         self._reports: list[Report] = []
-        self._args: Any = None
+        self._temperature: float | None = None
 
     @hookimpl
     def setup(self, trainer: TrainerView) -> None:
-        self._args = trainer.args
+        self._temperature = getattr(trainer.args, "temperature", None)
 
     @hookimpl
-    def configure(self, config: Config) -> Sequence[Requirement]:
-        found: list[Requirement] = []
+    def configure(self, config: Config) -> Iterator[Requirement]:
         if config.kind == "dpo":
-            return found
-        found.append(Need("grouped_order"))
+            return
+        yield Need("grouped_order")
         args = config.args
         rows, group = args.per_device_train_batch_size, args.num_generations
         if rows < group:
-            found.append(
-                Warn(f"a micro-batch holds {rows} of the {group} rows of a group; more rows at once would share more")
-            )
+            yield Warn(f"a micro-batch holds {rows} of the {group} rows of a group; more rows at once would share more")
         if (args.steps_per_generation or 1) > args.gradient_accumulation_steps:
-            found.append(Warn("groups stay together, so an optimizer step sees fewer distinct prompts"))
+            yield Warn("groups stay together, so an optimizer step sees fewer distinct prompts")
         if getattr(args, "loss_type", None) == "bnpo":
-            found.append(Warn("bnpo averages inside a micro-batch, so keeping groups together changes it a little"))
-        return found
+            yield Warn("bnpo averages inside a micro-batch, so keeping groups together changes it a little")
 
     @hookimpl
-    def logps(self, call: LogpsCall, compute: Any) -> Logps:
-        refusal = self._refusal(call)
+    def logps(self, call: LogpsCall, compute: Compute) -> Logps:
+        refusal = _refusal(call)
         if refusal is not None:
             if self.options.on_refusal == "error":
                 raise RefusedError(f"shared-prefix cannot serve this run: {refusal}")
@@ -102,22 +97,22 @@ class SharedPrefix(Plugin):
         if call.score_mask is not None:
             return self._pairs(call)
         step = call.batch_size or call.input_ids.size(0)
-        parts = []
+        logps, entropies = [], []
         for start in range(0, call.input_ids.size(0), step):
             rows = slice(start, start + step)
-            logps, entropies, report = shared_prefix_logps(
+            part_logps, part_entropies, report = shared_prefix_logps(
                 call.model,
                 call.input_ids[rows],
                 call.attention_mask[rows],
                 call.logits_to_keep,
                 compute_entropy=call.compute_entropy,
-                **self._settings(call),
+                **self._settings(),
             )
-            parts.append((logps, entropies))
+            logps.append(part_logps)
+            if part_entropies is not None:
+                entropies.append(part_entropies)
             self._reports.append(report)
-        logps = torch.cat([part[0] for part in parts])
-        entropies = torch.cat([part[1] for part in parts if part[1] is not None]) if call.compute_entropy else None
-        return Logps(logps, entropies)
+        return Logps(torch.cat(logps), torch.cat(entropies) if call.compute_entropy else None)
 
     def _pairs(self, call: LogpsCall) -> Logps:
         scores, report = shared_prefix_scores(
@@ -126,45 +121,42 @@ class SharedPrefix(Plugin):
             call.attention_mask,
             score_mask=call.score_mask,
             compute_entropy=call.compute_entropy,
-            **self._settings(call),
+            **self._settings(),
         )
         self._reports.append(report)
-        fields = {name: values[:, 1:] for name, values in scores.items()}
+        fields = {name: values[:, 1:] for name, values in scores.items()}  # the first token has no prediction
         return Logps(fields.pop("log_probs"), fields.pop("entropy", None), extra=fields)
 
-    def _settings(self, call: LogpsCall) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         options = self.options
         return {
             "backend": None if options.backend == "auto" else options.backend,
             "min_gain": options.min_gain,
             "on_refusal": options.on_refusal,
             "check": options.check,
-            "temperature": getattr(self._args, "temperature", None),
+            "temperature": self._temperature,
         }
 
-    def _refusal(self, call: LogpsCall) -> str | None:
-        """Why TRL's request goes beyond text, or None."""
-        if call.extra.get("compute_aux_loss") or call.extra.get("output_router_logits"):
-            return "the router's auxiliary loss would count shared tokens once instead of once per row; switch it off"
-        images = [
-            name for name, value in call.extra.items() if torch.is_tensor(value) or (name == "num_images" and value)
-        ]
-        if images:
-            return f"the batch carries {images[0]}; only text can be shared. Leave the plugin out"
-        return None
+    @hookimpl
+    def loss_metrics(self, loss: Loss) -> None:
+        self._log(loss)
 
     @hookimpl
-    def loss_metrics(self, loss: Loss) -> dict[str, tuple[float, float]]:
-        return self._shares()
+    def pair_metrics(self, pairs: ScoredPairs) -> None:
+        self._log(pairs)
 
-    @hookimpl
-    def pair_metrics(self, pairs: ScoredPairs) -> dict[str, tuple[float, float]]:
-        return self._shares()
+    def _log(self, batch: Loss | ScoredPairs) -> None:
+        """Reports dense tokens per packed token, and the share of forwards that ran dense."""
+        packed = [report for report in self._reports if report.packed]
+        batch.log("dense_share", len(self._reports) - len(packed), len(self._reports))
+        batch.log("token_ratio", sum(r.dense_tokens for r in packed), sum(r.packed_tokens for r in packed))
 
-    def _shares(self) -> dict[str, tuple[float, float]]:
-        """Dense tokens per packed token, and the share of forwards that ran dense."""
-        ran = [report for report in self._reports if report.packed]
-        metrics = {"dense_share": (float(len(self._reports) - len(ran)), float(len(self._reports)))}
-        if ran:
-            metrics["token_ratio"] = (float(sum(r.dense_tokens for r in ran)), float(sum(r.packed_tokens for r in ran)))
-        return metrics
+
+def _refusal(call: LogpsCall) -> str | None:
+    """Returns why TRL's request goes beyond text, or None."""
+    if call.extra.get("compute_aux_loss") or call.extra.get("output_router_logits"):
+        return "the router's auxiliary loss would count shared tokens once instead of once per row; switch it off"
+    for name, value in call.extra.items():
+        if torch.is_tensor(value) or (name == "num_images" and value):
+            return f"the batch carries {name}; only text can be shared. Leave the plugin out"
+    return None

@@ -201,7 +201,7 @@ def test_environments_and_rollout_functions_by_name(
 @pytest.mark.parametrize(
     ("path", "text"),
     [
-        ("calculator", "'calculator' is no dotted path, such as my_tools.calculator"),
+        ("calculator", "'calculator' is not a dotted path, such as my_tools.calculator"),
         ("no_such_module.x", "'no_such_module.x': importing 'no_such_module' failed: ModuleNotFoundError"),
         (
             "trl_ext.tools.calculater",

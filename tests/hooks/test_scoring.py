@@ -69,3 +69,10 @@ def test_a_reward_that_is_gone() -> None:
 def test_lengths_that_the_core_did_not_gather_are_gathered() -> None:
     assert made([[1.0]], [1.0]).lengths.tolist() == [2, 2]
     assert made([[1.0]], [1.0], gathered_lengths=torch.tensor([7, 9])).lengths.tolist() == [7, 9]
+
+
+def test_micro_batches_of_a_round_are_those_of_all_processes() -> None:
+    args = types.SimpleNamespace(steps_per_generation=3)
+    trainer = types.SimpleNamespace(args=args, num_processes=2)
+    assert made([[1.0]], [1.0], trainer=trainer).micro_batches == 6
+    assert made([[1.0]], [1.0], trainer=trainer, mode="eval").micro_batches == 2

@@ -141,7 +141,7 @@ class LocalJob:
     def log(self, metrics: Mapping[str, float], *, step: int, steps: int) -> None:
         self.history.append({f"{self.owner}/{name}": float(value) for name, value in metrics.items()} | {"step": step})
         if self.is_main:
-            write_atomically(self.folder / ROUNDS, json.dumps(self.history, indent=1) + "\n")
+            self.write(self.folder / ROUNDS, json.dumps(self.history, indent=1) + "\n")
         for listener in self.listeners:
             listener(step, steps)
 
@@ -161,6 +161,10 @@ class LocalJob:
             unfinished.rename(target)
         self.wait()
         return target
+
+    def write(self, file: Path, text: str) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, text)
 
     def sampler(
         self, model: str, *, num: int, temperature: float, top_p: float, max_tokens: int

@@ -6,7 +6,7 @@ import torch
 
 
 def scale_gradient(values: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
-    """The same values, whose gradient is multiplied by `factor` (same shape or broadcast); None leaves it alone."""
+    """Returns the same values with their gradient multiplied by `factor`, which may broadcast; None leaves it alone."""
     if factor is None:
         return values
     constant = values.detach()
@@ -14,7 +14,7 @@ def scale_gradient(values: torch.Tensor, factor: torch.Tensor | None) -> torch.T
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-    """Mean of the `values` where `mask` is 1, over `dim` or everything; 0 where nothing is counted."""
+    """Averages the `values` where `mask` is 1, over `dim` or everything; gives 0 where nothing is counted."""
     dims = tuple(range(values.dim())) if dim is None else dim
     return (values * mask).sum(dims) / mask.sum(dims).clamp(min=1)
 

@@ -19,7 +19,7 @@ import torch
 def extrapolate(
     new: Mapping[str, torch.Tensor], previous: Mapping[str, torch.Tensor], alpha: float
 ) -> dict[str, torch.Tensor]:
-    """new + alpha * (new - previous), entry by entry, computed in float32 at least and rounded once.
+    """Returns new + alpha * (new - previous), entry by entry, computed in float32 at least and rounded once.
 
     Args:
         new: `hat_{t+1}` by name.
@@ -34,26 +34,26 @@ def extrapolate(
     """
     if new.keys() != previous.keys():
         raise ValueError(f"the weights have other names than those before: {sorted(new.keys() ^ previous.keys())[:3]}")
-    found = {}
+    moved_on = {}
     for name, value in new.items():
         before = previous[name]
         if value.shape != before.shape:
             raise ValueError(f"{name} has shape {tuple(value.shape)}, and {tuple(before.shape)} before")
         if not value.is_floating_point():
-            found[name] = value.clone()
+            moved_on[name] = value.clone()
             continue
         if not torch.isfinite(value).all():
             raise ValueError(f"{name} holds values that are not finite; the round before it must be trained otherwise")
         exact = torch.promote_types(value.dtype, torch.float32)
         wide = value.to(exact)
-        found[name] = (wide + alpha * (wide - before.to(exact))).to(value.dtype)
-    return found
+        moved_on[name] = (wide + alpha * (wide - before.to(exact))).to(value.dtype)
+    return moved_on
 
 
 def momentum(
     start: torch.Tensor, new: torch.Tensor, velocity: torch.Tensor, alpha: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same with a buffer: v <- alpha * (v + new - start), next start = new + v, from v = 0.
+    """Extrapolates with a buffer instead: v <- alpha * (v + new - start), next start = new + v, from v = 0.
 
     Returns:
         `start_{t+1}` and the new v.
@@ -63,7 +63,7 @@ def momentum(
 
 
 def coefficients(alpha: float, rounds: int) -> list[float]:
-    """Weight of the update of each round in the last output: hat_T = ref + sum_i c_i * (hat_{i+1} - start_i).
+    """Returns the weight of each round's update in the last output: hat_T = ref + sum_i c_i * (hat_{i+1} - start_i).
 
     Theorem 4.1: c_i = (1 - alpha^(T-i)) / (1 - alpha), for example 1.39, 1.3, 1 for alpha 0.3 and three rounds.
     """
@@ -71,7 +71,7 @@ def coefficients(alpha: float, rounds: int) -> list[float]:
 
 
 def extrapolate_policy(new: torch.Tensor, previous: torch.Tensor, alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Equation 3.7: log next = (1 + alpha) * log new - alpha * log previous - log Z, over a finite set of answers.
+    """Computes equation 3.7 over a finite set: log next = (1 + alpha) * log new - alpha * log previous - log Z.
 
     What the weights' form stands for; equal to it where logits are linear in the weights.
 
@@ -87,14 +87,14 @@ def extrapolate_policy(new: torch.Tensor, previous: torch.Tensor, alpha: float) 
 
 
 def lora_change(a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
-    """(out, in) change of a weight by an adapter: scaling * B @ A, for A (r, in) and B (out, r)."""
+    """Returns the (out, in) change of a weight by an adapter: scaling * B @ A, for A (r, in) and B (out, r)."""
     return scaling * b @ a
 
 
 def extrapolate_lora(
     new: tuple[torch.Tensor, torch.Tensor], previous: tuple[torch.Tensor, torch.Tensor], alpha: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A pair (A, B) whose change is (1 + alpha) * that of `new` - alpha * that of `previous`, both on one base.
+    """Returns a pair (A, B) whose change is (1 + alpha) * that of `new` - alpha * that of `previous`, on one base.
 
     Exact, because the rank adds up: A (2r, in) stacks both, B (out, 2r) holds the factors. Extrapolating A and B one by
     one gives another change.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import math
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext_hooks import Job, UsageError
+from trl_ext_hooks.toolkit.callables import load
 
 Score = Callable[[list[dict[str, Any]], list[list[Any]]], list[list[float]]]
 """Dataset rows and the completions of each -> a score per completion, NaN where none applies."""
@@ -19,28 +19,27 @@ Judge = Callable[[list[Any], list[list[Any]]], list[int]]
 
 
 def load_judge(path: str) -> Judge:
-    """The callable behind `module.name`; a class is instantiated, and an object with a method `judge` is that method.
+    """Returns the callable behind `module.name`: a function, or the method `judge` of an object or of a new one.
 
     Raises:
-        ImportError, AttributeError: It does not exist.
+        ValueError: It does not exist.
     """
-    module, _, name = path.rpartition(".")
-    found: Any = getattr(importlib.import_module(module), name)
-    if isinstance(found, type):
-        found = found()
-    judge: Judge = found.judge if hasattr(found, "judge") else found
+    target = load(path, method="judge")
+    if isinstance(target, type):
+        target = target()
+    judge: Judge = getattr(target, "judge", target)
     return judge
 
 
 def wins(judge: Judge, prompts: Sequence[Any], completions: Sequence[Sequence[Any]]) -> list[list[float]]:
-    """Every completion against every other one of its prompt: 1 for a win, 0.5 for a draw, added up.
+    """Lets every completion play every other one of its prompt: 1 for a win, 0.5 for a draw, added up.
 
     Raises:
         UsageError: The judge answers with something else than 0, 1 or -1 per pair.
     """
-    scores = [[0.0] * len(own) for own in completions]
+    scores = [[0.0] * len(texts) for texts in completions]
     matches = [
-        (row, a, b) for row, own in enumerate(completions) for a, b in itertools.combinations(range(len(own)), 2)
+        (row, a, b) for row, texts in enumerate(completions) for a, b in itertools.combinations(range(len(texts)), 2)
     ]
     answers = judge(
         [prompts[row] for row, _, _ in matches], [[completions[r][a], completions[r][b]] for r, a, b in matches]
@@ -55,8 +54,30 @@ def wins(judge: Judge, prompts: Sequence[Any], completions: Sequence[Sequence[An
     return scores
 
 
+def scorer(job: Job, judge: str | None, functions: Sequence[str], weights: Sequence[float] | None) -> Score:
+    """Returns what scores completions: wins before the judge, or else the weighted rewards.
+
+    Raises:
+        UsageError: There is no such judge.
+    """
+    if judge is not None:
+        try:
+            referee = load_judge(judge)
+        except ValueError as error:
+            raise UsageError(f"apo.judge={judge!r}: {error}; write module.name") from error
+        return lambda rows, completions: wins(referee, [row["prompt"] for row in rows], completions)
+    rewards = job.rewards(functions, weights)
+
+    def score(rows: list[dict[str, Any]], completions: list[list[Any]]) -> list[list[float]]:
+        flat = [(row, text) for row, texts in zip(rows, completions, strict=True) for text in texts]
+        values = iter(rewards([row for row, _ in flat], [text for _, text in flat]))
+        return [[next(values) for _ in texts] for texts in completions]
+
+    return score
+
+
 def best_and_worst(completions: Sequence[Any], scores: Sequence[float]) -> tuple[int, int] | None:
-    """Indices of the highest and the lowest score, the first of equal ones; None where that says nothing.
+    """Returns the indices of the highest and the lowest score, the first of equal ones; None where that says nothing.
 
     NaN scores are left out. Equal scores, and best and worst that are the same text, say nothing.
     """
@@ -99,16 +120,14 @@ def sample(
         if number % job.num_processes != job.process_index or file.exists():
             continue
         sampler = sampler or generate()
-        own = list(rows[start : start + batch])
-        completions = sampler([row["prompt"] for row in own], seed * 1_000_003 + number)
-        scores = score(own, completions)
+        batch_rows = list(rows[start : start + batch])
+        completions = sampler([row["prompt"] for row in batch_rows], seed * 1_000_003 + number)
+        scores = score(batch_rows, completions)
         content = [
             {"prompt": row["prompt"], "completions": texts, "scores": values}
-            for row, texts, values in zip(own, completions, scores, strict=True)
+            for row, texts, values in zip(batch_rows, completions, scores, strict=True)
         ]
-        unfinished = file.with_suffix(".part")
-        unfinished.write_text(json.dumps(content))
-        unfinished.rename(file)
+        job.write(file, json.dumps(content))
 
 
 def collect(place: Path, target: Path, expected: int) -> None:
@@ -117,7 +136,7 @@ def collect(place: Path, target: Path, expected: int) -> None:
     Raises:
         UsageError: There are not the `expected` files, because the processes do not share the folder.
     """
-    found, scores, files = [], [], sorted(place.glob("*.json"))
+    pairs, scores, files = [], [], sorted(place.glob("*.json"))
     if len(files) != expected:
         raise UsageError(
             f"{place} holds {len(files)} files of samples, and all processes wrote {expected}: output_dir must be a "
@@ -129,7 +148,7 @@ def collect(place: Path, target: Path, expected: int) -> None:
             chosen = best_and_worst(entry["completions"], entry["scores"])
             if chosen is not None:
                 best, worst = (entry["completions"][index] for index in chosen)
-                found.append({"prompt": entry["prompt"], "chosen": best, "rejected": worst})
-    (target / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in found))
+                pairs.append({"prompt": entry["prompt"], "chosen": best, "rejected": worst})
+    (target / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     mean = sum(scores) / len(scores) if scores else math.nan
-    (target / "summary.json").write_text(json.dumps({"pairs": len(found), "samples": len(scores), "mean_score": mean}))
+    (target / "summary.json").write_text(json.dumps({"pairs": len(pairs), "samples": len(scores), "mean_score": mean}))

@@ -1,24 +1,21 @@
-"""The DPO adapter: hooks on pairs leave everything that TRL forms of log-probabilities to TRL, or stop the run."""
+"""Pairs of DPO: hooks leave everything that TRL forms of log-probabilities to TRL, and rows stay with them."""
 
 from __future__ import annotations
 
 import inspect
 import re
-import warnings
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig
 from trl import DPOTrainer
 
 import trl_ext
 from trl_ext.testing import metrics_of, tiny_data
 from trl_ext.trl_internals import seams
 from trl_ext_hooks import PairLogps, Plugin, hookimpl
-from trl_ext_hooks.toolkit.tokens import align_tokens
 
 FUSED = seams.trl_version() >= seams.Version("1.15")
 needs_fused = pytest.mark.skipif(not FUSED, reason="needs the fused head of TRL 1.15")
@@ -173,9 +170,6 @@ def test_an_older_trl_is_refused(plugin: Any) -> None:
         trl_ext.enable(plugin(Times))
 
 
-# --- rows and keys ----------------------------------------------------------------------------------------------------
-
-
 @needs_fused
 @pytest.mark.parametrize("workers", [0, 2])
 def test_columns_reach_the_hooks_and_the_model_sees_none(build: Any, plugin: Any, workers: int) -> None:
@@ -262,199 +256,3 @@ def test_undo_gives_collator_and_columns_back(build: Any, plugin: Any) -> None:
     batch = next(iter(trainer.get_train_dataloader()))
     assert set(batch) == {"input_ids", "attention_mask", "completion_mask"}
     assert "number" not in trainer._signature_columns
-
-
-# --- references -------------------------------------------------------------------------------------------------------
-
-
-class Keeps(Times):
-    """Remembers what it saw."""
-
-    name = "keeps"
-
-    @hookimpl
-    def pair_logps(self, pairs: Any) -> PairLogps:
-        self.kept = (pairs.batch, pairs.per_token_logps.detach(), pairs.ref_per_token_logps)
-        return super().pair_logps(pairs=pairs)
-
-
-def dense(model: Any, batch: Any) -> torch.Tensor:
-    """(2n, L-1) by the definition."""
-    with torch.no_grad():
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-    ids, mask = batch["input_ids"][:, 1:], batch["completion_mask"][:, 1:]
-    return logits.log_softmax(-1).gather(2, ids.unsqueeze(2)).squeeze(2) * mask
-
-
-@needs_fused
-@pytest.mark.parametrize("kind", ["full", "fresh adapter", "trained adapter", "adapter and model"])
-def test_references_are_right(train: Any, plugin: Any, model: str, kind: str) -> None:
-    """The reference is the start of training, whatever holds it, and the same run equals plain TRL's."""
-    lora = LoraConfig(r=2, target_modules="all-linear")
-
-    def arguments() -> dict[str, Any]:
-        if kind == "full":
-            return {}
-        if kind == "fresh adapter":
-            return {"peft_config": lora}
-        torch.manual_seed(0)
-        policy = get_peft_model(AutoModelForCausalLM.from_pretrained(model), lora)
-        with torch.no_grad():
-            for name, value in policy.named_parameters():
-                if "lora_B" in name:
-                    value.copy_(0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))))
-        extra = {"ref_model": AutoModelForCausalLM.from_pretrained(model)} if kind == "adapter and model" else {}
-        return {"model": policy, **extra}
-
-    plain = train("dpo", data=ragged(), max_steps=3, trainer=arguments())
-    given = arguments()
-    start = given["model"].merge_and_unload() if kind == "trained adapter" else None
-    with trl_ext.enable(plugin(Keeps)):
-        ours = train("dpo", data=ragged(), max_steps=3, trainer=arguments())
-        batch, policy, reference = ours._trl_ext.plugins["keeps"].kept
-    same(plain, ours)
-    expected = dense(start or AutoModelForCausalLM.from_pretrained(model), batch)
-    torch.testing.assert_close(reference, expected, atol=2e-5, rtol=0)
-    assert (policy - reference).abs().max() > 1e-3
-
-
-@needs_fused
-def test_virtual_tokens_are_refused(build: Any, plugin: Any) -> None:
-    from peft import PromptTuningConfig
-
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    with (
-        trl_ext.enable(plugin(Times)),
-        pytest.raises(trl_ext.ConfigError, match=r"'times' needs the token ids in the forward.*LoRA"),
-    ):
-        build("dpo", data=ragged(), trainer={"peft_config": config})
-
-
-@needs_fused
-@pytest.mark.parametrize("lora", [False, True])
-def test_shared_prefixes_underneath(train: Any, plugin: Any, lora: bool) -> None:
-    extra = {"trainer": {"peft_config": LoraConfig(r=2, target_modules="all-linear")}} if lora else {}
-    with trl_ext.enable(plugin(Twice)):
-        plain = train("dpo", data=ragged(), max_steps=3, **extra)
-    with trl_ext.enable(plugin(Twice), {"shared-prefix": {"min_gain": 0}}):
-        shared = train("dpo", data=ragged(), max_steps=3, **extra)
-        calls = shared._trl_ext.calls
-    for (name, a), b in zip(plain.model.named_parameters(), shared.model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, atol=5e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
-    assert calls["shared-prefix", "logps"] == 6 and calls["twice", "pair_logps"] == 3
-    assert shared.state.log_history[0]["shared-prefix/token_ratio"] > 1.2
-
-
-# --- proof of firing, and mistakes ------------------------------------------------------------------------------------
-
-
-@needs_fused
-def test_a_loss_that_bypasses_the_hook_stops_the_run(build: Any, plugin: Any) -> None:
-    class Own(DPOTrainer):
-        def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:
-            inputs = {k: v for k, v in inputs.items() if k not in ("completion_mask", "trl_ext_rows")}
-            return model(**inputs).logits.mean()
-
-    with trl_ext.enable(plugin(Times)), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer = build("dpo", cls=Own, data=ragged())
-        with pytest.raises(trl_ext.PluginError, match="took its reference log-probabilities from somewhere else"):
-            trainer.train()
-
-
-@needs_fused
-def test_a_silent_hook_stops_the_run(build: Any, plugin: Any) -> None:
-    class Own(DPOTrainer):
-        def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
-            return model(input_ids=inputs["input_ids"]).logits.mean()
-
-    with trl_ext.enable(plugin(Times)):
-        trainer = build("dpo", cls=Own, data=ragged())
-        with pytest.raises(trl_ext.PluginError, match=r"never ran: times\.pair_batch, times\.pair_logps"):
-            trainer.train()
-
-
-@needs_fused
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [
-        (lambda p: p.per_token_logps, "returned Tensor from 'pair_logps', expected PairLogps"),
-        (lambda p: PairLogps(p.per_token_logps[:2], p.ref_per_token_logps), "returned log-probabilities of shapes"),
-        (
-            lambda p: PairLogps(p.per_token_logps.detach(), p.ref_per_token_logps),
-            "returned policy log-probabilities without a gradient",
-        ),
-    ],
-)
-def test_wrong_answers(build: Any, plugin: Any, answer: Any, expected: str) -> None:
-    class Wrong(Plugin):
-        name = "wrong"
-        trainers = ("dpo",)
-
-        @hookimpl
-        def pair_logps(self, pairs: Any) -> Any:
-            return answer(pairs)
-
-    with trl_ext.enable(plugin(Wrong)):
-        trainer = build("dpo")
-        with pytest.raises(trl_ext.PluginError, match=f"'wrong' {expected}"):
-            trainer.train()
-
-
-@needs_fused
-def test_fields_are_owned(build: Any, plugin: Any) -> None:
-    class Undeclared(Plugin):
-        name = "undeclared"
-        trainers = ("dpo",)
-
-        @hookimpl
-        def pair_batch(self, pairs: Any) -> dict[str, Any]:
-            return {"secret": 1}
-
-    with trl_ext.enable(plugin(Undeclared)):
-        trainer = build("dpo")
-        with pytest.raises(trl_ext.PluginError, match="'secret' from 'pair_batch' without declaring it"):
-            trainer.train()
-
-
-@needs_fused
-def test_what_a_hook_writes_outside_the_completions_does_not_count(train: Any, plugin: Any) -> None:
-    class Spills(Plugin):
-        name = "spills"
-        trainers = ("dpo",)
-
-        @hookimpl
-        def pair_logps(self, pairs: Any) -> PairLogps:
-            outside = 100.0 * ~pairs.mask
-            return PairLogps(pairs.per_token_logps + outside, pairs.ref_per_token_logps - outside)
-
-    plain = train("dpo", data=ragged())
-    with trl_ext.enable(plugin(Spills)):
-        ours = train("dpo", data=ragged())
-    same(plain, ours)
-
-
-# --- token values -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("truncation", ["keep_start", "keep_end"])
-@pytest.mark.parametrize("longest", [3, 5, 8, 40])
-def test_token_values_stay_with_their_tokens(truncation: str, longest: int) -> None:
-    """Every value is its token's id, so after any truncation values and ids must be the same numbers."""
-    from trl.trainer.dpo_trainer import DataCollatorForPreference
-
-    rows = [
-        {"prompt_ids": [1, 2, 3, 4], "chosen_ids": [5, 6, 7], "rejected_ids": [8]},
-        {"prompt_ids": [], "chosen_ids": [9, 10], "rejected_ids": [11, 12, 13, 14]},
-        {"prompt_ids": [15], "chosen_ids": [], "rejected_ids": [16, 17]},
-    ]
-    batch = DataCollatorForPreference(pad_token_id=0, max_length=longest, truncation_mode=truncation)(rows)
-    values = [row[f"{side}_ids"] for side in ("chosen", "rejected") for row in rows]
-    found = align_tokens(values, batch["completion_mask"], truncation=truncation)
-    expected = (batch["input_ids"] * batch["completion_mask"])[:, 1:]
-    assert found.shape == expected.shape and torch.equal(found.long(), expected)
-
-
-def test_too_few_token_values() -> None:
-    with pytest.raises(ValueError, match="row 0 has 1 values for 2 completion tokens"):
-        align_tokens([[1.0]], torch.tensor([[0, 1, 1]]), truncation="keep_start")

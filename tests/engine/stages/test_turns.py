@@ -17,7 +17,7 @@ from trl_ext.engine.stages import turns as stage
 from trl_ext.testing import digits
 from trl_ext_hooks import Plugin, hookimpl
 
-_conftest = Path(__file__).parents[1] / "conftest.py"
+_conftest = Path(__file__).parents[2] / "conftest.py"
 _spec = importlib.util.spec_from_file_location("shared_fixtures", _conftest)
 assert _spec and _spec.loader
 shared = importlib.util.module_from_spec(_spec)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from trl_ext_hooks.toolkit.groups import group_pairs
 from trl_ext_plugins.p3o import (
-    P3OOptions,
-    RunningMoments,
+    P3O,
+    add_to_moments,
     importance,
     joint_clipping,
     reward_gap,
+    running_std,
     separate_clipping,
     token_clipping,
 )
@@ -28,7 +30,7 @@ def compare(case: dict[str, Any]) -> None:
         return
     assert settings.pop("pairing", "all") == "all"
     assert set(settings) == {"variant", "kl_coef", "cliprange", "cliprange_ratio"}, f"unknown settings {set(settings)}"
-    P3OOptions(**settings)  # the plugin takes them as they are
+    P3O.Options(**settings)  # the plugin takes them as they are
     if settings["variant"] == "v2_token":
         _tokens(inputs, outputs, settings)
     elif "rewards" in inputs:
@@ -38,11 +40,16 @@ def compare(case: dict[str, Any]) -> None:
 
 
 def _tensor(values: Any) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+    """Makes a float64 tensor of nested lists; null is NaN, and the texts `inf` and `-inf` are infinite."""
+    if isinstance(values, list):
+        return torch.stack([_tensor(value) for value in values]) if values else torch.zeros(0, dtype=torch.float64)
+    return torch.tensor(math.nan if values is None else float(values), dtype=torch.float64)
 
 
 def _close(found: torch.Tensor, expected: Any, what: str) -> None:
-    torch.testing.assert_close(found, _tensor(expected), atol=LIMIT, rtol=0, msg=lambda text: f"{what}: {text}")
+    torch.testing.assert_close(
+        found.detach(), _tensor(expected), atol=LIMIT, rtol=LIMIT, equal_nan=True, msg=lambda text: f"{what}: {text}"
+    )
 
 
 def _loss(
@@ -51,11 +58,14 @@ def _loss(
     gap: torch.Tensor,
     settings: dict[str, Any],
 ) -> torch.Tensor:
+    """Returns the mean over the pairs; 0, with a gradient, without any."""
     clip = (settings["cliprange"], settings["cliprange_ratio"])
     ratios = (scores[0] - old[0], scores[1] - old[1])
     if settings["variant"] == "v1":
-        return separate_clipping(ratios, gap, *clip)[0].mean()
-    return joint_clipping(ratios, old, gap, *clip)[0].mean()
+        losses, _ = separate_clipping(ratios, gap, *clip)
+    else:
+        losses, _ = joint_clipping(ratios, old, gap, *clip)
+    return losses.sum() / max(len(losses), 1)
 
 
 def _pairs(inputs: dict[str, Any], outputs: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -72,7 +82,8 @@ def _pairs(inputs: dict[str, Any], outputs: dict[str, Any], settings: dict[str, 
         _close(importance(one - old[0] + two - old[1], limit), outputs["importance"], "importance")
     loss = _loss((one, two), old, gap, settings)
     loss.backward()
-    _close(loss.detach(), outputs["loss"], "loss")
+    if outputs["loss"] is not None or len(gap):
+        _close(loss, outputs["loss"], "loss")
     _close(one.grad, outputs["grad_logratio_1"], "gradient of the first")
     _close(two.grad, outputs["grad_logratio_2"], "gradient of the second")
 
@@ -81,15 +92,18 @@ def _all_pairs(inputs: dict[str, Any], outputs: dict[str, Any], settings: dict[s
     scores = _tensor(inputs["logratio"]).requires_grad_()
     old, rewards = (_tensor(inputs[name]).flatten() for name in ("old_logratio", "rewards"))
     prompts, group = scores.shape
-    first, second = group_pairs(torch.arange(prompts * group) // group).T
+    first, second = group_pairs(torch.arange(prompts * group) // max(group, 1), ~rewards.isnan()).T
     assert len(first) == outputs["num_pairs"]
     flat = scores.flatten()
     sides = (flat[first], flat[second])
     gap = reward_gap((rewards[first], rewards[second]), sides, settings["kl_coef"])
     loss = _loss(sides, (old[first], old[second]), gap, settings)
     loss.backward()
-    _close(loss.detach(), outputs["loss"], "loss")
-    _close(scores.grad, outputs["grad_logratio"], "gradient")
+    if outputs["loss"] is not None or len(first):  # a mean over no pair is NaN there and nothing here
+        _close(loss, outputs["loss"], "loss")
+        _close(scores.grad, outputs["grad_logratio"], "gradient")
+    else:
+        assert loss == 0 and (scores.grad == 0).all()
 
 
 def _tokens(inputs: dict[str, Any], outputs: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -103,20 +117,24 @@ def _tokens(inputs: dict[str, Any], outputs: dict[str, Any], settings: dict[str,
     values, _ = token_clipping((one, two), old, masks, gap, settings["cliprange"], settings["cliprange_ratio"])
     loss = values.sum() / (masks[0].sum() + masks[1].sum())
     loss.backward()
-    _close(loss.detach(), outputs["loss"], "loss")
+    _close(loss, outputs["loss"], "loss")
     _close(one.grad, outputs["grad_logprobs_1"], "gradient of the first")
     _close(two.grad, outputs["grad_logprobs_2"], "gradient of the second")
 
 
 def _moments(inputs: dict[str, Any], outputs: dict[str, Any], settings: dict[str, Any]) -> None:
     assert settings.pop("scale_reward") == "running"
-    limit = settings.pop("cliprange_reward")
+    limit = settings.pop("cliprange_reward", None)
     assert not settings, f"unknown settings {set(settings)}"
-    moments = RunningMoments()
+    moments = (0.0, 0.0, 0.0)
     for batch, std, scaled in zip(
         inputs["score_batches"], outputs["running_std"], outputs["scaled_scores"], strict=True
     ):
-        rewards = _tensor(batch).clamp(-limit, limit)
-        moments.update(rewards)
-        _close(torch.tensor(moments.std, dtype=torch.float64), std, "running std")
-        _close(rewards / moments.std, scaled, "scaled scores")
+        rewards = _tensor(batch) if limit is None else _tensor(batch).clamp(-limit, limit)
+        moments = add_to_moments(moments, rewards)
+        found = running_std(moments)
+        if std is None or float(std) < 1e-4:  # one value, or equal ones, have no deviation to divide by
+            assert found == (1.0 if moments[0] < 2 else 1e-4)
+            continue
+        _close(torch.tensor(found, dtype=torch.float64), std, "running std")
+        _close(rewards / found, scaled, "scaled scores")

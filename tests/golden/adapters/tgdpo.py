@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import types
 from typing import Any
 
 import torch
 
 from trl_ext_hooks import ScoredPairs
-from trl_ext_plugins.tgdpo import GUIDE, TGDPO, TGDPOOptions, guidance_factors, guided_margin, implicit_rewards
+from trl_ext_plugins.tgdpo import GUIDE, TGDPO, guidance_factors, guided_margin, implicit_rewards
 
 LIMIT = 1e-9
 
@@ -21,7 +22,7 @@ def compare(case: dict[str, Any]) -> None:
         _logits(settings, inputs, expected)
         return
     sides = {name: _stack(inputs, name) for name in ("policy", "ref", "guide")}
-    mask = torch.tensor(inputs["chosen_mask"] + inputs["rejected_mask"]).bool()
+    mask = _tensor(inputs["chosen_mask"] + inputs["rejected_mask"]) != 0
     policy = sides["policy"].masked_fill(~mask, 0).requires_grad_()
     reference, guide = (sides[name].masked_fill(~mask, 0) for name in ("ref", "guide"))
     beta, alpha = settings["beta"], settings["alpha"]
@@ -52,9 +53,9 @@ def _hook(
     batch = {"completion_mask": torch.cat([torch.zeros(len(mask), 1), mask], dim=1).view(-1, width)}
     trainer: Any = types.SimpleNamespace(args=types.SimpleNamespace(beta=settings["beta"]))
     pairs = ScoredPairs("train", 0, trainer, batch, [{}] * (len(mask) // 2), {GUIDE: guide}, policy, reference)
-    out = TGDPO(TGDPOOptions(alpha=settings["alpha"], guide="any")).pair_logps(pairs=pairs)
+    out = TGDPO(TGDPO.Options(alpha=settings["alpha"], guide="any")).pair_logps(pairs=pairs)
     chosen, rejected = (out.per_token_logps.sum(1) - out.ref_per_token_logps.sum(1)).chunk(2)
-    torch.testing.assert_close(settings["beta"] * (chosen - rejected), margin, atol=LIMIT, rtol=1e-12)
+    torch.testing.assert_close(settings["beta"] * (chosen - rejected), margin, atol=LIMIT, rtol=1e-12, equal_nan=True)
 
 
 def _logits(settings: dict[str, Any], inputs: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -63,7 +64,7 @@ def _logits(settings: dict[str, Any], inputs: dict[str, Any], expected: dict[str
     mask = labels != -100
 
     def logps(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = torch.tensor(inputs[name], dtype=torch.float64, requires_grad=True)
+        logits = _tensor(inputs[name]).requires_grad_()
         found = logits[:, :-1].log_softmax(-1).gather(2, labels.clamp(min=0).unsqueeze(2)).squeeze(2)
         return logits, found.masked_fill(~mask, 0)
 
@@ -90,9 +91,17 @@ def _outputs(
 
 
 def _stack(inputs: dict[str, Any], name: str) -> torch.Tensor:
-    return torch.tensor(inputs[f"{name}_chosen_logps"] + inputs[f"{name}_rejected_logps"], dtype=torch.float64)
+    return _tensor(inputs[f"{name}_chosen_logps"] + inputs[f"{name}_rejected_logps"])
+
+
+def _tensor(values: Any) -> torch.Tensor:
+    """Makes a float64 tensor of nested lists; null is NaN, and the texts `inf` and `-inf` are infinite."""
+    if isinstance(values, list):
+        return torch.stack([_tensor(value) for value in values]) if values else torch.zeros(0, dtype=torch.float64)
+    return torch.tensor(math.nan if values is None else float(values), dtype=torch.float64)
 
 
 def _close(found: torch.Tensor, expected: Any, what: str) -> None:
-    wanted = torch.tensor(expected, dtype=torch.float64)
-    torch.testing.assert_close(found.detach(), wanted, atol=LIMIT, rtol=1e-9, msg=lambda text: f"{what}: {text}")
+    torch.testing.assert_close(
+        found.detach(), _tensor(expected), atol=LIMIT, rtol=LIMIT, equal_nan=True, msg=lambda text: f"{what}: {text}"
+    )

@@ -1,0 +1,126 @@
+"""Rewards that plugins rewrite, and what every hook sees of a scored round."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import trl_ext
+from trl_ext.testing import brevity, digits, metrics_of
+from trl_ext_hooks import Plugin, Rewards, hookimpl
+from trl_ext_hooks.toolkit.groups import group_normalize
+
+ROUNDS = ("grpo", "rloo")
+
+
+def own(trainer: Any, name: str) -> Any:
+    return trainer._trl_ext.plugins[name]
+
+
+def logged(trainer: Any, key: str) -> list[float]:
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+class Triple(Plugin):
+    name = "triple"
+    trainers = ROUNDS
+
+    @hookimpl
+    def rewards(self, scored: Any) -> torch.Tensor:
+        self.before = scored.rewards.clone()
+        return 3 * scored.rewards
+
+
+class Swap(Plugin):
+    """Drops `brevity`, adds `bonus` with a weight of its own."""
+
+    name = "swap"
+    trainers = ROUNDS
+
+    @hookimpl
+    def rewards(self, scored: Any) -> Rewards:
+        assert scored.reward_names == ("digits", "brevity")
+        self.before = scored.rewards.clone()
+        bonus = torch.arange(len(scored.rewards)).float() % 3
+        return Rewards(torch.stack([scored.rewards[:, 0], bonus], dim=1), ("digits", "bonus"), torch.tensor([1.0, 0.5]))
+
+    @hookimpl
+    def round_metrics(self, round: Any) -> dict[str, tuple[float, float]]:
+        assert round.reward_names == ("digits", "bonus")
+        self.round = round
+        return {"bonus": (round.rewards[:, 1].sum().item(), len(round.rewards))}
+
+
+@pytest.mark.parametrize("kind", ROUNDS)
+@pytest.mark.parametrize("order", ["triple-first", "swap-first"])
+def test_rewards_are_chained_logged_and_used(kind: str, order: str, build: Any, plugin: Any) -> None:
+    references = [plugin(Triple), plugin(Swap)]
+    with trl_ext.enable(*(references if order == "triple-first" else references[::-1])):
+        trainer = build(kind, beta=0.0, log_completions=True)
+        functions = list(trainer.reward_funcs)
+        trainer.train()
+        triple, swap = own(trainer, "triple"), own(trainer, "swap")
+    if order == "triple-first":
+        assert torch.equal(swap.before, 3 * triple.before)
+        final = swap.round.rewards
+    else:
+        final = 3 * triple.before
+        assert torch.equal(swap.round.rewards, final)
+    assert logged(trainer, "rewards/digits/mean")[-1] == pytest.approx(final[:, 0].mean().item())
+    assert logged(trainer, "rewards/bonus/mean")[-1] == pytest.approx(final[:, 1].mean().item())
+    assert logged(trainer, "swap/bonus")[-1] == pytest.approx(final[:, 1].mean().item())
+    assert not logged(trainer, "rewards/brevity/mean")
+    total = final[:, 0] + 0.5 * final[:, 1]
+    assert logged(trainer, "reward")[-1] == pytest.approx(total.mean().item())
+    if kind == "grpo":
+        expected = group_normalize(total, swap.round.group_ids)
+        torch.testing.assert_close(swap.round.advantages, expected, atol=1e-5, rtol=0)
+    # after the round the trainer has its own functions again
+    assert trainer.reward_funcs == functions and trainer.reward_func_names == ["digits", "brevity"]
+    assert trainer.reward_weights.tolist() == [1.0, 1.0]
+
+
+def test_nan_from_a_plugin_means_does_not_apply(build: Any, plugin: Any) -> None:
+    class Unscored(Plugin):
+        name = "unscored"
+        trainers = ("grpo",)
+
+        @hookimpl
+        def rewards(self, scored: Any) -> torch.Tensor:
+            out = scored.rewards.clone()
+            out[2] = torch.nan
+            return out
+
+        @hookimpl
+        def round_metrics(self, round: Any) -> None:
+            self.advantages = round.advantages
+
+    with trl_ext.enable(plugin(Unscored)):
+        trainer = build(max_steps=1)
+        trainer.train()
+        advantages = own(trainer, "unscored").advantages
+    assert advantages[2] == 0 and torch.isfinite(advantages).all() and (advantages != 0).sum() > 4
+
+
+def test_rewards_and_advantages_see_every_reward_function(build: Any, plugin: Any) -> None:
+    class Look(Plugin):
+        name = "look"
+        trainers = ROUNDS
+
+        @hookimpl
+        def rewards(self, scored: Any) -> None:
+            self.scored = scored
+
+    with trl_ext.enable(plugin(Look)):
+        trainer = build(max_steps=1, reward_weights=[0.25, 4.0])
+        trainer.train()
+        scored = own(trainer, "look").scored
+    assert scored.reward_names == ("digits", "brevity") and scored.reward_weights.tolist() == [0.25, 4.0]
+    ids, texts = scored.completion_ids, scored.completions
+    expected = torch.tensor([digits(texts), brevity(ids)]).T
+    torch.testing.assert_close(scored.rewards, expected)
+    assert (scored.num_generations, scored.mode, scored.step, scored.offset) == (4, "train", 0, 0)
+    assert scored.group_ids.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert metrics_of(trainer)[0]["reward"] == pytest.approx((scored.rewards @ scored.reward_weights).mean().item())

@@ -1,0 +1,71 @@
+"""Which constructors `enable` and `attach` reach, and with which arguments."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from trl import GRPOConfig, GRPOTrainer
+
+import trl_ext
+from trl_ext import ConfigError
+
+
+def test_attach_needs_a_trl_trainer() -> None:
+    with pytest.raises(ConfigError, match="object is none of TRL's GRPOTrainer, RLOOTrainer and DPOTrainer"):
+        trl_ext.attach(object(), "gdpo")
+
+
+def test_the_trainer_may_be_imported_after_enable(model: str, tmp_path: Any) -> None:
+    """In all other tests the import comes first."""
+    script = f"""
+import trl_ext
+handle = trl_ext.enable("gdpo")
+from trl import GRPOTrainer
+from trl_ext.testing import tiny_trainer
+trainer = tiny_trainer("grpo", {model!r}, {str(tmp_path)!r}, cls=GRPOTrainer, max_steps=1)
+trainer.train()
+assert any("gdpo/zero_std/digits" in entry for entry in trainer.state.log_history)
+handle.disable()
+assert type(trainer) is GRPOTrainer and GRPOTrainer.__init__.__qualname__ == "GRPOTrainer.__init__"
+assert not hasattr(GRPOTrainer.__init__, "__wrapped__")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_trl_makes_its_own_arguments_when_none_are_given(model: str, monkeypatch: Any, tmp_path: Any) -> None:
+    from trl_ext.testing import digits, tiny_data
+
+    monkeypatch.chdir(tmp_path)
+    default = functools.partial(GRPOConfig, use_cpu=True, bf16=False)
+    monkeypatch.setattr("trl.trainer.grpo_trainer.GRPOConfig", default)
+    with trl_ext.enable("gdpo"):
+        trainer = GRPOTrainer(model=model, reward_funcs=[digits, digits], train_dataset=tiny_data())
+        assert trainer._trl_ext.plan.kind == "grpo"
+
+
+def test_experimental_and_user_trainers_of_other_kinds_are_left_alone() -> None:
+    from transformers import Trainer
+
+    function = Trainer.__init__
+    with trl_ext.enable("gdpo"):
+        assert Trainer.__init__ is function
+
+
+def test_options_by_name_reach_a_plugin_from_a_file(tmp_path: Any, build: Callable[..., Any]) -> None:
+    """`enable("file.py", name={...})` is one plugin with options, not two."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from dataclasses import dataclass\n"
+        "from trl_ext_hooks import Plugin, option\n"
+        "@dataclass(frozen=True)\n"
+        "class Options:\n    size: int = option(1, help='a size')\n"
+        "class Mine(Plugin):\n    name = 'mine'\n    trainers = ('grpo',)\n    Options = Options\n"
+    )
+    with trl_ext.enable(str(file), mine={"size": 3}) as handle:
+        assert [spec.options.size for spec in handle.specs] == [3]
