@@ -27,7 +27,8 @@ from trl_ext_hooks import (
     option,
 )
 from trl_ext_hooks.toolkit.groups import group_stats
-from trl_ext_hooks.toolkit.judges import HttpJudge, JudgeError, Question, ask_together, make_judge
+from trl_ext_hooks.toolkit.http_judge import HttpJudge
+from trl_ext_hooks.toolkit.judges import JudgeError, Question, ask_together, make_judge
 from trl_ext_hooks.toolkit.segments import LineBreaks, Marks, Read, TokenReader, chunk_ends, thinking_end
 
 from .maths import Chunks, easy_allowed, next_kappa, position_advantages, token_rewards
