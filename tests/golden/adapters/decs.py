@@ -104,7 +104,7 @@ def _advantage(inputs: dict[str, Any], outputs: dict[str, Any], case: dict[str, 
 
 
 def _schedule(inputs: dict[str, Any], outputs: dict[str, Any], case: dict[str, Any]) -> None:
-    """Each step from the kappa before it. The code does not clip, the paper clips to the cap, the plugin below 1 too."""
+    """Each step from the kappa before it. The code does not clip, the paper clips to a cap, the plugin below 1 too."""
     settings, ratios = case["hyperparameters"], inputs["nrp_ratio"]
     for name, caps in (("kappa_official", [1.0] * len(ratios)), ("kappa_eq11", inputs["kappa_cap"])):
         kappa, previous = settings["kappa_init"], settings["ratio_init"]
