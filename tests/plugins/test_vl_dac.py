@@ -18,6 +18,7 @@ from trl_ext import ConfigError, OptionError
 from trl_ext.testing import Scripted, digits, metrics_of, reported, tiny_data, tiny_model
 from trl_ext_hooks import Plugin, Turns, hookimpl
 from trl_ext_hooks.toolkit.groups import group_normalize
+from trl_ext_plugins.vl_dac import VLDAC
 from trl_ext_plugins.vl_dac.critic import Critic, ValueHead
 from trl_ext_plugins.vl_dac.episodes import cut_short, episodes
 from trl_ext_plugins.vl_dac.episodes import reported as reported_turns
@@ -455,7 +456,7 @@ def run(build: Any, plugin: Any, tool_model: str, play: Any) -> Callable[..., An
     return start
 
 
-OPTIONS = set(importlib.import_module("trl_ext_plugins.vl_dac").VLDACOptions.__dataclass_fields__)
+OPTIONS = set(VLDAC.Options.__dataclass_fields__)
 
 
 def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
@@ -469,7 +470,7 @@ def logged(trainer: Any, key: str) -> list[float]:
 def test_a_round_from_end_to_end(run: Any) -> None:
     """Episodes, values, GAE and advantages of every row against a loop over the transcripts."""
     trainer = run()
-    (round,), scored = trainer.watch.rounds, trainer.method._round
+    (round,), scored = trainer.watch.rounds, trainer.method.scored
     found = scored.episodes
     assert found.counts.tolist() == [3, 1, 2, 3, 2, 0, 5, 2]
     assert found.truncated.tolist() == [False, False, False, False, True, False, True, False]
@@ -517,7 +518,7 @@ def test_a_round_from_end_to_end(run: Any) -> None:
 def test_values_are_read_before_the_first_token_of_a_step(run: Any) -> None:
     """Against a forward of the backbone alone, at the last token that the model has not written itself."""
     trainer = run(learning_rate=0.0)
-    (round,), scored, batch = trainer.watch.rounds, trainer.method._round, trainer.watch.rounds[0].batch
+    (round,), scored, batch = trainer.watch.rounds, trainer.method.scored, trainer.watch.rounds[0].batch
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     with torch.no_grad():
@@ -592,12 +593,12 @@ def test_step_data_stay_with_their_row(run: Any) -> None:
     seen = []
     rounds = trainer.watch.rounds[0]
     whole = {tuple(ids.tolist()): i for i, ids in enumerate(rounds.batch["completion_ids"])}
-    scored = trainer.method._round
+    scored = trainer.method.scored
     for loss in trainer.watch.losses:
         for i, ids in enumerate(loss.batch["completion_ids"]):
             row = whole[tuple(ids.tolist())]
             assert torch.equal(loss.batch["vl_dac_step"][i], scored.episodes.step[row])
-            assert torch.equal(loss.batch["vl_dac_return"][i], scored.on_tokens(scored.returns)[row].float())
+            assert torch.equal(loss.batch["vl_dac_return"][i], scored.episodes.on_tokens(scored.returns)[row].float())
             seen.append(row)
     assert sorted(seen) == list(range(8)) != seen
 
@@ -656,7 +657,8 @@ def test_a_step_without_known_log_probabilities_is_skipped(run: Any) -> None:
     old[row, int((step[row] == 1).nonzero()[0])] = NAN
     values = method.policy_loss(dataclasses.replace(loss, batch=loss.batch | {"old_per_token_logps": old})).values
     assert (values[row][step[row] == 1] == 0).all() and values.isfinite().all()
-    assert (values[row][step[row] == 0] != 0).any() and method.loss_metrics(loss)["skipped_steps"] == (1, 18)
+    assert (values[row][step[row] == 0] != 0).any()
+    assert loss.metric_log.values[f"{loss.metric_log.plugin}/skipped_steps"] == (1, 18)
 
 
 def test_a_value_that_diverged_stops_the_run(run: Any) -> None:
@@ -697,7 +699,7 @@ def test_a_lora_policy_with_checkpointing(run: Any) -> None:
     base = run(learning_rate=0.1)
     settings = {"gradient_checkpointing": True, "learning_rate": 0.1, "num_iterations": 2, "max_steps": 2}
     found = run(trainer={"environment_factory": base.environment_factories[None], **trainer}, **settings)
-    torch.testing.assert_close(found.method._round.values, base.method._round.values, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.method.scored.values, base.method.scored.values, atol=1e-5, rtol=0)
     assert not same(found.watch.policies[0], found.watch.policies[-1])
 
 
@@ -728,7 +730,7 @@ def test_a_rollout_func_tells_step_rewards(build: Any, tool_model: str) -> None:
             rewards=[reported("score")], trainer={"rollout_func": rollouts},
         )  # fmt: skip
         trainer.train()
-        found = trainer._trl_ext.plugins["vl-dac"]._round.episodes
+        found = trainer._trl_ext.plugins["vl-dac"].scored.episodes
     assert found.counts.tolist() == [2, 1, 2, 1] and found.rewards.tolist() == [[0.5, 1], [0, 0]] * 2
     silent = torch.zeros(2, 3).long()
     assert reported_turns([{"step_rewards": []}] * 2, silent).rewards.shape == (2, 1)
@@ -754,7 +756,7 @@ def test_tools_without_an_environment_are_scored_by_their_outcome(build: Any, to
             generation_kwargs=calls(tool_model, "calculator", likelihood=5.0, expression="6 * 7"),
         )  # fmt: skip
         trainer.train()
-        found = trainer._trl_ext.plugins["vl-dac"]._round.episodes
+        found = trainer._trl_ext.plugins["vl-dac"].scored.episodes
     outcome = torch.tensor(list(trainer._logs["rewards"]["digits"])) + torch.tensor(
         list(trainer._logs["rewards"]["brevity"])
     )
@@ -793,10 +795,20 @@ def test_it_needs_something_to_act_on(build: Any) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"gamma": 1.1}, {"clip_eps": 0}, {"kl_beta": -1}, {"ratio_guard": 1.0}, {"head_sizes": [0]}, {"value_lr": 0}],
+    [
+        {"gamma": 1.1},
+        {"gae_lambda": -0.1},
+        {"clip_eps": 0},
+        {"value_coef": 0},
+        {"kl_beta": -1},
+        {"value_warmup_iterations": -1},
+        {"ratio_guard": 1.0},
+        {"head_sizes": [0]},
+        {"value_lr": 0},
+    ],
 )
 def test_options_that_cannot_be(options: dict[str, Any]) -> None:
-    with pytest.raises(OptionError):
+    with pytest.raises(OptionError, match=next(iter(options))):
         trl_ext.enable({"vl-dac": options})
 
 
