@@ -11,6 +11,7 @@ import torch
 from trl_ext_hooks import Turns
 from trl_ext_plugins.vl_dac.critic import Critic, ValueHead
 from trl_ext_plugins.vl_dac.episodes import cut_short, episodes
+from trl_ext_plugins.vl_dac.episodes import reported as reported_turns
 from trl_ext_plugins.vl_dac.maths import gae, value_loss
 
 NAN = float("nan")
