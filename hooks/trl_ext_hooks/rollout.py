@@ -99,6 +99,11 @@ class Rollout(Logs):
         return slice(self.offset, self.offset + len(self.rows))
 
     @property
+    def written(self) -> list[list[int]]:
+        """Per token of each completion 1 = written by the model, 0 = result of a tool. `tool_mask`, never None."""
+        return [[1] * len(ids) for ids in self.completion_ids] if self.tool_mask is None else self.tool_mask
+
+    @property
     def tool_calls(self) -> torch.Tensor:
         """Counts the executed tool calls of each rollout, that is its messages with the role `tool`: (b,) int64.
 

@@ -11,7 +11,7 @@ import torch
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "scripts" / "credit_processes.py"
-_spec = importlib.util.spec_from_file_location("core_processes", HERE.parent / "core" / "test_processes.py")
+_spec = importlib.util.spec_from_file_location("core_processes", HERE.parent / "end_to_end" / "test_processes.py")
 assert _spec and _spec.loader
 core = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(core)

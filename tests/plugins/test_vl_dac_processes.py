@@ -11,7 +11,7 @@ import torch
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "scripts" / "vl_dac_processes.py"
-CORE = HERE.parent / "core" / "test_processes.py"
+CORE = HERE.parent / "end_to_end" / "test_processes.py"
 _spec = importlib.util.spec_from_file_location("core_processes", CORE)
 assert _spec and _spec.loader
 core = importlib.util.module_from_spec(_spec)

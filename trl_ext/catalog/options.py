@@ -233,11 +233,11 @@ def _sequence(kind: type) -> Callable[[Any], Any]:
 
 
 def _mapping(cls: type) -> Callable[[Any], Any]:
-    """Returns a reader of nested options: the dataclass itself, or a mapping with its fields."""
+    """Returns a reader of nested options: the dataclass itself, or a mapping with its fields. Both are checked."""
 
     def read(value: Any) -> Any:
         if isinstance(value, cls):
-            return value
+            value = {field.name: getattr(value, field.name) for field in dataclasses.fields(cls) if field.init}
         if not isinstance(value, Mapping):
             raise ValueError("not a mapping")
         return build(cls, value, cls.__name__)

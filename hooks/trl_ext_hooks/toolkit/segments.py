@@ -6,8 +6,8 @@
     read.tokens_of(r"\\.\\n\\n")               # which tokens hold the matches: (first, last) of each
 
 Methods cut completions at words or line breaks and then work on tokens. Whether a word is one token depends on the
-tokenizer, so cuts are found on token ids where that is exact and on decoded text everywhere else. A tokenizer is
-anything with `encode` and `decode` of transformers.
+tokenizer. So cuts are found on token ids where that is exact, and on decoded text everywhere else. A tokenizer is
+anything with the methods `encode` and `decode` of transformers.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ class Read:
     Attributes:
         text: All tokens decoded, special ones included.
         ends: For each token the number of characters up to its end. A token that holds only the first bytes of a
-            character ends before it; the character belongs to the token that completes it.
+            character ends before it: the character belongs to the token that completes it.
     """
 
     text: str
     ends: tuple[int, ...]
 
     def token_at(self, character: int) -> int:
-        """The token that holds a character of the text."""
+        """Returns the token that holds a character of the text."""
         return bisect_right(self.ends, character)
 
     def tokens_of(self, pattern: str | re.Pattern[str]) -> list[tuple[int, int]]:
-        """For each match of a pattern the tokens that hold its first and its last character."""
-        found = (match.span() for match in re.finditer(pattern, self.text))
-        return [(self.token_at(start), self.token_at(end - 1)) for start, end in found if end > start]
+        """Returns for each match of a pattern the tokens that hold its first and its last character."""
+        matches = (match.span() for match in re.finditer(pattern, self.text))
+        return [(self.token_at(start), self.token_at(end - 1)) for start, end in matches if end > start]
 
     def between(self, start: int, end: int) -> str:
-        """The text of the tokens `start .. end - 1`."""
+        """Returns the text of the tokens `start .. end - 1`."""
         first = self.ends[start - 1] if start else 0
         return self.text[first : self.ends[end - 1]] if end > start else ""
 
@@ -53,8 +53,8 @@ class Read:
 class TokenReader:
     """Decodes tokens with a map from characters back to tokens.
 
-    Tokens are decoded behind a common token, so that a tokenizer that drops a leading space does not. The text of each
-    token is looked up once and remembered, so reading is one decode of the whole and one look-up per token.
+    Some tokenizers drop a leading space, so tokens are decoded behind an anchor token. The text of each token is looked
+    up once and remembered, so reading takes one decode of the whole and one look-up per token.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -70,25 +70,25 @@ class TokenReader:
         return Read(text, tuple(ends))
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens."""
+        """Returns the token ids of a text, without special tokens."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def single(self, text: str) -> int | None:
-        """The id of a text that is one token and decodes to itself, or None."""
+        """Returns the id of a text that is one token and decodes to itself, or None."""
         ids = self.ids(text)
         return ids[0] if len(ids) == 1 and self.piece(ids[0]) == text else None
 
     def piece(self, token: int) -> str:
-        """The text of one token."""
+        """Returns the text of one token."""
         if token not in self._pieces:
             self._pieces[token] = self._behind_anchor([token])
         return self._pieces[token]
 
     def _split(self, ids: list[int]) -> list[str]:
-        """The text of each token.
+        """Returns the text of each token.
 
-        Bytes of one character may lie in several tokens. A token that is text by itself begins and ends with whole
-        characters, so the tokens between two of them can be decoded together and apart from the rest.
+        The bytes of one character may lie in several tokens. A token that is text by itself begins and ends with whole
+        characters. So the tokens between two such tokens can be decoded together, apart from the rest.
         """
         pieces: list[str] = []
         start = 0
@@ -106,7 +106,7 @@ class TokenReader:
         return pieces
 
     def _prefixes(self, ids: list[int], text: str) -> list[int]:
-        """Where each token's text ends, from decoding every prefix: exact, and slow for many tokens."""
+        """Returns where each token's text ends by decoding every prefix. Exact, and slow for many tokens."""
         ends: list[int] = []
         for count in range(1, len(ids)):
             prefix = self._behind_anchor(ids[:count])
@@ -124,12 +124,12 @@ class TokenReader:
 
 
 class Marks:
-    """Finds the tokens at which any of some strings begins: by id where a string is one token, else on the text.
+    """Finds the tokens at which one of several strings begins: by id where a string is one token, else on the text.
 
     Args:
-        reader: Of the tokenizer.
+        reader: Reader of the tokenizer.
         strings: What to look for.
-        whole_words: On the text, leave out what is a part of a longer word.
+        whole_words: Whether to leave out what is part of a longer word. Applies to the text only.
     """
 
     def __init__(self, reader: TokenReader, strings: Sequence[str], *, whole_words: bool = False) -> None:
@@ -139,11 +139,11 @@ class Marks:
         self._pattern = re.compile("|".join(_escaped(text, whole_words) for text in self.on_text))
 
     def __call__(self, ids: Sequence[int], read: Read) -> list[int]:
-        """Indices of the tokens, ascending."""
-        found = {index for index, token in enumerate(ids) if token in self.ids}
+        """Returns the indices of the tokens, ascending."""
+        indices = {index for index, token in enumerate(ids) if token in self.ids}
         if self.on_text:
-            found |= {first for first, _ in read.tokens_of(self._pattern)}
-        return sorted(found)
+            indices |= {first for first, _ in read.tokens_of(self._pattern)}
+        return sorted(indices)
 
 
 def _escaped(text: str, whole_words: bool) -> str:
@@ -152,7 +152,7 @@ def _escaped(text: str, whole_words: bool) -> str:
 
 
 class LineBreaks:
-    """Whether a token is a line break: one of some strings; if they are not all single tokens, any with a newline."""
+    """Tells whether a token is a line break: one of `strings` or, if these are not all single tokens, any newline."""
 
     STRINGS = ("\n", " \n", "\n\n", " \n\n", ".\n", ".\n\n")
 
@@ -166,27 +166,27 @@ class LineBreaks:
 
 
 def thinking_end(ids: Sequence[int], read: Read, mark: Marks) -> int:
-    """Index of the first token of the first thinking-end mark, or the number of tokens where there is none."""
+    """Returns the index of the first token of the first mark, or the number of tokens where there is none."""
     return next(iter(mark(ids, read)), len(ids))
 
 
 def merge_one_liners(ends: Sequence[int], breaks: Callable[[int], bool]) -> list[int]:
-    """Joins every segment without a line break inside to the next one; the last segment stays as it is.
+    """Joins every segment without an inner line break to the next one. The last segment stays as it is.
 
-    A segment has one inside if a break comes after its first other token and one comes before its last other token.
+    It has one if a break comes after its first and one before its last token that is not itself a break.
 
     Args:
         ends: Where each segment ends, exclusive; the first begins at 0.
         breaks: Whether a token is a line break.
     """
-    kept = []
+    kept_ends = []
     for number, (start, end) in enumerate(pairwise([0, *ends])):
-        marks = [breaks(token) for token in range(start, end)]
-        plain = [token for token, is_break in enumerate(marks) if not is_break]
-        inside = bool(plain) and any(marks[plain[0] :]) and any(marks[: plain[-1]])
-        if inside or number == len(ends) - 1:
-            kept.append(end)
-    return kept
+        is_break = [breaks(token) for token in range(start, end)]
+        plain = [token for token, flag in enumerate(is_break) if not flag]
+        has_inner_break = bool(plain) and any(is_break[plain[0] :]) and any(is_break[: plain[-1]])
+        if has_inner_break or number == len(ends) - 1:
+            kept_ends.append(end)
+    return kept_ends
 
 
 def chunk_ends(starts: Sequence[int], breaks: Callable[[int], bool], length: int) -> list[int]:
@@ -200,7 +200,12 @@ def chunk_ends(starts: Sequence[int], breaks: Callable[[int], bool], length: int
 
 
 def step_ends(read: Read, stop: int, pattern: str = r"\.\n\n") -> list[int]:
-    """The tokens that end a step: those with the last character of a match, before the token `stop`.
+    """Returns the tokens that end a step: those with the last character of a match, before the token `stop`.
+
+    Args:
+        read: The completion.
+        stop: Where steps end.
+        pattern: What ends a step.
 
     Returns:
         Indices, inclusive and ascending.
@@ -209,13 +214,16 @@ def step_ends(read: Read, stop: int, pattern: str = r"\.\n\n") -> list[int]:
 
 
 def vocabulary_ends(tokenizer: Any, suffix: str = ".ĊĊ") -> frozenset[int]:
-    """Ids of the tokens whose entry in the vocabulary ends so; `.ĊĊ` is how byte-level vocabularies write `.\\n\\n`."""
+    """Returns the ids of tokens whose entry in the vocabulary ends so.
+
+    Byte-level vocabularies write `.\\n\\n` as `.ĊĊ`.
+    """
     vocabulary = getattr(tokenizer, "tokenizer", tokenizer).get_vocab()
     return frozenset(token for text, token in vocabulary.items() if text.endswith(suffix))
 
 
 def thinned(ends: Sequence[int], most: int) -> list[int]:
-    """At most `most` of the steps, evenly spread, the last one always among them."""
+    """Returns at most `most` of the steps, evenly spread, the last one always among them."""
     if len(ends) <= most:
         return list(ends)
     return [ends[(number + 1) * len(ends) // most - 1] for number in range(most)]

@@ -1,4 +1,8 @@
-"""The formulas of DECS: redundant spans, rewards and advantages per position, the curriculum."""
+"""Formulas of DECS: redundant spans, rewards and advantages per position, the curriculum.
+
+Axes: `N` rows of all processes, `T` completion tokens. Sources: arXiv 2509.25827 and the authors' code; where they
+differ, `trl_ext_plugins.decs` says which one is followed.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from trl_ext_hooks.toolkit.groups import group_normalize
+from trl_ext_hooks.toolkit.groups import group_normalize, group_stats
 
 # --- chunks and spans -------------------------------------------------------------------------------------------------
 
@@ -17,8 +21,8 @@ class Chunks:
     """The chunks of one completion.
 
     Attributes:
-        ends: Where each ends, exclusive, in tokens of the completion.
-        verdicts: The judge on each; empty where it was not asked.
+        ends: Where each chunk ends, exclusive, in tokens of the completion.
+        verdicts: The judge's verdict on each chunk; empty where it was not asked.
     """
 
     ends: tuple[int, ...]
@@ -26,7 +30,7 @@ class Chunks:
 
     @property
     def first(self) -> int | None:
-        """Index of the chunk that first states the answer; None without one, or where a verdict is missing before."""
+        """Index of the first chunk that states the answer; None without one, or where an earlier verdict is missing."""
         decided = next((i for i, verdict in enumerate(self.verdicts) if verdict is not False), None)
         return decided if decided is not None and self.verdicts[decided] else None
 
@@ -44,7 +48,7 @@ class Chunks:
 
     @property
     def labels(self) -> str:
-        """A letter per chunk: a = first with the answer, b = before it, c = without and d = with it afterwards."""
+        """One letter per chunk: a = first with the answer, b = before it, c = without and d = with it afterwards."""
         if self.first is None:
             return "b" * len(self.ends)
         after = ("d" if verdict else "c" for verdict in self.verdicts[self.first + 1 :])
@@ -65,59 +69,96 @@ def token_rewards(
     limit: int,
     form: Literal["official", "eq9"] = "official",
 ) -> torch.Tensor:
-    """Rewards of all positions, padding included: 0 in wrong rows, r_plus in right ones, and on a right row's span
+    """Returns the reward of every position, padding included: 0 in wrong rows, r_plus in right rows, and on their spans
 
     - `official`: r_zero + (r_plus - r_zero) (1 - L / L_max), the authors' code,
     - `eq9`: r_zero - (r_plus - r_zero) L / L_max, equation 9 as printed.
 
     Args:
-        correct: (N,) 1, 0, or NaN for a row without a verdict.
-        spans: (N, 2) first redundant token and the one behind the last; equal for no span.
-        lengths: (N,) all tokens of a completion, L.
+        correct: (N,) 1, 0, or NaN for a row without a reward.
+        spans: (N, 2) the first redundant token and the one behind the last; equal without a span.
+        lengths: (N,) L, all tokens of a completion.
         width: T.
+        r_plus: Reward of a right row.
+        r_zero: Lowest reward of a redundant token in the official form, highest in the other.
         limit: L_max.
+        form: Which reward redundant tokens get.
 
     Returns:
-        (N, T) float64, NaN in rows whose `correct` is.
+        (N, T) float64, NaN in rows whose `correct` is NaN.
     """
     position = torch.arange(width, device=spans.device)
     redundant = (position >= spans[:, :1]) & (position < spans[:, 1:])  # (N, T)
-    relative = (lengths.double() / limit).unsqueeze(1)
+    relative = (lengths.double() / limit).unsqueeze(1)  # (N, 1)
     gap = r_plus - r_zero
     lower = r_zero + gap * (1 - relative) if form == "official" else r_zero - gap * relative
     return torch.where(redundant, lower, r_plus) * correct.double().unsqueeze(1)
 
 
-def position_advantages(rewards: torch.Tensor, group_ids: torch.Tensor, *, eps: float = 1e-6) -> torch.Tensor:
-    """Equation 10: A[i,j] = (r[i,j] - mean_group[j]) / (std_group[j] + eps) for each position j, std with ddof 1.
+def position_advantages(
+    rewards: torch.Tensor, group_ids: torch.Tensor, *, eps: float = 1e-6, ddof: int = 1
+) -> torch.Tensor:
+    """Returns A[i,j] = (r[i,j] - mean_group[j]) / (std_group[j] + eps) for each position j, equation 10.
 
     Rows that have ended at j count with the reward of their padding.
 
     Args:
         rewards: (N, T) of whole groups.
         group_ids: (N,).
+        eps: Added to the standard deviation.
+        ddof: Divisor of the variance is the number of rows minus this.
 
     Returns:
         (N, T); exactly 0 where the rewards of a position are equal or only one is known, and in rows of NaN, which
         count in no statistic.
     """
-    return torch.nan_to_num(group_normalize(rewards, group_ids, eps=eps, ddof=1, tol=1e-6))
+    return torch.nan_to_num(group_normalize(rewards, group_ids, eps=eps, ddof=ddof, tol=1e-6))
 
 
 # --- curriculum -------------------------------------------------------------------------------------------------------
 
 
-def next_kappa(kappa: float, ratio: float, previous: float, *, lr: float = 0.2, cap: float = 1.0) -> float:
-    """Equation 11: kappa + lr (R_m - R_{m-1}), clipped to [0, min(cap, 0.99)].
+def easy_and_mixed(correct: torch.Tensor, group_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the ids of the groups whose rows are all right, and of those of which only some are.
 
     Args:
-        ratio: R_m, the mean prefix ratio of this round's completions that have one.
-        previous: R_{m-1}.
-        cap: Share of the sampled prompts that are always answered right.
+        correct: (N,) 1, 0, or NaN for a row that does not count.
+        group_ids: (N,).
     """
-    return min(max(kappa + lr * (ratio - previous), 0.0), cap, 0.99)
+    share = group_stats(correct, group_ids).mean  # NaN where nothing is known
+    return torch.unique(group_ids[share == 1]), torch.unique(group_ids[(share > 0) & (share < 1)])
 
 
 def easy_allowed(kappa: float, mixed: int) -> int:
-    """How many prompts that are always answered right may join the mixed ones: floor(kappa mixed / (1 - kappa))."""
-    return int(kappa * mixed / (1 - kappa))
+    """Returns how many easy prompts may join the mixed ones: floor(kappa mixed / (1 - kappa)), with kappa below 1."""
+    return max(int(kappa * mixed / (1 - kappa)), 0)
+
+
+def easy_dose(kappa: float, mixed: int, waiting: int = 0) -> tuple[int, int]:
+    """Returns how many easy prompts may join a round, and how many mixed prompts wait for the next one.
+
+    In small rounds the floor of `easy_allowed` would always be 0. So mixed prompts add up over rounds until they earn
+    an easy one, and start from 0 then. With kappa = 0 nothing changes.
+
+    Args:
+        kappa: Share of easy prompts.
+        mixed: Mixed prompts of this round.
+        waiting: Mixed prompts of earlier rounds that have earned no easy one yet.
+    """
+    if kappa <= 0:
+        return 0, waiting
+    allowed = easy_allowed(kappa, mixed + waiting)
+    return allowed, 0 if allowed else mixed + waiting
+
+
+def next_kappa(kappa: float, ratio: float, previous: float, *, lr: float = 0.2, cap: float = 1.0) -> float:
+    """Returns kappa + lr (R_m - R_{m-1}), clipped to [0, min(cap, 0.99)], equation 11.
+
+    Args:
+        kappa: Share of easy prompts in this round.
+        ratio: R_m, the mean prefix ratio of this round's completions that have one.
+        previous: R_{m-1}.
+        lr: Step size.
+        cap: Share of easy prompts among those that were sampled.
+    """
+    return min(max(kappa + lr * (ratio - previous), 0.0), cap, 0.99)

@@ -10,12 +10,12 @@ from torch import nn
 
 
 class ValueHead(nn.Sequential):
-    """Linear, ReLU, ..., Linear: hidden states (n, H) -> values (n,), in float32 whatever the policy's dtype.
+    """Network of Linear, ReLU, ..., Linear: hidden states (n, H) -> values (n,), in float32 in any case.
 
     Args:
         width: H.
         sizes: Sizes of the inner layers.
-        seed: Of the weights, which are the same on every process.
+        seed: Of the first weights, which are the same on every process.
     """
 
     def __init__(self, width: int, sizes: Sequence[int], seed: int) -> None:
@@ -34,18 +34,27 @@ class ValueHead(nn.Sequential):
 
 
 class Critic:
-    """A value head with AdamW. Its gradients come from the loss of each micro-batch; `step` uses them."""
+    """A value head with AdamW. The loss of each micro-batch gives its gradients, which `step` uses."""
 
     def __init__(self, head: ValueHead, learning_rate: float, device: torch.device) -> None:
         self.head = head.to(device)
         self.optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=0.0)
         self.learning_rate = learning_rate
 
+    def values_at(self, starts: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Returns (rows, T): V at the first token of each run, 0 elsewhere, with a gradient to the head.
+
+        Args:
+            starts: (rows, T) bool: first tokens.
+            states: (n, H) their hidden states, in the order of the rows.
+        """
+        return torch.zeros(starts.shape, device=starts.device).masked_scatter(starts, self.head(states))
+
     def step(self, total: Callable[[torch.Tensor], torch.Tensor], processes: int) -> float:
         """Averages the gradients over processes, and steps.
 
         A process whose micro-batches held no step has no gradient and takes part with 0. Every process gets the same
-        sums and so stays equal to the others.
+        sums, so the heads stay equal.
 
         Args:
             total: Adds a tensor over processes; called once.
@@ -55,10 +64,10 @@ class Critic:
             The norm of the averaged gradient.
         """
         parameters = list(self.head.parameters())
-        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = total(torch.cat([each.reshape(-1) for each in own])) / processes
-        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = part.view_as(parameter).clone()
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = total(torch.cat([gradient.reshape(-1) for gradient in gradients])) / processes
+        for parameter, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = mean.view_as(parameter).clone()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(flat.norm())

@@ -1,8 +1,7 @@
-"""Options and hooks of VL-DAC."""
+"""VL-DAC as a plugin: its options and hooks."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,72 +44,18 @@ from .maths import (
     value_loss,
 )
 
-Metrics = dict[str, tuple[float, float]]
 DIVERGED = "The value network or the policy has diverged: lower vl-dac.value_lr or learning_rate."
 
 
 @dataclass(frozen=True)
-class VLDACOptions:
-    """Options of VL-DAC. Its clipping and KL factor are these, not the trainer's `epsilon` and `beta`."""
-
-    gamma: float = option(
-        0.99, help="discount per environment step", source="paper, table 6 (MiniWorld); EZPoints 1, ALFWorld .9 to 1"
-    )
-    gae_lambda: float = option(0.95, help="lambda of GAE", source="paper, table 6; configs")
-    clip_eps: float = option(0.1, help="clipping of the ratio, and of the value's change", source="authors' configs")
-    value_coef: float = option(0.15, help="factor of the value loss", source="paper, table 6; configs .5")
-    kl_beta: float = option(
-        0.05, help="factor of the KL term to the frozen start; 0 = off, without a reference", source="paper, table 6"
-    )
-    value_warmup_iterations: int = option(
-        2, help="rounds that train the value alone and leave the policy as it is", source="paper"
-    )
-    value_lr: float = option(
-        1e-3, help="learning rate of the value network; useful: 1e-4 to 1e-3", source="ours; paper: one optimizer, 5e-5"
-    )
-    head_sizes: tuple[int, ...] = option((3072, 2048), help="inner layers of the value network", source="paper, code")
-    value_clip: bool = option(
-        True, help="clip the value's change, as the ratio's", source="authors' code; not in paper"
-    )
-    ratio_guard: float | None = option(
-        10.0, help="steps with a larger ratio use the clipped term alone; null = off", source="authors' code"
-    )
-    time_limits: bool = option(
-        True, help="a step ended by a limit has no advantage, and its value stands for what follows", source="configs"
-    )
-    outcome_weight: float | None = option(
-        None, help="adds the reward functions to an episode's last step; default: only where nobody tells step rewards"
-    )
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.gamma <= 1 and 0 <= self.gae_lambda <= 1):
-            raise ValueError("gamma and gae_lambda must be from 0 to 1")
-        if self.clip_eps <= 0 or self.value_coef <= 0 or self.value_lr <= 0:
-            raise ValueError("clip_eps, value_coef and value_lr must be greater than 0")
-        if self.kl_beta < 0 or self.value_warmup_iterations < 0:
-            raise ValueError("kl_beta and value_warmup_iterations must not be negative")
-        if self.ratio_guard is not None and self.ratio_guard <= 1 + self.clip_eps:
-            raise ValueError("ratio_guard must lie above 1 + clip_eps, or be null")
-        if any(size < 1 for size in self.head_sizes):
-            raise ValueError("head_sizes must be at least 1")
-
-
-@dataclass(frozen=True)
-class _Scored:
-    """A round with its step values; `values`, `returns` and `normal` are (b, K) float64, 0 where no step is."""
+class Scored:
+    """A round with step values, (b, K) float64, 0 where no step is: V, R, A, and A normalised."""
 
     episodes: Episodes
     values: torch.Tensor
     returns: torch.Tensor
     raw: torch.Tensor
     normal: torch.Tensor
-
-    def on_tokens(self, of_steps: torch.Tensor) -> torch.Tensor:
-        """(b, K) -> (b, T): the value of each token's step, 0 on tokens of none."""
-        step = self.episodes.step
-        if not of_steps.shape[1]:
-            return torch.zeros(step.shape, dtype=of_steps.dtype, device=step.device)
-        return torch.where(step >= 0, of_steps.gather(1, step.clamp(min=0)), 0.0)
 
 
 class VLDAC(Plugin):
@@ -120,21 +65,74 @@ class VLDAC(Plugin):
     paper = "arXiv 2508.04280"
     summary = "actor-critic for environments: PPO on action tokens, a value per environment step"
     trainers = ("grpo",)
-    Options = VLDACOptions
     needs = ("tools", "turns", "old_logps")
     claims = ("estimator",)
     fields = ("vl_dac_step", "vl_dac_weight", "vl_dac_value", "vl_dac_return")
     honours = ("loss_type", "vllm_importance_sampling_correction")
 
-    options: VLDACOptions
+    @dataclass(frozen=True)
+    class Options:
+        """Options of VL-DAC. Its clipping and KL factor are these, not the trainer's `epsilon` and `beta`."""
 
-    def __init__(self, options: VLDACOptions | None = None) -> None:
-        super().__init__(options)
+        gamma: float = option(
+            0.99,
+            ge=0,
+            le=1,
+            help="discount per environment step",
+            source="paper, table 6 (MiniWorld); EZPoints 1, ALFWorld .9 to 1",
+        )
+        gae_lambda: float = option(0.95, ge=0, le=1, help="lambda of GAE", source="paper, table 6; configs")
+        clip_eps: float = option(
+            0.1, gt=0, help="clipping of the ratio, and of the value's change", source="authors' configs"
+        )
+        value_coef: float = option(0.15, gt=0, help="factor of the value loss", source="paper, table 6; configs .5")
+        kl_beta: float = option(
+            0.05,
+            ge=0,
+            help="factor of the KL term to the frozen start; 0 = off, without a reference",
+            source="paper, table 6",
+        )
+        value_warmup_iterations: int = option(
+            2, ge=0, help="rounds that train the value alone and leave the policy as it is", source="paper"
+        )
+        value_lr: float = option(
+            1e-3,
+            gt=0,
+            help="learning rate of the value network; useful: 1e-4 to 1e-3",
+            source="ours; paper: one optimizer, 5e-5",
+        )
+        head_sizes: tuple[int, ...] = option(
+            (3072, 2048), help="inner layers of the value network", source="paper, code"
+        )
+        value_clip: bool = option(
+            True, help="clip the value's change, as the ratio's", source="authors' code; not in paper"
+        )
+        ratio_guard: float | None = option(
+            10.0, help="steps with a larger ratio use the clipped term alone; null = off", source="authors' code"
+        )
+        time_limits: bool = option(
+            True,
+            help="a step ended by a limit has no advantage, and its value stands for what follows",
+            source="configs",
+        )
+        outcome_weight: float | None = option(
+            None,
+            help="adds the reward functions to an episode's last step; default: only where nobody tells step rewards",
+        )
+
+        def __post_init__(self) -> None:
+            if self.ratio_guard is not None and self.ratio_guard <= 1 + self.clip_eps:
+                raise ValueError("ratio_guard must be greater than 1 + clip_eps, or null")
+            if any(size < 1 for size in self.head_sizes):
+                raise ValueError("head_sizes must be at least 1")
+
+    options: Options
+
+    def start(self) -> None:
         self.iterations = 0  # training rounds so far, the current one included
-        self._critic: Critic | None = None
-        self._round: _Scored | None = None
+        self.critic: Critic  # from `setup` on
+        self.scored: Scored  # of the last round
         self._gradient = 0.0
-        self._seen: Metrics = {}
 
     # --- life ---
 
@@ -173,10 +171,9 @@ class VLDAC(Plugin):
 
     @hookimpl
     def setup(self, trainer: TrainerView) -> list[Refuse]:
-        model = trainer.unwrapped_model
-        config = model.config.get_text_config()
+        config = trainer.unwrapped_model.config.get_text_config()
         head = ValueHead(config.hidden_size, self.options.head_sizes, trainer.args.seed)
-        self._critic = Critic(head, self.options.value_lr, trainer.device)
+        self.critic = Critic(head, self.options.value_lr, trainer.device)
         if self.options.value_warmup_iterations and getattr(config, "output_router_logits", False):
             return [
                 Refuse(
@@ -186,10 +183,14 @@ class VLDAC(Plugin):
             ]
         return []
 
-    @property
-    def critic(self) -> Critic:
-        assert self._critic is not None, "setup makes it"
-        return self._critic
+    @hookimpl
+    def state_dict(self) -> dict[str, Any]:
+        return {"iterations": self.iterations, **self.critic.state_dict()}
+
+    @hookimpl
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.iterations = int(state["iterations"])
+        self.critic.load_state_dict(state)
 
     def _warms_up(self, mode: str) -> bool:
         return mode == "train" and self.iterations <= self.options.value_warmup_iterations
@@ -200,118 +201,109 @@ class VLDAC(Plugin):
     def hidden_positions(self, loss_mask: torch.Tensor) -> torch.Tensor:
         return first_tokens(loss_mask)
 
-    def _values(self, states: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-        """(rows, T): V at the first token of each run, 0 elsewhere, with a gradient to the head."""
-        values = torch.zeros(starts.shape, device=starts.device)
-        return values.masked_scatter(starts, self.critic.head(states))
-
     @hookimpl
     def advantages(self, round: Round) -> torch.Tensor:
-        options, mask, total = self.options, round.loss_mask, round.trainer.reduce
-        if round.mode == "train":
-            self.iterations += 1
-        outcome = (round.rewards.double() * round.reward_weights.double()).nansum(dim=1)  # (N,)
-        outcome = torch.where(torch.isnan(round.rewards).all(dim=1), torch.nan, outcome)[round.local]
+        options, mask = self.options, round.loss_mask
+        self.iterations += round.mode == "train"
         turns = reported(round.rows, mask) if round.turns is None else round.turns
         cut = torch.tensor(cut_short(round.completions), device=mask.device)
-        found = episodes(mask, turns, cut, outcome, options.outcome_weight)
+        steps = episodes(mask, turns, cut, round.total_reward[round.local], options.outcome_weight)
         with torch.no_grad():
-            at_starts = self._values(round.hidden_states[self.name], first_tokens(mask)).double()
-        values = _of_steps(at_starts, found)
-        self._check(values, found, round)
-        last = found.last
+            at_starts = self.critic.values_at(first_tokens(mask), round.hidden_states[self.name]).double()
+        values = steps.of_steps(at_starts)
+        self._check(values, round)
         raw, returns = gae(
-            found.rewards,
+            steps.rewards,
             values,
-            last,
-            last & found.truncated.unsqueeze(1),
-            torch.zeros(len(values), dtype=torch.float64, device=values.device),
+            steps.last,
+            steps.last & steps.truncated.unsqueeze(1),
+            torch.zeros(len(values), dtype=torch.float64, device=values.device),  # every row ends with its last step
             gamma=options.gamma,
             gae_lambda=options.gae_lambda,
             time_limits=options.time_limits,
         )
         normal = torch.zeros_like(raw)
-        normal[found.exists] = normalize(raw[found.exists], total)
-        self._round = _Scored(found, values, returns, raw, normal)
-        return self._round.on_tokens(normal).to(round.advantages.dtype)
+        normal[steps.exists] = normalize(raw[steps.exists], round.trainer.reduce)
+        self.scored = Scored(steps, values, returns, raw, normal)
+        self._log_round(round)
+        return steps.on_tokens(normal).to(round.advantages.dtype)
 
-    def _check(self, values: torch.Tensor, found: Episodes, round: Round) -> None:
+    def _check(self, values: torch.Tensor, round: Round) -> None:
         """Stops every process where a value is no number."""
         bad = ~torch.isfinite(values).all(dim=1)
         if int(round.trainer.reduce(bad.long().sum())):
             rows = [round.rows[row] for row in bad.nonzero().flatten().tolist()]
-            own = f" (here: {rows[0]})" if rows else " (on another process)"
-            raise UsageError(f"values of steps are not finite{own}. {DIVERGED}")
+            place = f"here: {rows[0]}" if rows else "on another process"
+            raise UsageError(f"values of steps are not finite ({place}). {DIVERGED}")
+
+    def _log_round(self, round: Round) -> None:
+        """Logs how well V explains the returns, and means over steps and over the episodes of this process."""
+        scored, steps = self.scored, self.scored.episodes
+        values, returns = scored.values[steps.exists], scored.returns[steps.exists]
+        round.log("explained_variance", explained_variance(returns, values, round.trainer.reduce))
+        round.log("steps", steps.counts)
+        round.log("truncated", (steps.truncated & (steps.counts > 0)).double())
+        round.log("without_steps", (steps.counts == 0).double())
+        round.log("unscored", steps.unscored.double())
+        round.log("dropped_turns", steps.dropped)
+        round.log("value", values)
+        round.log("return", returns)
+        round.log("advantage_raw", scored.raw[steps.exists].abs())
+        round.log("value_gradient", self._gradient)
+        if round.mode == "train":
+            round.log("iterations", self.iterations)
+            round.log("warming_up", float(self._warms_up(round.mode)))
 
     @hookimpl
     def batch_fields(self, round: Round) -> dict[str, torch.Tensor]:
-        """What the loss needs of each step, on the tokens of it. Rows that other plugins leave out have no steps."""
-        scored = self._scored()
-        step = torch.where(round.kept.unsqueeze(1), scored.episodes.step, -1)
-        steps = round.trainer.reduce(first_tokens(step >= 0).sum())
-        weight = step_mean_weights(step, round.batch["num_items_in_batch"], steps)
+        """Returns what the loss needs of each step, on its tokens. Rows that other plugins leave out have no steps."""
+        scored, steps = self.scored, self.scored.episodes
+        step = torch.where(round.kept.unsqueeze(1), steps.step, -1)
+        number = round.trainer.reduce(first_tokens(step >= 0).sum())
         return {
             "vl_dac_step": step,
-            "vl_dac_weight": weight.float(),
-            "vl_dac_value": scored.on_tokens(scored.values).float(),
-            "vl_dac_return": scored.on_tokens(scored.returns).float(),
+            "vl_dac_weight": step_mean_weights(step, round.batch["num_items_in_batch"], number).float(),
+            "vl_dac_value": steps.on_tokens(scored.values).float(),
+            "vl_dac_return": steps.on_tokens(scored.returns).float(),
         }
-
-    def _scored(self) -> _Scored:
-        assert self._round is not None, "advantages come first"
-        return self._round
 
     # --- a micro-batch ---
 
     @hookimpl
     def policy_loss(self, loss: Loss) -> PolicyLoss:
-        options, batch = self.options, loss.batch
+        options, batch, old = self.options, loss.batch, loss.old_per_token_logps
         if self._warms_up(loss.mode):
-            self._seen = {}
             return PolicyLoss(0.0 * loss.per_token_logps)  # every parameter keeps its path, and a gradient of 0
-        step, old = batch["vl_dac_step"], loss.old_per_token_logps
         reference = batch["ref_per_token_logps"] if options.kl_beta else old
-        known = torch.isfinite(loss.per_token_logps) & torch.isfinite(old) & torch.isfinite(reference)
-        skipped = any_in_step(~known, step)
-        usable = (step >= 0) & ~skipped
-        logps, old, reference = (torch.where(usable, each, 0.0) for each in (loss.per_token_logps, old, reference))
-        log_ratio = logps - old
-        values = clipped_surrogate(log_ratio, loss.advantages, step, options.clip_eps, options.ratio_guard)
+        # A step with a log-probability that is no number is left out as a whole.
+        unknown = ~(torch.isfinite(loss.per_token_logps) & torch.isfinite(old) & torch.isfinite(reference))
+        step = batch["vl_dac_step"]
+        usable = (step >= 0) & ~any_in_step(unknown, step)
+        logps, old, reference = (torch.where(usable, x, 0.0) for x in (loss.per_token_logps, old, reference))
+        surrogate = clipped_surrogate(logps - old, loss.advantages, step, options.clip_eps, options.ratio_guard)
         if loss.sampling_ratio is not None:
-            values = values * loss.sampling_ratio
+            surrogate = surrogate * loss.sampling_ratio
         divergence = kl_to_reference(logps, reference)
+        self._log_update(loss, (logps - old).detach().exp(), divergence.detach(), usable)
         weight = torch.where(usable, batch["vl_dac_weight"], 0.0)
-        self._seen = self._describe(log_ratio.detach(), divergence.detach(), loss.advantages, usable, skipped, step)
-        return PolicyLoss(weight * (values + options.kl_beta * divergence))
+        return PolicyLoss(weight * (surrogate + options.kl_beta * divergence))
 
-    def _describe(
-        self,
-        log_ratio: torch.Tensor,
-        divergence: torch.Tensor,
-        advantages: torch.Tensor,
-        usable: torch.Tensor,
-        skipped: torch.Tensor,
-        step: torch.Tensor,
-    ) -> Metrics:
-        """Shares of tokens whose ratio is clipped, of steps that the guard met or that were skipped, and the KL."""
-        ratio, eps, guard = log_ratio.exp(), self.options.clip_eps, self.options.ratio_guard
-        clipped = ((ratio > 1 + eps) & (advantages > 0)) | ((ratio < 1 - eps) & (advantages < 0))
-        starts, tokens = first_tokens(step >= 0), usable.sum().item()
-        steps = starts.sum().item()
-        found = {
-            "clip_ratio": ((clipped & usable).sum().item(), tokens),
-            "skipped_steps": ((skipped & starts).sum().item(), steps),
-        }
+    def _log_update(self, loss: Loss, ratio: torch.Tensor, divergence: torch.Tensor, usable: torch.Tensor) -> None:
+        """Logs the shares of clipped tokens and of guarded and skipped steps, and the KL."""
+        eps, guard, step = self.options.clip_eps, self.options.ratio_guard, loss.batch["vl_dac_step"]
+        too_high, too_low = (ratio > 1 + eps) & (loss.advantages > 0), (ratio < 1 - eps) & (loss.advantages < 0)
+        starts = first_tokens(step >= 0)
+        loss.log("clip_ratio", (too_high | too_low)[usable].double())
+        loss.log("skipped_steps", (~usable)[starts].double())
         if guard is not None:
-            found["guarded_steps"] = ((any_in_step(ratio > guard, step) & starts).sum().item(), steps)
+            loss.log("guarded_steps", any_in_step(ratio > guard, step)[starts].double())
         if self.options.kl_beta:
-            found["kl"] = ((divergence * usable).sum().item(), tokens)
-        return found
+            loss.log("kl", divergence[usable])
 
     @hookimpl
     def loss_terms(self, loss: Loss) -> dict[str, PolicyLoss]:
         batch, options = loss.batch, self.options
-        values = self._values(loss.hidden_states[self.name], first_tokens(loss.mask))
+        values = self.critic.values_at(first_tokens(loss.mask), loss.hidden_states[self.name])
         starts = first_tokens(batch["vl_dac_step"] >= 0)
         clip = options.clip_eps if options.value_clip else None
         errors = value_loss(values, batch["vl_dac_value"], batch["vl_dac_return"], clip)
@@ -329,68 +321,17 @@ class VLDAC(Plugin):
     def optimizer_step(self, trainer: TrainerView) -> None:
         self._gradient = self.critic.step(trainer.reduce, trainer.num_processes)
 
-    # --- what there is to see ---
-
-    @hookimpl
-    def round_metrics(self, round: Round) -> Metrics:
-        """`explained_variance` of the returns by V; steps per episode; shares of episodes; turns after the end."""
-        scored, rows = self._scored(), len(round.rows)
-        found, exists = scored.episodes, scored.episodes.exists
-        explained = explained_variance(scored.returns[exists], scored.values[exists], round.trainer.reduce).item()
-        steps = exists.sum().item()
-        metrics: Metrics = {
-            "steps": (steps, rows),
-            "truncated": ((found.truncated & (found.counts > 0)).sum().item(), rows),
-            "without_steps": ((found.counts == 0).sum().item(), rows),
-            "unscored": (found.unscored.sum().item(), rows),
-            "dropped_turns": (found.dropped.sum().item(), rows),
-            "value": (scored.values[exists].sum().item(), steps),
-            "return": (scored.returns[exists].sum().item(), steps),
-            "advantage_raw": (scored.raw[exists].abs().sum().item(), steps),
-            "value_gradient": (self._gradient, 1),
-        }
-        if not math.isnan(explained):
-            metrics["explained_variance"] = (explained, 1)
-        if round.mode == "train":
-            metrics["iterations"] = (self.iterations, 1)
-            metrics["warming_up"] = (float(self._warms_up(round.mode)), 1)
-        return metrics
-
-    @hookimpl
-    def loss_metrics(self, loss: Loss) -> Metrics:
-        return self._seen
-
     @hookimpl
     def inspect(self, round: Round) -> Views:
-        """Steps with their normalised advantages, and curves of V, the return and the advantage at their beginnings."""
-        scored = self._scored()
-        step, spans, curves = scored.episodes.step.cpu(), [], []
+        """Returns steps with their normalised advantages, and curves of V, R and the advantage at their beginnings."""
+        scored, spans, curves = self.scored, [], []
         for row, count in enumerate(scored.episodes.counts.tolist()):
-            tokens = [(step[row] == number).nonzero().flatten().tolist() for number in range(count)]
-            for number, own in enumerate(tokens):
-                spans.append(Span(row, own[0], own[-1] + 1, f"step {number + 1}", scored.normal[row, number].item()))
+            step = scored.episodes.step[row].cpu()
+            tokens = [(step == number).nonzero().flatten().tolist() for number in range(count)]
+            for number, at in enumerate(tokens):
+                spans.append(Span(row, at[0], at[-1] + 1, f"step {number + 1}", scored.normal[row, number].item()))
             if count:
-                starts = [own[0] for own in tokens]
+                starts = [at[0] for at in tokens]
                 for name, values in (("V", scored.values), ("return", scored.returns), ("advantage", scored.normal)):
                     curves.append(Curve(row, name, starts, values[row, :count].tolist()))
         return Views(spans, curves)
-
-    # --- state ---
-
-    @hookimpl
-    def state_dict(self) -> dict[str, Any]:
-        return {"iterations": self.iterations, **self.critic.state_dict()}
-
-    @hookimpl
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.iterations = int(state["iterations"])
-        self.critic.load_state_dict(state)
-
-
-def _of_steps(at_starts: torch.Tensor, found: Episodes) -> torch.Tensor:
-    """(b, T) values at first tokens -> (b, K) values of steps."""
-    starts = first_tokens(found.step >= 0)
-    row = starts.nonzero()[:, 0]
-    values = torch.zeros(found.rewards.shape, dtype=at_starts.dtype, device=at_starts.device)
-    values[row, found.step[starts]] = at_starts[starts]
-    return values

@@ -13,6 +13,7 @@ from trl_ext_plugins.spae.maths import (
     correctness,
     gains,
     outcome_advantages,
+    saturated_before,
     saturation_factor,
     shaping,
     spae_advantages,
@@ -46,12 +47,17 @@ def compare(case: dict[str, Any]) -> None:
 
 
 def _double(values: Any) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+    """Numbers and lists of them; null is NaN."""
+
+    def number(value: Any) -> Any:
+        return [number(entry) for entry in value] if isinstance(value, list) else math.nan if value is None else value
+
+    return torch.tensor(number(values), dtype=torch.float64)
 
 
 def _close(found: torch.Tensor, expected: Any, what: str, limit: float = 1e-6) -> None:
     torch.testing.assert_close(
-        found.double(), _double(expected), atol=limit, rtol=0, msg=lambda text: f"{what}: {text}"
+        found.double(), _double(expected), atol=limit, rtol=0, equal_nan=True, msg=lambda text: f"{what}: {text}"
     )
 
 
@@ -69,7 +75,7 @@ class _Vocabulary:
 def _official(inputs: dict[str, Any], outputs: dict[str, Any], settings: dict[str, Any]) -> None:
     """Boundaries, potentials and gains are the plugin's; the script's own Acc and Conf divide by the length twice."""
     words, ids = inputs["vocabulary"], inputs["completion_token_ids"]
-    end = words.index(settings["think_end"])
+    end = words.index(settings["think_end"]) if settings["think_end"] in words else None
     stop = ids.index(end) if end in ids else len(ids)
     marks = vocabulary_ends(_Vocabulary(words), settings["step_suffix"])
     boundaries = [index for index in range(stop) if ids[index] in marks]
@@ -90,7 +96,7 @@ def _official(inputs: dict[str, Any], outputs: dict[str, Any], settings: dict[st
     _close(potential, outputs["potential"], "potential")
     _close(gains(potential.unsqueeze(0))[0], outputs["delta_potential"], "delta_potential")
     known = [index for index, phi in zip(boundaries, potential, strict=True) if phi > settings["saturation_threshold"]]
-    right = inputs["final_answer_matches"]
+    right = bool(inputs["final_answer_matches"])
     assert outputs["solving_tokens"] == (known[0] if known and right else 0)
     assert outputs["checking_tokens"] == (stop - known[0] if known and right else 0)
     assert outputs["right_to_wrong"] == (bool(known) and not right)
@@ -120,7 +126,6 @@ def _paper(inputs: dict[str, Any], outputs: dict[str, Any], settings: dict[str, 
 
 
 def _advantage(inputs: dict[str, Any], outputs: dict[str, Any], settings: dict[str, Any]) -> None:
-    assert settings["std_ddof"] == 1, "the plugin divides by n - 1 only"
     ends, lengths, tail = inputs["step_end_index"], inputs["completion_lengths"], settings["tail_mode"]
     rows, most = len(ends), max(map(len, ends))
     group_ids = torch.arange(rows) // inputs["num_generations"]
@@ -130,26 +135,26 @@ def _advantage(inputs: dict[str, Any], outputs: dict[str, Any], settings: dict[s
     _close(outcome, outputs["group_advantage"], "group_advantage")
     assert kept.tolist() == outputs["row_kept"]
     potential = _double([[*values, *[math.nan] * (most - len(values))] for values in inputs["potential"]])
-    steps = [step_of_tokens(own, length, tail) for own, length in zip(ends, lengths, strict=True)]
+    steps = [step_of_tokens(row_ends, length, tail) for row_ends, length in zip(ends, lengths, strict=True)]
     factor = saturation_factor(potential, alpha=settings["alpha"], eps_sat=settings["eps_sat"])
-    bonus, delta = shaping(potential, kept), gains(potential)
-    for row, own in enumerate(ends):
+    counted = saturated_before(potential, settings["eps_sat"])
+    bonus, delta = shaping(potential, kept, eps=settings["eps"]), gains(potential)
+    for row, row_ends in enumerate(ends):
         padding = [-1] * (inputs["max_length"] - lengths[row])
         assert [*steps[row].tolist(), *padding] == outputs["step_index"][row]
         count = len(outputs["saturation_factor"][row])
         _close(factor[row, :count], outputs["saturation_factor"][row], "saturation_factor")
-        saturated = [sum(phi > settings["eps_sat"] for phi in inputs["potential"][row][:k]) for k in range(count)]
-        assert saturated == outputs["saturated_before_step"][row]
-        _close(delta[row, : len(own)], outputs["delta_potential"][row], "delta_potential")
+        _close(counted[row, :count], outputs["saturated_before_step"][row], "saturated_before_step")
+        _close(delta[row, : len(row_ends)], outputs["delta_potential"][row], "delta_potential")
         if kept[row]:
-            _close(bonus[row, :count], outputs["shaping"][row], "shaping")
+            _close(bonus[row, : len(outputs["shaping"][row])], outputs["shaping"][row], "shaping")
         else:  # left out of every statistic, so it has none
-            assert set(outputs["shaping"][row]) == {None} and (bonus[row] == 0).all()
-    normalised = [value for own in outputs["delta_normalised"] for value in own if value is not None]
+            assert set(outputs["shaping"][row]) <= {None} and (bonus[row] == 0).all()
+    normalised = [value for row in outputs["delta_normalised"] for value in row if value is not None]
     if normalised:
         grown = _double(normalised).exp()
-        found = [bonus[row, k] for row, own in enumerate(ends) for k in range(len(own)) if kept[row]]
-        _close(torch.stack(found), (grown - grown.mean()).tolist(), "delta_normalised")
+        of_steps = [bonus[row, k] for row, row_ends in enumerate(ends) for k in range(len(row_ends)) if kept[row]]
+        _close(torch.stack(of_steps), (grown - grown.mean()).tolist(), "delta_normalised")
     counts = torch.stack([torch.bincount(step, minlength=most + 1) for step in steps])
     raw = outcome.unsqueeze(1) * factor + settings["xi"] * bonus
     final = spae_advantages(
@@ -161,10 +166,12 @@ def _advantage(inputs: dict[str, Any], outputs: dict[str, Any], settings: dict[s
         xi=settings["xi"],
         eps_sat=settings["eps_sat"],
         eps=settings["eps"],
+        eps_gain=settings["eps"],
+        ddof=settings["std_ddof"],
     )
     for name, values in (("advantage_raw", raw), ("advantage_final", final)):
-        found = torch.zeros(rows, inputs["max_length"], dtype=torch.float64)
+        of_tokens = torch.zeros(rows, inputs["max_length"], dtype=torch.float64)
         for row, step in enumerate(steps):
             if kept[row]:
-                found[row, : lengths[row]] = values[row, step]
-        _close(found, outputs[name], name)
+                of_tokens[row, : lengths[row]] = values[row, step]
+        _close(of_tokens, outputs[name], name)

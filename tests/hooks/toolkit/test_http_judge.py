@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +16,9 @@ from typing import Any
 import pytest
 
 import trl_ext
-from trl_ext_hooks.toolkit.judges import HttpJudge, JudgeError, Question, make_judge
+from trl_ext.catalog.options import coerce
+from trl_ext_hooks.toolkit.http_judge import HttpJudge
+from trl_ext_hooks.toolkit.judges import JudgeError, Question, make_judge
 
 Answer = Callable[[dict[str, Any], int], tuple[int, bytes]]
 
@@ -214,7 +218,7 @@ def test_slow_answers_are_given_up(server: Server) -> None:
     start = time.monotonic()
     asked = judge(server, timeout=0.2, retries=1)
     assert asked(QUESTIONS[:1]) == [None]
-    assert time.monotonic() - start < 15 and "timed out" in asked.failure
+    assert time.monotonic() - start < 15 and "no whole reply after 0.2 seconds" in asked.failure
 
 
 def test_answers_that_never_end_are_given_up(server: Server) -> None:
@@ -231,7 +235,7 @@ def test_a_server_that_is_down() -> None:
         port = free.getsockname()[1]
     asked = make_judge(HttpJudge(url=f"http://127.0.0.1:{port}/v1", model="m", retries=1, pause=0.01))
     assert asked(QUESTIONS) == [None] * 5  # type: ignore[operator]
-    assert "refused" in asked.failure  # type: ignore[union-attr]
+    assert "ConnectionRefusedError" in asked.failure  # type: ignore[union-attr]
 
 
 def test_the_pause_doubles(server: Server) -> None:
@@ -246,20 +250,63 @@ def test_the_pause_doubles(server: Server) -> None:
     ("wrong", "message"),
     [
         ({"url": "localhost:8000"}, "must begin with http://"),
-        ({"workers": 0}, "at least 1"),
-        ({"timeout": 0.0}, "timeout above 0"),
+        ({"batch_size": 0}, "batch_size: expected int, >= 1, got 0"),
+        ({"workers": 0}, "workers: expected int, >= 1, got 0"),
+        ({"timeout": 0.0}, "timeout: expected float, > 0, got 0.0"),
+        ({"retries": -1}, "retries: expected int, >= 0, got -1"),
+        ({"max_tokens": 0}, "max_tokens: expected int, >= 1, got 0"),
         ({"prompt": "{answer}?"}, "must hold"),
     ],
 )
 def test_settings_that_cannot_work(wrong: dict[str, Any], message: str) -> None:
+    """In YAML, and made in Python."""
+    settings = {"url": "http://localhost/v1", "model": "m"} | wrong
     with pytest.raises(ValueError, match=message):
-        HttpJudge(**{"url": "http://localhost/v1", "model": "m"} | wrong)
+        coerce(settings, str | HttpJudge)
+    with pytest.raises(ValueError, match=message):
+        coerce(HttpJudge(**settings), str | HttpJudge)
+
+
+def test_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    settings = HttpJudge(url="http://localhost/v1", model="m")  # can be read and shown without it
+    with pytest.raises(JudgeError, match=r"needs the package openai: pip install 'trl_ext\[judge\]'"):
+        make_judge(settings)
+
+
+def test_another_key_of_the_environment_is_not_sent(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "for another server")
+    judge(server)(QUESTIONS[:1])
+    assert "Authorization" not in server.headers[0]
+
+
+def test_it_works_inside_a_running_event_loop(server: Server) -> None:
+    """As in a notebook."""
+
+    async def cell() -> Any:
+        return judge(server)(QUESTIONS)
+
+    assert asyncio.run(cell()) == VERDICTS
+
+
+def test_errors_hold_what_the_server_said(server: Server) -> None:
+    server.answer = lambda body, count: (404, b'{"error": {"message": "no model m here"}}')
+    asked = judge(server)
+    asked(QUESTIONS[:1])
+    assert "replied 404 Not Found" in asked.failure and "no model m here" in asked.failure
+
+
+def test_an_error_that_never_ends_is_given_up(server: Server) -> None:
+    server.answer = lambda body, count: (500, b"x" * 100)
+    server.drip = 0.2
+    start = time.monotonic()
+    asked = judge(server, timeout=0.5, retries=0)
+    assert asked(QUESTIONS[:1]) == [None]
+    assert time.monotonic() - start < 6 and "no whole reply after 0.5 seconds" in asked.failure
 
 
 def test_it_stands_in_the_options_of_a_plugin() -> None:
     """As a mapping in YAML, with unknown keys refused."""
-    from trl_ext.catalog.options import coerce
-
     made = coerce({"url": "http://localhost/v1", "model": "m", "timeout": 3}, str | HttpJudge)
     assert made == HttpJudge(url="http://localhost/v1", model="m", timeout=3.0)
     assert coerce("match", str | HttpJudge) == "match"

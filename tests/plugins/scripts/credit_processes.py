@@ -132,7 +132,7 @@ def main(model: str, folder: Path) -> dict[str, Any]:
             own = trainer._trl_ext.plugins
             report[name] = {**own["scripted"].seen, "metrics": metrics_of(trainer)}
             if "decs" in own:
-                report[name]["state"] = own["decs"].state_dict()
+                report[name]["state"] = {key: getattr(own["decs"], key) for key in own["decs"].state}
 
     for name, (plugins, settings) in RUNS.items():
         train(name, plugins, save_strategy="steps", save_steps=1, **settings)

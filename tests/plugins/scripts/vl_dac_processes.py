@@ -107,7 +107,7 @@ def main(model: str, folder: Path) -> dict[str, Any]:
             weights = {n: p.detach() for n, p in policy}
             critic = method.critic.state_dict()
             torch.save({"policy": weights, "critic": critic}, folder / f"{name}-{world}-{rank}.pt")
-            report[name] = {"metrics": metrics_of(trainer), "steps": method._round.episodes.counts.tolist()}
+            report[name] = {"metrics": metrics_of(trainer), "steps": method.scored.episodes.counts.tolist()}
 
     for name, settings in RUNS.items():
         size = ROWS // world // settings.get("gradient_accumulation_steps", 1)
