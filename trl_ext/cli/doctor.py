@@ -7,7 +7,10 @@ import json
 import platform
 from typing import Any
 
-PACKAGES = ("trl", "transformers", "torch", "peft", "accelerate", "datasets", "pluggy")
+PACKAGES = (
+    *("trl", "transformers", "torch", "peft", "accelerate", "datasets"),
+    *("pluggy", "pydantic", "jinja2", "matplotlib"),
+)
 EXTRAS = {
     "flash-attn": "fast attention on CUDA: pip install 'trl_ext[flash-attn]'",
     "vllm": "fast generation on CUDA: pip install 'trl_ext[vllm]'",
