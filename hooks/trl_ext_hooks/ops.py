@@ -2,8 +2,8 @@
 
 from .toolkit.groups import GroupStats, group_normalize, group_pairs, group_stats
 from .toolkit.losses import clipped_surrogate, masked_mean, scale_gradient
+from .toolkit.messages import count_tag, count_tool_messages
 from .toolkit.tokens import align_tokens, predicting
-from .toolkit.tool_calls import count_tag, count_tool_messages
 
 __all__ = [
     "GroupStats",

@@ -110,7 +110,7 @@ class Rollout(Logs):
         Rollouts that are plain text hold no messages. `trl_ext_hooks.toolkit.tool_calls.CallCounter` counts theirs.
         """
         # it imports torch, which this package does not
-        from .toolkit.tool_calls import count_tool_messages
+        from .toolkit.messages import count_tool_messages
 
         return count_tool_messages(self.completions).to(self.trainer.device)
 

@@ -10,8 +10,6 @@ from .basics import TrainerKind
 if TYPE_CHECKING:
     import torch
 
-    from .pairs import Pairs
-
 
 class TrainerView(Protocol):
     """Offers what a plugin may use of the trainer that it serves."""
@@ -93,14 +91,14 @@ class TrainerView(Protocol):
             (2n, L-1), without gradient, 0 on every other token.
         """
 
-    def precompute_pairs(self, name: str, score: Callable[[Pairs], torch.Tensor], key: str) -> None:
+    def precompute_pairs(self, name: str, score: Callable[[Any], torch.Tensor], key: str) -> None:
         """Adds the columns `chosen_NAME` and `rejected_NAME` to the training and evaluation data. Collective.
 
         Call it in `setup`. Each column holds one value per completion token, NaN where truncation cuts the token off.
 
         Args:
             name: What is computed, such as `guide_logps`.
-            score: Returns (2n, L-1) values of a batch. Each process scores its part of the data.
+            score: A function that returns (2n, L-1) values of `Pairs`. Each process scores its part of the data.
             key: What the values depend on besides the data and their truncation, such as the path of a model. The cache
                 of the data supplies values of the same data and key.
         """

@@ -12,7 +12,8 @@ import torch
 from trl_ext import OptionError
 from trl_ext.catalog.find import resolve
 from trl_ext_hooks import Config, Need, Plugin, Refuse, Rollout, Scored, option
-from trl_ext_hooks.toolkit.tool_calls import CallCounter, CallOptions, count_tag, count_tool_messages
+from trl_ext_hooks.toolkit.messages import count_tag, count_tool_messages
+from trl_ext_hooks.toolkit.tool_calls import CallCounter, CallOptions
 
 
 def assistant(text: str, *calls: str) -> dict[str, Any]:
