@@ -36,7 +36,7 @@ from trl_ext_hooks import (
     option,
 )
 from trl_ext_hooks.toolkit.callables import load
-from trl_ext_hooks.toolkit.tokens import check_pair_values, pair_columns
+from trl_ext_hooks.toolkit.pair_values import check_pair_values, pair_columns
 
 GUIDE, REWARDS = "guide_logps", "token_rewards"
 

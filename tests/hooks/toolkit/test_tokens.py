@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from trl_ext_hooks import Pairs, UsageError
-from trl_ext_hooks.toolkit.tokens import align_tokens, check_pair_values, pair_columns, predicting
+from trl_ext_hooks.toolkit.pair_values import check_pair_values, pair_columns
+from trl_ext_hooks.toolkit.tokens import align_tokens, predicting
 
 
 def test_a_token_is_predicted_one_position_before() -> None:
