@@ -38,10 +38,11 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Rewrites the hook reference and the table of pairs from the code.
+# Rewrites the hook reference, the grid of pairs and the tables of options from the code.
 docs: setup
 	$(BIN)/python hooks/reference.py
 	$(BIN)/python plugins/pairs.py
+	$(BIN)/python plugins/options.py
 
 # The parity and GDPO tests on every supported TRL that runs on a CPU.
 matrix: setup
@@ -50,7 +51,7 @@ matrix: setup
 		PYTHONPATH=.matrix/trl-$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/engine tests/end_to_end tests/plan tests/catalog tests/plugins || exit 1; \
 	done
 
-# Every tiny recipe, about ten minutes each, then the table of results in plugins/README.md and the tests marked slow.
+# Every tiny recipe, about ten minutes each, then the tables of results in plugins/ and the tests marked slow.
 # Runs that have ended are not repeated. An expectation that is not met shows in the table and fails the target.
 experiments: setup
 	@failed=; for recipe in recipes/tiny/*.yaml; do \

@@ -1,44 +1,102 @@
-"""Writes the table of results in plugins/README.md from recipes/tiny/results/*.json: the end of `make experiments`."""
+"""Tables of results in plugins/README.md and plugins/docs/, from recipes/tiny/results/*.json: `make experiments`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trl_ext.experiments import results
+from trl_ext.compare.text_report import interval
 
 ROOT = Path(__file__).parents[1]
-RECIPES, RESULTS = ROOT / "recipes" / "tiny", ROOT / "recipes" / "tiny" / "results"
+RESULTS = ROOT / "recipes" / "tiny" / "results"
 README = ROOT / "plugins" / "README.md"
+PAGES = ROOT / "plugins" / "docs"
 BEGIN, END = "<!-- results: written by `make experiments` -->\n", "<!-- end of results -->\n"
-
-
-def table(found: list[dict[str, Any]]) -> str:
-    """A row per recipe: what it shows, its numbers, whether that was expected, and the paper's own headline."""
-    lines = ["| recipe | numbers (mean [95% interval]) | expected | in the paper |", "|---|---|---|---|"]
-    for result in found:
-        name, task = result["recipe"], f"task `{result['task']}`, {len(result['seeds'])} seeds"
-        first = f"[{name}](../recipes/tiny/{name}.yaml): {result['claim']}<br>{task}"
-        numbers, expected = [], []
-        for metric in result["metrics"]:
-            arms = [f"{arm} {results.interval(value)}" for arm, value in metric["estimates"].items()]
-            never = [f"{len(seeds)} {arm} never" for arm, seeds in metric["censored"].items() if seeds]
-            numbers.append(f"{metric['label']}: {'; '.join([*arms, *never])}")
-            for entry in metric["expectations"]:
-                answer = {True: "yes", False: "**no**", None: "**unknown**"}[entry["met"]]
-                expected.append(f"{entry['text']}: {answer} ({entry['detail']})")
-        for arm, content in result["arms"].items():
-            expected += [f"**{arm}, seed {failed['seed']}: {failed['status']}**" for failed in content["failed"]]
-        lines.append(f"| {first} | {'<br>'.join(numbers)} | {'<br>'.join(expected)} | {result['paper']} |")
-    return "\n".join(lines) + "\n"
+ANSWERS = {True: "yes", False: "**no**", None: "**unknown**"}
+Record = Mapping[str, Any]
 
 
 def load() -> list[dict[str, Any]]:
-    """The committed results, by name."""
+    """Returns the committed results, sorted by name."""
     return [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
 
 
+def table(records: list[dict[str, Any]]) -> str:
+    """Returns the overview: a row per recipe with its claim, whether it held, and the headline of the paper."""
+    lines = ["| recipe | what it shows | held | in the paper |", "|---|---|---|---|"]
+    for record in records:
+        name = record["recipe"]
+        recipe = f"[{name}](../recipes/tiny/{name}.yaml)"
+        pages = ", ".join(f"[{method}](docs/{method}.md#results)" for method in methods(record))
+        claim = f"{record['claim']}. {len(record['seeds'])} seeds, numbers in {pages}."
+        lines.append(f"| {recipe} | {claim} | {'<br>'.join(_held(record))} | {record['paper']} |")
+    return "\n".join(lines) + "\n"
+
+
+def details(record: Record) -> str:
+    """Returns all numbers of one recipe: a table of metrics by arms, then every expectation."""
+    name, arms = record["recipe"], list(record["arms"])
+    lines = [
+        f"`trl_ext compare recipes/tiny/{name}.yaml` ([recipe](../../recipes/tiny/{name}.yaml), task "
+        f"`{record['task']}`, {len(record['seeds'])} seeds): {record['claim']}.",
+        "",
+        f"| mean [95 % interval] | {' | '.join(arms)} |",
+        f"|---|{'---|' * len(arms)}",
+    ]
+    for metric in record["metrics"]:
+        lines.append(f"| {metric['label']} | {' | '.join(_number(metric, arm) for arm in arms)} |")
+    lines += ["", "| expected | met | |", "|---|---|---|"]
+    for metric in record["metrics"]:
+        for entry in metric["expectations"]:
+            met = ANSWERS[entry["met"]]
+            lines.append(f"| {metric['label']}: {entry['text']} | {met} | {entry['detail']} |")
+    lines += [f"| {failure} | **no** | |" for failure in _failures(record)]
+    return "\n".join([*lines, "", f"In the paper: {record['paper']}."]) + "\n"
+
+
+def methods(record: Record) -> list[str]:
+    """Returns the built-in plugins that a recipe uses."""
+    plugins = [plugin for arm in record["arms"].values() for plugin in arm["plugins"]]
+    return sorted({plugin["name"] for plugin in plugins if plugin["origin"] == "built in"})
+
+
+def pages(records: list[dict[str, Any]]) -> dict[Path, str]:
+    """Returns what every generated block must hold, by the page that holds it."""
+    blocks = {README: table(records)}
+    for record in records:
+        for method in methods(record):
+            page = PAGES / f"{method}.md"
+            blocks[page] = "\n".join([blocks[page], details(record)] if page in blocks else [details(record)])
+    return blocks
+
+
+def _number(metric: Record, arm: str) -> str:
+    never = len(metric["censored"][arm])
+    return interval(metric["estimates"][arm]) + (f"; {never} never" if never else "")
+
+
+def _held(record: Record) -> list[str]:
+    """Returns `yes`, or what did not hold."""
+    unmet = [
+        f"{ANSWERS[entry['met']]}: {entry['text']} ({entry['detail']})"
+        for metric in record["metrics"]
+        for entry in metric["expectations"]
+        if not entry["met"]
+    ]
+    return [*unmet, *_failures(record)] or ["yes"]
+
+
+def _failures(record: Record) -> list[str]:
+    return [
+        f"**{arm}, seed {failure['seed']}: {failure['status']}**"
+        for arm, content in record["arms"].items()
+        for failure in content["failed"]
+    ]
+
+
 if __name__ == "__main__":
-    head, rest = README.read_text().split(BEGIN)
-    README.write_text(head + BEGIN + table(load()) + END + rest.split(END)[1])
+    for page, block in pages(load()).items():
+        head, rest = page.read_text().split(BEGIN)
+        page.write_text(head + BEGIN + block + END + rest.split(END)[1])

@@ -16,8 +16,8 @@ from .catalog.declaration import PluginSpec
 from .engine.attach import host_of, put_in_front, take_off
 from .engine.construct import attach_to, check_class, construct, users
 from .errors import CompatError, ConfigError
+from .inspection.file_format import FOLDER
 from .inspection.recorder import Recorder
-from .inspection.recording import FOLDER
 from .plan.compose import Plan, common_trainers, compose
 from .plan.stages import ROUNDS
 from .trl_internals import seams
@@ -45,10 +45,15 @@ def enable(*plugins: str | Mapping[str, Any], **options: Mapping[str, Any]) -> H
         ...     print(handle)
         <trl_ext: gdpo on grpo>
     """
+    return enable_specs(_resolve(plugins, options))
+
+
+def enable_specs(specs: tuple[PluginSpec, ...]) -> Handle:
+    """Does the same for plugins that are found already, with their options."""
     global _active
     if _active is not None:
         raise ConfigError(f"{_active!r} is already enabled. Name all plugins in one call, or disable it first.")
-    handle = Handle(_resolve(plugins, options))
+    handle = Handle(specs)
     handle._install()
     _active = handle
     return handle

@@ -1,4 +1,4 @@
-"""The errors that trl_ext raises; all derive from `TrlExtError`."""
+"""Errors that trl_ext raises. All derive from `TrlExtError`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 
 class TrlExtError(Exception):
-    """Base of all errors of trl_ext. Its text says what came, what was expected and what to do."""
+    """Base of all errors of trl_ext. The text says what came, what was expected and what to do."""
 
 
 class UnknownPluginError(TrlExtError, LookupError):
-    """A plugin was asked for that nobody provides."""
+    """No plugin has the name that was asked for."""
 
 
 class PluginError(TrlExtError):
@@ -19,7 +19,7 @@ class PluginError(TrlExtError):
 
 
 class OptionError(TrlExtError, ValueError):
-    """An option that does not exist or has a wrong value."""
+    """An option does not exist or has a wrong value."""
 
 
 class ConfigError(TrlExtError, ValueError):
@@ -31,7 +31,7 @@ class CompatError(TrlExtError, RuntimeError):
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """A sentence with the nearest of the known names, and all of them."""
+    """Returns a sentence with the names nearest to a misspelt one, and all known names."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""

@@ -1,4 +1,4 @@
-"""Tools that rollouts can call, for TRL's `tools=[...]`: a calculator and a search over texts; and a reward for them.
+"""Tools that rollouts can call, for TRL's `tools=[...]`: a calculator, a search over texts, and a reward.
 
 from trl_ext.tools import Corpus, calculator
 trainer = GRPOTrainer(..., tools=[calculator, Corpus(passages).search])
@@ -41,6 +41,7 @@ def calculator(expression: str) -> str:
 
 
 def _value(node: ast.AST) -> float:
+    """Evaluates a syntax tree of numbers and operators."""
     match node:
         case ast.Constant(int() | float() as number) if not isinstance(number, bool):
             return number
@@ -52,7 +53,7 @@ def _value(node: ast.AST) -> float:
 
 
 class Corpus:
-    """Texts to be searched; the bound method `search` is the tool.
+    """Texts to be searched. The bound method `search` is the tool.
 
     Args:
         passages: The texts.
@@ -61,11 +62,11 @@ class Corpus:
     def __init__(self, passages: Iterable[str]) -> None:
         self.passages = [passage.strip() for passage in passages if passage.strip()]
         self._words = [Counter(_words(passage)) for passage in self.passages]
-        self._holding = Counter(word for words in self._words for word in words)
+        self._passages_with = Counter(word for words in self._words for word in words)
 
     @classmethod
     def read(cls, path: str | Path) -> Corpus:
-        """A corpus of the paragraphs of a text file, which empty lines part."""
+        """Makes a corpus of the paragraphs of a text file, which empty lines separate."""
         return cls(Path(path).read_text(encoding="utf-8").split("\n\n"))
 
     def search(self, query: str) -> str:
@@ -78,8 +79,8 @@ class Corpus:
             The passage, or a note that nothing fits.
         """
         wanted = set(_words(query))
-        # a word counts more the fewer passages hold it; the earlier passage wins a tie
-        scores = [sum(1 / self._holding[word] for word in wanted if word in words) for words in self._words]
+        # a rare word counts more than a common one, and the earlier passage wins a tie
+        scores = [sum(1 / self._passages_with[word] for word in wanted if word in words) for words in self._words]
         best = max(range(len(scores)), key=scores.__getitem__, default=None)
         return "nothing found" if best is None or scores[best] == 0 else self.passages[best]
 
@@ -89,9 +90,10 @@ def _words(text: str) -> list[str]:
 
 
 def answer_accuracy(completions: list[list[dict[str, Any]]], **kwargs: Any) -> list[float | None]:
-    """TRL's `accuracy_reward` on what a rollout says last; TRL's reads its first message, which may be a tool call.
+    """Applies TRL's `accuracy_reward` to the last message of a rollout.
 
-    A rollout that ends with a tool's result gave no answer.
+    By itself it reads the first message, which may be a tool call. A rollout that ends with a tool's result gave no
+    answer.
     """
     from trl.rewards import accuracy_reward
 

@@ -95,7 +95,7 @@ def test_an_installed_package_trains_by_name(installed: Path, model: str, tmp_pa
 
 def test_installing_it_changes_nothing_by_itself(installed: Path) -> None:
     listed = (
-        "from trl_ext import registry; import sys; print(sorted(registry.outside()), 'acme_methods' in sys.modules)"
+        "from trl_ext.catalog import find; import sys; print(sorted(find.outside()), 'acme_methods' in sys.modules)"
     )
     assert run(installed, listed).stdout.strip() == "['half-step'] False"
     assert run(None, listed).stdout.strip() == "[] False"

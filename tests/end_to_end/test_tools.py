@@ -253,7 +253,7 @@ def test_a_plugin_that_gives_something_else(result: Any, text: str, build: Any, 
 
 
 def test_where_nothing_can_be_given(build: Any, plugin: Any) -> None:
-    with pytest.raises(ConfigError, match=r"this one is built already\. Use trl_ext\.enable or"):
+    with pytest.raises(ConfigError, match=r"cannot be attached to an existing trainer\. Use trl_ext\.enable or"):
         trl_ext.attach(build(), plugin(giving({"tools": [multiply]})))
     with (
         trl_ext.enable(plugin(giving({}, "grpo", "rloo"))),

@@ -390,7 +390,7 @@ def mortal(model: str, folder: Path, diary: Path, options: dict[str, Any], setti
     module = types.ModuleType("apo_rewards")
     module.many_digits = many_digits  # type: ignore[attr-defined]
     sys.modules["apo_rewards"] = module
-    rename, original = Path.rename, sampling.sampler
+    rename, replace, original = Path.rename, os.replace, sampling.sampler
 
     def at(event: str) -> None:
         known = diary.exists() and event in diary.read_text().splitlines()
@@ -402,7 +402,6 @@ def mortal(model: str, folder: Path, diary: Path, options: dict[str, Any], setti
     def move(self: Path, target: Path) -> Path:
         released = target.parent == folder and target.name not in (
             "apo.json",
-            "trl_ext_rounds.json",
             "model.safetensors",
         )
         if folder not in target.parents or released:  # one of the files that are copied at the end is enough
@@ -412,11 +411,19 @@ def mortal(model: str, folder: Path, diary: Path, options: dict[str, Any], setti
         at(f"did {target}")
         return Path(target)
 
+    def move_file(source: Path, target: Path) -> None:
+        if target != folder / "trl_ext_rounds.json":
+            return replace(source, target)
+        at(f"before {target}")
+        replace(source, target)
+        at(f"did {target}")
+
     def counted(*args: Any, **kwargs: Any) -> Any:
         sample = original(*args, **kwargs)
         return lambda prompts, seed: (at(f"sample {seed}"), sample(prompts, seed))[1]
 
     Mortal.at, Path.rename, sampling.sampler = at, move, counted  # type: ignore[method-assign,assignment]
+    os.replace = move_file  # type: ignore[assignment]
     go(
         model,
         folder,
@@ -429,17 +436,17 @@ def mortal(model: str, folder: Path, diary: Path, options: dict[str, Any], setti
 
 def test_a_kill_anywhere_repeats_nothing(model: str, tmp_path: Path) -> None:
     """SIGKILL before every file gets its name and before every step, one after the other, until the run ends."""
-    from trl_ext.experiments import processes
+    from trl_ext.compare import child_process
 
     options, settings = {"rounds": 2, "held_out": 2}, {"save_strategy": "steps", "save_steps": 1}
     whole = go(model, tmp_path / "whole", options, **settings)
     folder, diary, kills = tmp_path / "run", tmp_path / "diary", 0
     while True:
-        worker = processes.start(mortal, model, folder, diary, options, settings, log=str(tmp_path / "log"))
-        message = worker.hear()
-        if isinstance(message, processes.Result):
+        child = child_process.start(mortal, model, folder, diary, options, settings, log=str(tmp_path / "log"))
+        message = child.receive()
+        if isinstance(message, child_process.Result):
             break
-        assert isinstance(message, processes.Failure) and "SIGKILL" in message.message, message
+        assert isinstance(message, child_process.Failure) and "SIGKILL" in message.message, message
         kills += 1
     lines = diary.read_text().splitlines()
     assert kills == len({line for line in lines if line.startswith("before")}) >= 18

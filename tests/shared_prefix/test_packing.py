@@ -1,4 +1,4 @@
-"""Packing and unpacking, against the padded rows read one by one."""
+"""Packing and unpacking, compared with the padded rows read one by one."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_every_completion_token_is_predicted_from_its_own_row(seed: int, min_run
 
 
 def _visible(packing: Any) -> list[list[int]]:
-    """The tokens that each packed token sees, itself included, in order."""
+    """Returns the tokens that each packed token sees, itself included, in order."""
     seen: list[list[int]] = []
     last: dict[int, list[int]] = {-1: []}
     ids = packing.input_ids[0].tolist()

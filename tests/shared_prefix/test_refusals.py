@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-from trl_ext.shared_prefix import RefusedError, pack, shared_prefix_logps, why_not
+from trl_ext.shared_prefix import why_not
 
 # Each refused model, the longest row, and what the reason must say: why, and what to do.
 CASES: dict[str, tuple[str, dict[str, Any], int, tuple[str, ...]]] = {
@@ -108,7 +108,7 @@ def test_refused_with_reason_and_way_out(case: str, tiny: Any) -> None:
     ],
 )
 def test_not_refused_where_it_changes_nothing(family: str, settings: dict[str, Any], tiny: Any) -> None:
-    """A window as long as the rows, and dropout outside training."""
+    """Takes a window as long as the rows, and dropout outside training."""
     assert why_not(tiny(family, **settings).eval(), longest=25) is None
 
 
@@ -169,56 +169,3 @@ def test_kernels_that_cannot_serve(tiny: Any) -> None:
     reason = why_not(tiny(), backend="flash_attn", dtype=torch.float32)
     assert reason is not None
     assert "for CUDA" in reason
-
-
-def test_refusal_raises_or_is_reported(tiny: Any, groups: Any, compare: Any) -> None:
-    model = tiny("Mistral", sliding_window=12)
-    with pytest.raises(RefusedError, match="MistralForCausalLM has sliding attention over 12 tokens"):
-        shared_prefix_logps(model, *groups)
-    logps, _, report = shared_prefix_logps(model, *groups, on_refusal="dense")
-    assert not report.packed
-    assert report.reason is not None
-    assert "sliding attention over 12 tokens" in report.reason
-    assert compare(model, *groups, logps) == (0.0, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"dropout": 0.1}, "attention dropout of 0.1"),
-        ({"is_causal": False}, "attention in both directions"),
-        ({"sliding_window": 5}, "a window of 5 for rows of 29"),
-        ({"s_aux": torch.ones(4)}, "attention sinks"),
-        ({"position_bias": torch.ones(1)}, "a position bias"),
-        ({"attention_mask": torch.ones(1, 1)}, "a mask"),
-    ],
-)
-def test_a_layer_that_asks_for_more_is_refused(
-    arguments: dict[str, Any], message: str, groups: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The last guard, for what no configuration shows: the attention call itself."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    from trl_ext.shared_prefix import enter
-
-    packing = pack(*groups)
-
-    def asks(module: nn.Module, q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> Any:
-        given = {**kwargs, "attention_mask": mask, **arguments}
-        return enter._attention(module, q, k, v, **given)
-
-    with enter.packed_attention(tiny(), packing.layout):
-        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, enter.NAME, asks)
-        with pytest.raises(RefusedError, match=message):
-            q = torch.ones(1, 4, packing.packed_tokens, 8)
-            asks(nn.Linear(1, 1), q, q, q, None)
-
-
-def test_attention_outside_a_packed_forward_says_so(tiny: Any, groups: Any) -> None:
-    from trl_ext.shared_prefix import SharedPrefixError, enter
-
-    enter.register()
-    model = tiny()
-    model.config._attn_implementation = enter.NAME
-    with pytest.raises(SharedPrefixError, match="outside a packed forward"):
-        model(input_ids=groups[0])

@@ -1,4 +1,4 @@
-"""The first-use check finds what is wrong and leaves no trace."""
+"""The first-use check finds a model that differs, runs once, and leaves no trace."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from trl_ext.shared_prefix import MismatchError, SelfCheck, self_check, selfcheck, shared_prefix_logps
 
 
-def broken(module: Any, args: Any, kwargs: Any) -> Any:
-    """Counts positions along the packed row, through all branches, as a model that ignores `position_ids` would."""
+def ignore_positions(module: Any, args: Any, kwargs: Any) -> Any:
+    """Replaces the positions by places in the packed row, as a model that ignores `position_ids` would."""
     if kwargs.get("position_ids") is not None:
-        n = kwargs["position_ids"].shape[1]
-        kwargs["position_ids"] = torch.arange(n)[None]
+        length = kwargs["position_ids"].shape[1]
+        kwargs["position_ids"] = torch.arange(length)[None]
     return args, kwargs
 
 
@@ -30,7 +30,7 @@ def test_a_sound_model_passes(tiny: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_types(dtype: torch.dtype, tiny: Any) -> None:
+def test_other_dtypes(dtype: torch.dtype, tiny: Any) -> None:
     result = self_check(tiny().to(dtype))
     assert result.dtype == dtype
     assert result.ok
@@ -43,9 +43,9 @@ def test_autocast(tiny: Any) -> None:
     assert result.ok
 
 
-def test_a_model_that_treats_packed_rows_otherwise_is_found(tiny: Any, groups: Any, compare: Any) -> None:
+def test_a_model_that_ignores_positions_is_found(tiny: Any, groups: Any, compare: Any) -> None:
     model = tiny(initializer_range=0.2)  # wide enough that attention is not nearly uniform
-    model.model.register_forward_pre_hook(broken, with_kwargs=True)
+    model.model.register_forward_pre_hook(ignore_positions, with_kwargs=True)
     assert not self_check(model).ok
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not self_check(model).ok
@@ -58,7 +58,7 @@ def test_a_model_that_treats_packed_rows_otherwise_is_found(tiny: Any, groups: A
     assert compare(model, *groups, logps)[0] == 0.0
 
 
-def test_it_runs_once_for_a_class_kernels_and_type(tiny: Any, groups: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_runs_once_for_a_class_kernels_and_dtype(tiny: Any, groups: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
     original = selfcheck.self_check
     monkeypatch.setattr(selfcheck, "self_check", lambda *args: runs.append(args) or original(*args))
@@ -105,3 +105,11 @@ def test_inside_inference_mode(tiny: Any) -> None:
 def test_not_a_number_is_a_mismatch() -> None:
     result = SelfCheck("M", "math", torch.float32, float("nan"), 0.0, (1e-4, 1e-3))
     assert not result.ok
+
+
+def test_a_temperature_other_than_the_fused_heads_is_found(tiny: Any, groups: Any, add_fused_head: Any) -> None:
+    model = tiny()
+    add_fused_head(model, temperature=0.5)
+    shared_prefix_logps(model, *groups, temperature=0.5)
+    with pytest.raises(MismatchError, match="differs from its own dense path"):
+        shared_prefix_logps(model, *groups, temperature=0.6)

@@ -1,4 +1,4 @@
-"""The prefix tree: what a naive reading of the rows says it must be."""
+"""The prefix tree equals what a naive reading of the rows says it must be."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ letters = st.lists(st.lists(st.integers(0, 2), max_size=9), min_size=1, max_size
 
 
 def spell(rows: list[list[int]], tree: PrefixTree, row: int) -> list[int]:
-    """The tokens of a row, read from its path."""
+    """Returns the tokens of a row, read from its path."""
     index, runs = tree.row_node[row], []
     while index >= 0:
         node = tree.nodes[index]
@@ -122,7 +122,7 @@ def test_order_of_children_is_the_order_of_their_first_rows() -> None:
 
 
 def test_work_is_linear_in_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counts compared tokens on rows that part one after the other, the worst case of a naive comparison."""
+    """Counts the tokens read on rows that part one after the other, the worst case of a naive comparison."""
     from trl_ext.shared_prefix import tree as module
 
     read = 0
@@ -152,12 +152,12 @@ def _is_below(tree: PrefixTree, node: int, above: int) -> bool:
 # --- from neighbours --------------------------------------------------------------------------------------------------
 
 
-def agreement(left: list[int], right: list[int]) -> int:
+def shared_length(left: list[int], right: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
 def from_neighbours(rows: list[list[int]], min_run: int) -> PrefixTree:
-    common = [0, *(agreement(a, b) for a, b in pairwise(rows))]
+    common = [0, *(shared_length(a, b) for a, b in pairwise(rows))]
     return tree_of_neighbours([len(row) for row in rows], common, min_run)
 
 
@@ -180,7 +180,7 @@ def test_of_sorted_rows_neighbours_know_everything(rows: list[list[int]]) -> Non
 
 @given(start=st.lists(st.integers(0, 9), min_size=30, max_size=60), cuts=st.sets(st.integers(1, 60), min_size=1))
 def test_steps_of_a_completion_are_shared(start: list[int], cuts: set[int]) -> None:
-    """Prefixes of one row with the same text behind each, in order: the row once, and the text behind each step."""
+    """Builds the tree of prefixes of one row, each followed by the same text, which is all that is repeated."""
     text = [10, 11, 12]
     ends = sorted(cut for cut in cuts if cut <= len(start)) or [len(start)]
     rows = [[*start[:end], *text] for end in ends]

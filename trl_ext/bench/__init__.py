@@ -1,1 +1,1 @@
-"""Benchmarks that anyone can rerun: `trl_ext bench NAME`."""
+"""Benchmarks that anyone can repeat with `trl_ext bench NAME`."""

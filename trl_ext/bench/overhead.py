@@ -1,9 +1,9 @@
-"""What the host costs: a step with idle plugins and with GDPO, as a ratio to plain TRL, from one run.
+"""Overhead of trl_ext: a step with idle plugins and with GDPO, as a ratio to plain TRL, from one run.
 
-The trainers take turns, one training step each, on one thread, and processor time is compared, so that what else the
-machine does meanwhile does not count. Where a trainer's memory comes to lie shifts all of its steps by a percent, so
-they are built anew several times, each time in another order, and a second plain trainer shows what is left of that.
-The model is a random four-layer Qwen2; a larger one makes the overhead smaller.
+The trainers take turns, one training step each, on one thread. Processor time is compared, so other work of the machine
+does not count. Where the memory of a trainer lies shifts all of its steps by a percent. Trainers are therefore built
+several times, each time in another order, and a second plain trainer shows how much of that shift remains. The model is
+a random four-layer Qwen2. A larger model makes the overhead smaller.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Observer(Plugin):
 
 
 WARM_UP = 2
+"""Steps of every trainer that are not counted."""
 ARMS: dict[str, str | None] = {
     "plain TRL": None,
     "plain TRL, a second trainer": None,
@@ -57,15 +58,15 @@ ARMS: dict[str, str | None] = {
 
 
 def measure(steps: int = 40, progress: Callable[[int, int], None] = lambda done, total: None) -> list[dict[str, Any]]:
-    """Processor time of a step in every arm, and its ratio to plain TRL.
+    """Measures the processor time of a step in every arm, and its ratio to plain TRL.
 
     Args:
-        steps: Training steps of each trainer; every arm has as many trainers, one after the other, as there are arms.
-        progress: Called with the rounds that are done and their number.
+        steps: Training steps of each trainer. Every arm has as many trainers, one after the other, as there are arms.
+        progress: Called with the finished and the total number of rounds.
 
     Returns:
-        Per arm `name`, `seconds` (median step), `ratio` (median over rounds of the ratio to plain TRL in the same
-        round) and `ratio_low`, `ratio_high` (95% bootstrap interval of that median).
+        For each arm `name`, `seconds` (median step), `ratio` (median over rounds of the ratio to plain TRL in the same
+        round), and `ratio_low` and `ratio_high` (95% bootstrap interval of that median).
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # idle threads that spin would count as work
@@ -75,19 +76,21 @@ def measure(steps: int = 40, progress: Callable[[int, int], None] = lambda done,
         with tempfile.TemporaryDirectory() as folder, quiet():
             model = tiny_model(f"{folder}/model", hidden_size=256, intermediate_size=1024, num_hidden_layers=4)
             for block in range(len(names)):
-                trainers = {
-                    name: _trainer(ARMS[name], model, f"{folder}/{block}", steps)
-                    for name in (*names[block:], *names[:block])
-                }
-                done = block * (steps + WARM_UP)
-                found = step_times(trainers, lambda n, done=done: progress(done + n, total), time.process_time)  # type: ignore[misc]
-                for name, values in found.items():
+                order = (*names[block:], *names[:block])
+                trainers = {name: _trainer(ARMS[name], model, f"{folder}/{block}", steps) for name in order}
+                before = block * (steps + WARM_UP)
+                block_times = step_times(
+                    trainers,
+                    lambda rounds, before=before: progress(before + rounds, total),  # type: ignore[misc]
+                    time.process_time,
+                )
+                for name, values in block_times.items():
                     times[name] += values[WARM_UP:]
     finally:
         torch.set_num_threads(threads)
     rows = []
     for name in names:
-        ratios = [own / plain for own, plain in zip(times[name], times[names[0]], strict=True)]
+        ratios = [seconds / plain for seconds, plain in zip(times[name], times[names[0]], strict=True)]
         low, high = interval(ratios)
         rows.append(
             {
@@ -109,7 +112,7 @@ def _trainer(plugin: str | None, model: str, folder: str, steps: int) -> Any:
 
 
 def interval(values: Sequence[float], draws: int = 10_000) -> tuple[float, float]:
-    """95% percentile bootstrap interval of the median."""
+    """Returns the 95% percentile bootstrap interval of a median."""
     data = torch.tensor(values, dtype=torch.float64)
     picks = torch.randint(len(data), (draws, len(data)), generator=torch.Generator().manual_seed(0))
     medians = data[picks].quantile(0.5, dim=1)

@@ -1,8 +1,8 @@
-"""What probing a policy at its steps costs: GRPO steps with SPAE against plain ones, with and without the prefix tree.
+"""Cost of probing a policy at its steps: GRPO steps with SPAE against plain ones, with and without the prefix tree.
 
-Completions are generated for real and then get a paragraph's end every few tokens, so that each has the same number of
-steps to probe. The trainers take turns on one thread and processor time is compared. The model is a random four-layer
-Qwen2: generation, probing and update all grow with a larger one.
+Completions are really generated. They then get the end of a paragraph every few tokens, so that all have the same
+number of steps to probe. The trainers take turns on one thread, and processor time is compared. The model is a random
+four-layer Qwen2. Generation, probing and update all grow with a larger one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from ..testing.checks import quiet
 from .turns import step_times
 
 WARM_UP = 1
+"""Steps of every trainer that are not counted."""
 STEP = 32
+"""Tokens of a paragraph."""
 ARMS: dict[str, dict[str, Any] | None] = {
     "plain GRPO": None,
     "answers forced, prefix tree": {"num_probes": 0, "share": "always"},
@@ -51,55 +53,39 @@ class Paragraphs(Plugin):
 
 
 def by_place(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
-    """Rewards that differ inside every group, so that none is left out."""
+    """Returns rewards that differ inside every group, so that no group is left out."""
     return [float(row % 2) for row in range(len(completion_ids))]
 
 
 def measure(
     steps: int = 6, length: int = 512, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[dict[str, Any]]:
-    """Processor time of a training step in every arm.
+    """Measures the processor time of a training step in every arm.
 
     Args:
         steps: Counted training steps of each arm.
         length: Tokens of a completion.
-        progress: Called with the rounds that are done and their number.
+        progress: Called with the finished and the total number of rounds.
 
     Returns:
-        Per arm `name`, `seconds` (median step), `share` (median over rounds of the part of the step that plain GRPO
-        does not have) and `token_ratio` (tokens of all probes by computed tokens; None for plain GRPO).
+        For each arm `name`, `seconds` (median step), `share` (median over rounds of the part of the step that plain
+        GRPO does not have), and `token_ratio` (tokens of all probes by computed tokens, None for plain GRPO).
     """
-    from transformers import PreTrainedTokenizerFast
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # idle threads that spin would count as work
     try:
         with tempfile.TemporaryDirectory() as folder, quiet():
             shape: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}
             model = tiny_model(f"{folder}/model", max_position_embeddings=2 * length, **shape)
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
-            trainers = {}
-            for number, (name, options) in enumerate(ARMS.items()):
-                trainer = tiny_trainer(
-                    "grpo",
-                    model,
-                    f"{folder}/{number}",
-                    rewards=[by_place],
-                    trainer={"processing_class": tokenizer},
-                    max_steps=steps + WARM_UP,
-                    max_completion_length=length,
-                    generation_kwargs={"min_new_tokens": length},
-                )
-                plugins: dict[str, Any] = {f"{__name__}:Paragraphs": None}
-                trainers[name] = api.attach(trainer, plugins if options is None else plugins | {"spae": options})
+            trainers = _trainers(model, folder, steps, length)
             total = steps + WARM_UP
-            times = step_times(trainers, lambda done: progress(done, total), time.process_time)
+            times = step_times(trainers, lambda rounds: progress(rounds, total), time.process_time)
     finally:
         torch.set_num_threads(threads)
     plain = times["plain GRPO"]
     rows = []
     for name, trainer in trainers.items():
-        shares = [1 - base / own for own, base in zip(times[name], plain, strict=True)][WARM_UP:]
+        shares = [1 - base / seconds for seconds, base in zip(times[name], plain, strict=True)][WARM_UP:]
         ratios = [entry["spae/probe_token_ratio"] for entry in trainer.state.log_history if "spae/probes" in entry]
         rows.append(
             {
@@ -110,3 +96,25 @@ def measure(
             }
         )
     return rows
+
+
+def _trainers(model: str, folder: str, steps: int, length: int) -> dict[str, Any]:
+    """Builds the trainer of every arm."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+    trainers = {}
+    for number, (name, options) in enumerate(ARMS.items()):
+        trainer = tiny_trainer(
+            "grpo",
+            model,
+            f"{folder}/{number}",
+            rewards=[by_place],
+            trainer={"processing_class": tokenizer},
+            max_steps=steps + WARM_UP,
+            max_completion_length=length,
+            generation_kwargs={"min_new_tokens": length},
+        )
+        plugins: dict[str, Any] = {f"{__name__}:Paragraphs": None}
+        trainers[name] = api.attach(trainer, plugins if options is None else plugins | {"spae": options})
+    return trainers

@@ -1,4 +1,4 @@
-"""Runs several trainers in one process, one training step each in rotating order, and times the steps."""
+"""Trainers that take turns in one process, one training step each in rotating order, and the times of the steps."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ def step_times(
     progress: Callable[[int], None] = lambda done: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Trains all of them to their end, in turns, so that a machine that changes its speed meets every one.
+    """Trains all trainers to their end, in turns, so that changes in the speed of the machine affect all of them.
 
     Args:
         trainers: Trainers with the same number of steps.
         progress: Called with the number of finished rounds.
-        clock: What is read before and after a step; `time.process_time` counts what the process computed, whatever
-            else the machine did meanwhile (only one trainer works at a time).
+        clock: Read before and after a step. `time.process_time` counts what the process computed, whatever else the
+            machine did. Only one trainer works at a time.
 
     Returns:
-        Seconds of every step, per trainer.
+        Seconds of every step, by trainer.
     """
     turns = _Turns(list(trainers), progress)
     times: dict[str, list[float]] = {name: [] for name in trainers}
@@ -49,22 +49,30 @@ class _Turns:
         self.error: BaseException | None = None
 
     def order(self, turn: int) -> str:
+        """Returns whose turn it is. The order shifts by one every round."""
         shift, place = divmod(turn, len(self.names))
         return self.names[(place + shift) % len(self.names)]
 
     def wait(self, name: str) -> None:
+        """Waits for the turn of a trainer.
+
+        Raises:
+            RuntimeError: Another trainer failed.
+        """
         with self.condition:
             self.condition.wait_for(lambda: self.order(self.taken) == name or self.error is not None)
             if self.error is not None:
                 raise RuntimeError("another arm failed")
 
     def done(self) -> None:
+        """Ends a turn."""
         with self.condition:
             self.taken += 1
             self.progress(self.taken // len(self.names))
             self.condition.notify_all()
 
     def guard(self, train: Callable[[], Any]) -> None:
+        """Trains, and ends all others with the first error."""
         try:
             train()
         except BaseException as error:

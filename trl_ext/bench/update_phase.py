@@ -1,6 +1,6 @@
-"""The update phase of GRPO through the real trainer, with and without the shared-prefix plugin.
+"""Update phase of GRPO in the real trainer, with and without the shared-prefix plugin.
 
-A plugin hands both trainers the same completions of an exact length, so that a step is loss, backward and optimizer.
+A plugin gives both trainers the same completions of an exact length, so that a step is loss, backward and optimizer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .turns import step_times
 
 
 class FixedRollout(Plugin):
-    """Random prompts and completions of fixed lengths instead of generated ones."""
+    """Replaces generation by random prompts and completions of fixed lengths."""
 
     name = "fixed-rollout"
     trainers = ("grpo",)
@@ -39,7 +39,12 @@ class FixedRollout(Plugin):
 
 
 def measure(shape: Shape, steps: int = 3, progress: Callable[[int], None] = lambda done: None) -> dict[str, Any]:
-    """Median step of both trainers on the default model; one group a step.
+    """Measures the median step of both trainers on the default model, with one group per step.
+
+    Args:
+        shape: Prompt tokens, group size and completion tokens.
+        steps: Counted steps.
+        progress: Called with the number of finished rounds.
 
     Returns:
         `seconds_dense`, `seconds_shared` and `speedup`.
@@ -55,13 +60,13 @@ def measure(shape: Shape, steps: int = 3, progress: Callable[[int], None] = lamb
         "max_steps": steps + 1,
         "learning_rate": 1e-6,
     }
-    ours = f"{__name__}:FixedRollout"
+    rollout = f"{__name__}:FixedRollout"
     with tempfile.TemporaryDirectory() as folder, quiet():
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(tiny_model(f"{folder}/model"))
         trainers: dict[str, Any] = {}
-        for name, plugins in {"dense": (ours,), "shared": (ours, "shared-prefix")}.items():
+        for name, plugins in {"dense": (rollout,), "shared": (rollout, "shared-prefix")}.items():
             model: Any = default_model()
             trainer = tiny_trainer(
                 "grpo",
@@ -83,4 +88,4 @@ def measure(shape: Shape, steps: int = 3, progress: Callable[[int], None] = lamb
 
 
 def _noise(completions: list[Any], **kwargs: Any) -> list[float]:
-    return [float(i % 3) for i in range(len(completions))]
+    return [float(row % 3) for row in range(len(completions))]

@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from ..plan.check import make_plan
 from ..plan.compose import Plan
 from ..plan.ownership import owner, run_under_way
+from ..support.files import write_atomically
 
 if TYPE_CHECKING:
     from ..trl_internals.arguments import Parsed
@@ -140,9 +141,7 @@ class LocalJob:
     def log(self, metrics: Mapping[str, float], *, step: int, steps: int) -> None:
         self.history.append({f"{self.owner}/{name}": float(value) for name, value in metrics.items()} | {"step": step})
         if self.is_main:
-            unfinished = self.folder / f"{ROUNDS}.part"
-            unfinished.write_text(json.dumps(self.history, indent=1) + "\n")
-            unfinished.rename(self.folder / ROUNDS)
+            write_atomically(self.folder / ROUNDS, json.dumps(self.history, indent=1) + "\n")
         for listener in self.listeners:
             listener(step, steps)
 

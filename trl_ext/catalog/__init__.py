@@ -1,1 +1,1 @@
-"""Finding plugins and checking what they declare."""
+"""Catalogue of plugins: where they are found, what they declare, and their options."""

@@ -1,8 +1,9 @@
-"""The built-in plugins, as data."""
+"""Built-in plugins, as data."""
 
 from __future__ import annotations
 
 GROUP = "trl_ext"
+"""Group of the entry points with which packages offer plugins."""
 BUILTINS: dict[str, str] = {
     "apo": "trl_ext_plugins.apo:APO",
     "decs": "trl_ext_plugins.decs:DECS",

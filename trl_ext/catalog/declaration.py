@@ -1,4 +1,4 @@
-"""What a plugin declares, and the checks of a declaration."""
+"""Declarations of plugins, and their checks."""
 
 from __future__ import annotations
 
@@ -16,22 +16,33 @@ from ..errors import PluginError, near
 from . import options as plugin_options
 
 HOOKS: tuple[str, ...] = tuple(name for name, value in vars(specs).items() if hasattr(value, "trl_ext_spec"))
+"""All hooks, in the order of the documentation."""
 IMPLIED = {"policy_loss", "logps", "run"}
-"""Claims that a hook of the same name implies."""
+"""Claims that a plugin makes by implementing the hook of the same name."""
 KINDS: tuple[TrainerKind, ...] = get_args(TrainerKind)
 
 
 @dataclasses.dataclass(frozen=True)
 class PluginSpec:
-    """A plugin that was asked for: its class, its checked options, and where it came from."""
+    """A plugin that was asked for.
+
+    Attributes:
+        cls: Its class.
+        options: Its checked options.
+        origin: Where it came from: a package, a file, or `built in`.
+        version: The version of the package, or `file` or `module`.
+        reference: How it was asked for: a name, a file or `module:attribute`.
+    """
 
     cls: type[Plugin]
     options: Any
     origin: str
     version: str
+    reference: str
 
     @property
     def name(self) -> str:
+        """The name that the plugin declares."""
         return self.cls.name
 
     @property
@@ -47,15 +58,17 @@ class PluginSpec:
 
     @property
     def claims(self) -> set[str]:
+        """What the plugin takes for itself, by declaration or by a hook."""
         return {*self.cls.claims, *(IMPLIED & set(self.hooks))}
 
     @property
     def option_values(self) -> dict[str, Any]:
+        """The options as plain values."""
         return dataclasses.asdict(self.options)
 
 
 def build_manager(plugins: Sequence[Plugin] | Sequence[type[Plugin]]) -> pluggy.PluginManager:
-    """A fresh pluggy manager that knows the hooks and exactly these plugins."""
+    """Makes a pluggy manager that knows the hooks and exactly these plugins."""
     manager = pluggy.PluginManager("trl_ext")
     manager.add_hookspecs(specs)
     for plugin in plugins:
@@ -70,20 +83,26 @@ def instances(specs: Sequence[PluginSpec]) -> dict[str, Plugin]:
 
 
 def implemented(cls: type[Plugin]) -> tuple[str, ...]:
+    """Returns the hooks that a plugin implements, in the order of the documentation."""
     return tuple(hook for hook in HOOKS if hasattr(getattr(cls, hook, None), "trl_ext_impl"))
 
 
 def check_plugin(cls: Any, origin: str) -> type[Plugin]:
     """Checks a plugin's declaration.
 
+    Args:
+        cls: The class. Anything else is refused too.
+        origin: Where it came from, for the error.
+
     Raises:
-        PluginError: Naming the attribute or hook, what it holds and what is expected.
+        PluginError: Names the attribute or hook, what it holds and what is expected.
     """
     if not (isinstance(cls, type) and issubclass(cls, Plugin)):
         raise PluginError(f"{origin}: {cls!r} is not a subclass of trl_ext_hooks.Plugin.")
     where = f"plugin {getattr(cls, 'name', cls.__name__)!r} ({origin})"
 
     def broken(message: str) -> PluginError:
+        # every refusal begins with the plugin and where it came from
         return PluginError(f"{where}: {message}")
 
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", str(getattr(cls, "name", ""))):
@@ -112,7 +131,7 @@ def check_plugin(cls: Any, origin: str) -> type[Plugin]:
     for name in dir(cls):
         value = getattr(cls, name)
         if hasattr(value, "trl_ext_impl") and name not in HOOKS:
-            raise broken(f"{name!r} is marked with @hookimpl and no hook is called so.{near(name, HOOKS)}")
+            raise broken(f"{name!r} is marked with @hookimpl, but no hook has that name.{near(name, HOOKS)}")
         if name in HOOKS and callable(value) and name not in hooks:
             raise broken(f"the method {name!r} is named like a hook and lacks @hookimpl, so it would never run.")
     if ("state_dict" in hooks) != ("load_state_dict" in hooks):

@@ -1,4 +1,4 @@
-"""From what a user asked for to checked plugin classes: built-ins, entry points, files and `module:attribute`."""
+"""Look-up of plugins: built-ins, entry points of packages, files and `module:attribute`."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from .declaration import PluginSpec, check_plugin
 
 
 def canonical(name: str) -> str:
-    """`Shared_Prefix` and `shared-prefix` are the same plugin."""
+    """Returns the one spelling of a name: `Shared_Prefix` and `shared-prefix` are the same plugin."""
     return name.lower().replace("_", "-")
 
 
 def outside() -> dict[str, list[importlib.metadata.EntryPoint]]:
-    """Installed entry points by plugin name; nothing is imported."""
-    found: dict[str, list[importlib.metadata.EntryPoint]] = {}
+    """Returns the entry points of installed packages by plugin name. Nothing is imported."""
+    points_by_name: dict[str, list[importlib.metadata.EntryPoint]] = {}
     for point in importlib.metadata.entry_points(group=GROUP):
-        same = found.setdefault(canonical(point.name), [])
-        if point not in same:
-            same.append(point)
-    return found
+        points = points_by_name.setdefault(canonical(point.name), [])
+        if point not in points:
+            points.append(point)
+    return points_by_name
 
 
 def find(reference: str) -> tuple[type[Plugin], str, str]:
-    """The plugin class behind a name, a file or `module:attribute`, with its origin and version.
+    """Returns the plugin class behind a name, a file or `module:attribute`, with its origin and version.
 
     Raises:
-        UnknownPluginError: Nobody provides the name.
-        PluginError: It was found and is broken, or two packages provide it.
+        UnknownPluginError: No plugin has that name.
+        PluginError: The plugin is broken, or two packages provide it.
     """
     if imports.is_file(reference):
         file, attribute = imports.split_file(reference)
@@ -52,7 +52,7 @@ def find(reference: str) -> tuple[type[Plugin], str, str]:
     if name in BUILTINS and name in points:
         raise PluginError(
             f"plugin name {name!r} is built in and also provided by {_providers(points[name])}. "
-            f"Ask for the other one as --plugin {points[name][0].value}, or uninstall it."
+            f"Name the other one by its module, --plugin {points[name][0].value}, or uninstall it."
         )
     if name in BUILTINS:
         module, _, attribute = BUILTINS[name].partition(":")
@@ -76,29 +76,35 @@ def find(reference: str) -> tuple[type[Plugin], str, str]:
 
 
 def resolve(requests: Mapping[str, Mapping[str, Any] | None]) -> tuple[PluginSpec, ...]:
-    """Loads what was asked for, in order, with its options.
+    """Finds the plugins that were asked for, in order, and builds their options.
 
     Args:
-        requests: Reference -> option values, such as `{"gdpo": {"group_eps": 1e-4}, "my_method.py": None}`.
+        requests: Option values by reference, such as `{"gdpo": {"group_eps": 1e-4}, "my_method.py": None}`.
     """
-    found: list[PluginSpec] = []
+    specs: list[PluginSpec] = []
     for reference, values in requests.items():
         cls, origin, version = find(reference)
         if values is not None and not isinstance(values, Mapping):
             raise OptionError(f"options of plugin {cls.name!r} must be a mapping, got {values!r}.")
-        if any(spec.name == cls.name for spec in found):
+        if any(spec.name == cls.name for spec in specs):
             raise ConfigError(f"plugin {cls.name!r} is asked for twice.")
         built = plugin_options.build(cls.Options, values or {}, cls.name)
-        found.append(PluginSpec(cls, built, origin, version))
-    return tuple(found)
+        specs.append(PluginSpec(cls, built, origin, version, reference))
+    return tuple(specs)
 
 
 def merge(
     plugins: Sequence[str], block: Mapping[str, Any] | None, assignments: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """One request per plugin from `--plugin`, the YAML block `plugins:` and `--set`; later ones win.
+    """Merges `--plugin`, the YAML block `plugins:` and `--set` into option values by reference. Later ones win.
 
-    `--set` takes the name by which a plugin was asked for, or its own name.
+    Args:
+        plugins: References of `--plugin`.
+        block: The YAML block.
+        assignments: Option values of `--set`, by the name that a plugin was asked for by or by its own name.
+
+    Raises:
+        OptionError: Options are not a mapping, or belong to a plugin that is not enabled.
     """
     if block is not None and not isinstance(block, Mapping):
         raise OptionError(f"`plugins:` must be a mapping of plugin names to options, got {block!r}.")
@@ -109,42 +115,44 @@ def merge(
         key = reference if ":" in reference or reference.endswith(".py") else canonical(reference)
         requests.setdefault(key, {}).update(values or {})
     for name, values in assignments.items():
-        owners = [r for r in requests if means(r, name)]
-        if not owners:
+        matches = [reference for reference in requests if means(reference, name)]
+        if not matches:
             raise OptionError(
                 f"--set {name}.{next(iter(values))}: plugin {name!r} is not enabled.{near(name, requests)} "
                 f"Add it: --plugin {name}"
             )
-        requests[owners[0]].update(values)
+        requests[matches[0]].update(values)
     return requests
 
 
 def means(reference: str, name: str) -> bool:
-    """Whether a plugin that was asked for by `reference` goes by `name`, its own name or the reference itself."""
+    """Returns whether `name` is the plugin behind a reference, by its own name or by the reference itself."""
     if ":" in reference or reference.endswith(".py"):
         return reference == name or find(reference)[0].name == canonical(name)
     return canonical(reference) == canonical(name)
 
 
-def _import(module: str, asked: str) -> ModuleType:
-    return imports.import_module(module, f"plugin {asked}", PluginError)
+def _import(module: str, reference: str) -> ModuleType:
+    return imports.import_module(module, f"plugin {reference}", PluginError)
 
 
 def _pick(module: ModuleType, attribute: str, origin: str) -> type[Plugin]:
+    """Returns the attribute of a module, or its only plugin class if none is named."""
     if attribute:
         if not hasattr(module, attribute):
             raise PluginError(f"{origin} has no attribute {attribute!r}.{near(attribute, _plugins_in(module))}")
         return check_plugin(getattr(module, attribute), f"{origin}:{attribute}")
-    found = _plugins_in(module)
-    if len(found) != 1:
-        listed = ", ".join(found) or "none"
+    classes = _plugins_in(module)
+    if len(classes) != 1:
+        listed = ", ".join(classes) or "none"
         raise PluginError(
-            f"{origin} must define one plugin class, found {len(found)} ({listed}). Choose: {origin}:NAME"
+            f"{origin} must define one plugin class, found {len(classes)} ({listed}). Choose: {origin}:NAME"
         )
-    return check_plugin(next(iter(found.values())), origin)
+    return check_plugin(next(iter(classes.values())), origin)
 
 
 def _plugins_in(module: ModuleType) -> dict[str, type[Plugin]]:
+    """Returns the plugin classes that a module defines, by name."""
     return {
         name: value
         for name, value in vars(module).items()
@@ -153,4 +161,5 @@ def _plugins_in(module: ModuleType) -> dict[str, type[Plugin]]:
 
 
 def _providers(points: Sequence[importlib.metadata.EntryPoint]) -> str:
-    return " and ".join(f"{p.dist.name} {p.dist.version}" if p.dist else p.value for p in points)
+    """Names the packages of entry points, with their versions."""
+    return " and ".join(f"{point.dist.name} {point.dist.version}" if point.dist else point.value for point in points)

@@ -1,1 +1,1 @@
-"""The console script and one module for each command."""
+"""The console script `trl_ext`, with a module for each command."""

@@ -1,4 +1,4 @@
-"""`trl_ext bench`: measurements that anyone can repeat."""
+"""`trl_ext bench`: benchmarks that anyone can repeat."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from ..support.tables import print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Benchmarks. Every figure is a ratio between runs that took turns in one process."
+    """Adds one parser for each benchmark."""
+    parser.description = "Measures trainers that take turns in one process. Every figure is a ratio."
     benches = parser.add_subparsers(dest="bench", required=True, metavar="NAME")
-    overhead = benches.add_parser("overhead", help="a step with idle plugins and with GDPO against plain TRL")
+    overhead = benches.add_parser("overhead", help="a step with idle plugins and with GDPO, against plain TRL")
     overhead.add_argument(
         "--steps", type=int, default=40, help="training steps of each trainer, four trainers an arm (default: 40)"
     )
@@ -23,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     probes.add_argument("--json", action="store_true", help="print a list of objects")
     shared = benches.add_parser(
         "shared-prefix",
-        help="forward and backward with shared prefixes against TRL's dense path and PrefixGrouper",
+        help="forward and backward with shared prefixes, against TRL's dense path and PrefixGrouper",
         description="Measures forward and backward of completion log-probabilities on alternating paths: time, peak "
-        "memory, differences of log-probabilities and gradients. PrefixGrouper takes part if it is installed.",
+        "memory, and how far log-probabilities and gradients differ. PrefixGrouper takes part if it is installed.",
     )
     shared.add_argument(
         "--shape", action="append", metavar="PxGxS", help="prompt tokens x group size x completion tokens; repeatable"
@@ -38,24 +39,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return {"overhead": _overhead, "probes": _probes, "shared-prefix": _shared_prefix}[args.bench](args)
+    """Runs the chosen benchmark and returns the exit code."""
+    {"overhead": _overhead, "probes": _probes, "shared-prefix": _shared_prefix}[args.bench](args)
+    return 0
 
 
-def _overhead(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import Progress
-
+def _overhead(args: argparse.Namespace) -> None:
     from ..bench.overhead import measure
+    from ..support.console import progress_bar
 
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("rounds", total=None)
-        rows = measure(args.steps, lambda done, total: bar.update(task, completed=done, total=total))
+    with progress_bar("rounds") as advance:
+        rows = measure(args.steps, advance)
     if args.json:
         print(json.dumps(rows, indent=2))
-        return 0
-    columns = ("arm", "step, processor time", "ratio to plain TRL", "95% interval")
+        return
     print_table(
-        columns,
+        ("arm", "step, processor time", "ratio to plain TRL", "95% interval"),
         [
             (
                 row["name"],
@@ -66,84 +65,75 @@ def _overhead(args: argparse.Namespace) -> int:
             for row in rows
         ],
     )
-    return 0
 
 
-def _probes(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import Progress
-
+def _probes(args: argparse.Namespace) -> None:
     from ..bench.probes import measure
+    from ..support.console import progress_bar
 
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("rounds", total=None)
-        rows = measure(args.steps, args.length, lambda done, total: bar.update(task, completed=done, total=total))
+    with progress_bar("rounds") as advance:
+        rows = measure(args.steps, args.length, advance)
     if args.json:
         print(json.dumps(rows, indent=2))
-        return 0
+        return
     lines = []
     for row in rows:
         ratio = "" if row["token_ratio"] is None else f"{row['token_ratio']:.1f}"
         lines.append((row["name"], f"{row['seconds']:.2f} s", f"{100 * row['share']:.0f}%", ratio))
     print_table(("arm", "step, processor time", "probing", "tokens of probes per computed token"), lines)
-    return 0
 
 
-def _shared_prefix(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
+def _shared_prefix(args: argparse.Namespace) -> None:
     from ..bench import shared_prefix, update_phase
     from ..errors import OptionError
+    from ..support.console import print_line, status
 
     try:
         shapes = [shared_prefix.parse_shape(text) for text in args.shape or ()] or list(shared_prefix.DEFAULT_SHAPES)
     except ValueError as error:
         raise OptionError(f"--shape: {error}") from error
-    console = Console(stderr=True, highlight=False)
-    with console.status("building the model") as status:
+    with status("building the model") as show:
         model = shared_prefix.load_model(args.model)
-        rows = shared_prefix.measure(model, shapes, args.repeats, lambda text: status.update(text))
-        found: list[dict[str, Any]] = shared_prefix.as_json(rows)
-        for entry, shape in zip(found, shapes, strict=True) if args.trainer else ():
-            status.update(f"{'x'.join(map(str, shape))}: GRPO update phase")
-            entry["speedup_trainer"] = update_phase.measure(shape, args.repeats)["speedup"]
+        rows = shared_prefix.measure(model, shapes, args.repeats, show)
+        entries = shared_prefix.as_json(rows)
+        if args.trainer:
+            for entry, shape in zip(entries, shapes, strict=True):
+                show(f"{'x'.join(map(str, shape))}: GRPO update phase")
+                entry["speedup_trainer"] = update_phase.measure(shape, args.repeats)["speedup"]
     if args.plot:
-        shared_prefix.plot(rows, args.plot)
-        console.print(f"wrote {args.plot}")
+        from ..bench import speedup_plot
+
+        speedup_plot.draw(rows, args.plot)
+        print_line(f"wrote {args.plot}", stderr=True)
     if args.json:
-        print(json.dumps(found, indent=2))
-        return 0
+        print(json.dumps(entries, indent=2))
+    else:
+        _print_shapes(entries, args.trainer)
+
+
+def _print_shapes(entries: list[dict[str, Any]], with_trainer: bool) -> None:
     columns = [
-        "P x G x S",
-        "tokens",
-        "FLOPs",
-        "speed-up",
-        "PrefixGrouper",
-        "TRL's head",
-        "plain logits",
-        "memory",
-        "log-prob diff",
-        "grad diff",
+        *("P x G x S", "tokens", "FLOPs", "speed-up", "PrefixGrouper", "TRL's head", "plain logits"),
+        *("memory", "log-prob diff", "grad diff", *(["GRPO update"] if with_trainer else [])),
     ]
     lines = []
-    for entry in found:
-        others = [entry[f"speedup_prefix_grouper{form}"] for form in ("", "_fused", "_logits")]
+    for entry in entries:
+        groupers = [entry[f"speedup_prefix_grouper{form}"] for form in ("", "_fused", "_logits")]
         lines.append(
             [
                 f"{entry['prompt_length']} x {entry['group_size']} x {entry['completion_length']}",
                 f"{entry['token_ratio']:.2f}",
                 f"{entry['flop_ratio']:.2f}",
                 f"{entry['speedup']:.2f}",
-                *("not installed" if other is None else f"{other:.2f}" for other in others),
+                *("not installed" if speedup is None else f"{speedup:.2f}" for speedup in groupers),
                 f"{entry['peak_memory_ratio']:.2f}",
                 f"{entry['max_logprob_diff']:.1e}",
                 f"{entry['rel_grad_diff']:.1e}",
-                *([f"{entry['speedup_trainer']:.2f}"] if args.trainer else []),
+                *([f"{entry['speedup_trainer']:.2f}"] if with_trainer else []),
             ]
         )
-    print_table([*columns, "GRPO update"] if args.trainer else columns, lines)
+    print_table(columns, lines)
     print(
         "Ratios are dense by shared: above 1 the shared-prefix path is better. PrefixGrouper runs as documented, "
         "and with TRL's head or plain logits on completions only."
     )
-    return 0

@@ -5,25 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import sys
 from pathlib import Path
-from typing import Any
 
 from ..errors import OptionError
 
 _DESCRIPTION = """\
 Trains every arm of a recipe (plain TRL, plugin sets, settings) with every seed, on the same data, and says what the
 runs show: means with bootstrap confidence intervals over seeds, and whether an arm is better, worse or not
-distinguishable. Every run is a process of its own; runs that have ended are kept and not repeated when the command is
+distinguishable. Every run is a process of its own. Runs that have ended are kept and not repeated when the command is
 started again."""
 _EPILOG = """\
 examples:
   trl_ext compare recipes/tiny/gdpo.yaml
       ten seeds of GDPO and of plain GRPO on a small language model, minutes on two cores
   trl_ext compare recipes/tiny/gdpo.yaml --seeds 2
-      a quick look; the full comparison later uses these runs
+      a quick look, whose runs the full comparison later uses
   trl_ext compare run.yaml --output runs/mine --json
-      a file of your own, with your model and data; the result as JSON
+      a file of your own, with your model and data, and the result as JSON
 
 a recipe is a YAML file of TRL with two blocks more:
   learning_rate: 1.0e-3
@@ -40,8 +38,8 @@ a recipe is a YAML file of TRL with two blocks more:
 recipes/README.md explains every key.
 
 Into the output folder: compare.html (curves, table, completions side by side, settings), compare.png, compare.json, and
-in runs/ a file per run. Exit code 0: all runs ended and every expectation was met; 1: a run crashed or diverged, or an
-expectation was not met; 2: something is wrong with the recipe or the folder.
+in runs/ a file per run. Exit code 0: all runs ended and every expectation was met. 1: a run crashed or diverged, or an
+expectation was not met. 2: something is wrong with the recipe or the folder.
 """
 
 
@@ -60,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from ..experiments import comparing, page, recipe, records, results
+    from ..compare import html_report, plots, recipe, schedule, store, text_report
     from ..support.tables import print_table
 
     for name in ("seeds", "jobs"):
@@ -69,32 +67,21 @@ def run(args: argparse.Namespace) -> int:
     record = Path(args.record) if args.record else None
     if record is not None and not record.parent.is_dir():
         raise OptionError(f"--record {record}: there is no folder {record.parent}.")
-    asked = recipe.read(args.recipe).with_seeds(args.seeds)
-    folder = Path(args.output or Path("runs") / "compare" / asked.name)
+    checked = recipe.read(args.recipe).with_seeds(args.seeds)
+    folder = Path(args.output or Path("runs") / "compare" / checked.name)
     console = Console(stderr=True, highlight=False)
     command = shlex.join(["trl_ext", "compare", args.recipe, *(["--seeds", str(args.seeds)] if args.seeds else [])])
-    found = comparing.compare(asked, folder, args.jobs, console, command)
-    records.write_text(folder / "compare.html", page.render(found))
-    drawn = _draw(found, folder / "compare.png")
-    brief = {name: value for name, value in found.items() if name not in ("curves", "completions")}
+    content = schedule.run_comparison(checked, folder, args.jobs, console, command)
+    store.write_file(folder / "compare.html", html_report.render(content))
+    store.write_file(folder / "compare.png", plots.picture(content))
+    brief = {name: value for name, value in content.items() if name not in ("curves", "completions")}
     if record is not None:
-        records.write(record, brief)
+        store.write(record, brief)
     if args.json:
-        print(json.dumps(records.plain(brief), indent=1))
+        print(json.dumps(store.plain(brief), indent=1))
     else:
-        print_table(results.COLUMNS, results.rows(found), title=found["claim"])
-        for line in results.sentences(found):
+        print_table(text_report.COLUMNS, text_report.rows(content), title=content["claim"])
+        for line in text_report.sentences(content):
             print(line)
-        written = ["compare.html", *(["compare.png"] if drawn else []), "compare.json"]
-        print(f"{', '.join(written)} in {folder}")
-    return 0 if found["complete"] and found["met"] else 1
-
-
-def _draw(found: dict[str, Any], file: Path) -> bool:
-    try:
-        from ..experiments.picture import draw
-    except ImportError:
-        print("no picture: matplotlib is not installed (pip install 'trl_ext[demo]' draws it).", file=sys.stderr)
-        return False
-    draw(found, file)
-    return True
+        print(f"compare.html, compare.png, compare.json in {folder}")
+    return 0 if content["complete"] and content["met"] else 1

@@ -1,9 +1,8 @@
-"""`trl_ext doctor`: what is installed, and whether trl_ext can work with it."""
+"""`trl_ext doctor`: installed versions, devices and plugins, and whether trl_ext can work with them."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import platform
 from typing import Any
@@ -12,7 +11,6 @@ PACKAGES = ("trl", "transformers", "torch", "peft", "accelerate", "datasets", "p
 EXTRAS = {
     "flash-attn": "fast attention on CUDA: pip install 'trl_ext[flash-attn]'",
     "vllm": "fast generation on CUDA: pip install 'trl_ext[vllm]'",
-    "matplotlib": "pictures of runs: pip install 'trl_ext[demo]'",
     "reasoning-gym": "the tasks of the demo: pip install 'trl_ext[demo]'",
     "gguf": "reading the demo's model: pip install 'trl_ext[demo]'",
     "gymnasium": "environments: pip install 'trl_ext[environments]'",
@@ -23,43 +21,50 @@ EXTRAS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Prints versions, devices, extras and plugins, and checks every seam of the installed TRL."
+    """Adds the options of the command."""
+    parser.description = (
+        "Prints versions, devices, optional packages and plugins, and checks every part\n"
+        "of the installed TRL that trl_ext uses. Exit code 1 if training cannot start."
+    )
     parser.add_argument("--json", action="store_true", help="print one object")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Runs the command and returns its exit code."""
     findings = examine()
     if args.json:
         print(json.dumps(findings, indent=2))
     else:
-        _print(findings)
+        print_findings(findings)
     return 0 if not findings["problems"] else 1
 
 
 def examine() -> dict[str, Any]:
-    """Everything that `trl_ext doctor` knows, as plain values; `problems` is empty when training can start."""
+    """Returns all findings as plain values. `problems` is empty when training can start."""
     import torch
 
     from .._version import __version__
     from ..catalog import builtins, declaration, find
     from ..errors import TrlExtError
+    from ..support.versions import installed_version
     from ..trl_internals import seams
 
-    problems: list[str] = []
-    versions = {"trl_ext": __version__, "python": platform.python_version()} | {p: _version(p) for p in PACKAGES}
-    problems += [f"{package} is not installed" for package in PACKAGES if versions[package] is None]
-    support: dict[str, str] = {}
+    versions: dict[str, str | None] = {"trl_ext": __version__, "python": platform.python_version()}
+    versions |= {package: installed_version(package) for package in PACKAGES}
+    problems = [f"{package} is not installed" for package in PACKAGES if versions[package] is None]
+    trainers: dict[str, str] = {}
     if versions["trl"] is not None:
         try:
             seams.check_version()
         except TrlExtError as error:
             problems.append(str(error))
+        every_user = {user for seam in seams.SEAMS for user in seam.users}
         for kind in declaration.KINDS:
             try:
-                seams.check_seams(kind, {user for seam in seams.SEAMS for user in seam.users})
-                support[kind] = "all seams found"
+                seams.check_seams(kind, every_user)
+                trainers[kind] = "all seams found"
             except TrlExtError as error:
-                support[kind] = "broken"
+                trainers[kind] = "broken"
                 problems.append(str(error))
     plugins: dict[str, str] = {}
     for name in sorted({*builtins.BUILTINS, *find.outside()}):
@@ -68,41 +73,36 @@ def examine() -> dict[str, Any]:
             plugins[name] = f"{version} ({origin})"
         except TrlExtError as error:
             plugins[name] = f"broken: {error}"
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "versions": versions,
-        "trainers": support,
+        "trainers": trainers,
         "devices": devices or [f"CPU, {torch.get_num_threads()} threads"],
-        "extras": {name: _version(name) for name in EXTRAS},
+        "extras": {name: installed_version(name) for name in EXTRAS},
         "plugins": plugins,
         "problems": problems,
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def print_findings(findings: dict[str, Any]) -> None:
+    """Prints what `examine` found, problems last."""
+    from ..support.console import print_line
+    from ..support.tables import print_table
 
-
-def _print(findings: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None)
-    for name, version in findings["versions"].items():
-        table.add_row(name, version or "[red]missing[/]")
-    table.add_row("devices", ", ".join(findings["devices"]))
-    for kind, state in findings["trainers"].items():
-        table.add_row(kind.upper(), state)
-    for name, version in findings["extras"].items():
-        table.add_row(f"{name} (optional)", version or f"not installed; {EXTRAS[name]}")
-    for name, state in findings["plugins"].items():
-        table.add_row(f"plugin {name}", state)
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
+    print_table(
+        ("", ""),
+        [
+            *((name, version or "missing") for name, version in findings["versions"].items()),
+            ("devices", ", ".join(findings["devices"])),
+            *((kind.upper(), state) for kind, state in findings["trainers"].items()),
+            *(
+                (f"{name} (optional)", version or f"not installed; {EXTRAS[name]}")
+                for name, version in findings["extras"].items()
+            ),
+            *((f"plugin {name}", state) for name, state in findings["plugins"].items()),
+        ],
+    )
     for problem in findings["problems"]:
-        console.print(f"[red]problem:[/] {problem}")
+        print_line(f" {problem}", "problem:", "red")
     if not findings["problems"]:
-        console.print("[green]ready to train[/]")
+        print_line("", "ready to train", "green")

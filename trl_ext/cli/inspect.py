@@ -1,4 +1,4 @@
-"""`trl_ext inspect`: shows what plugins did to recorded rounds, or records one round and shows it."""
+"""`trl_ext inspect`: recorded rounds, and what plugins did to them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import ConfigError
-from ..inspection.recording import FOLDER, HOW, Recording, files, find, read
+from ..inspection.file_format import FOLDER, HOW, Recording, files, find, read
 
 PAGE = "inspect.html"
 ONE_ROUND: dict[str, Any] = {
@@ -22,33 +22,41 @@ ONE_ROUND: dict[str, Any] = {
     "load_best_model_at_end": False,
     "report_to": "none",
 }
-"""Settings of a run that is only looked at; the command line can change them, a YAML file cannot."""
+"""Settings of a run that is only looked at. The command line can change them, a YAML file cannot."""
 DEMO = {"per_device_train_batch_size": 32}
-"""The untrained model of the embedded default earns few rewards, so it takes some more groups to see any."""
+"""Settings of the embedded default. Its untrained model earns few rewards, so more groups are needed to see any."""
 _USAGE = """\
-trl_ext inspect FOLDER_OR_FILE [--round K] [--group G ...] [--rows R ...] [--html PATH]
+trl_ext inspect FOLDER_OR_FILE [--round K] [--group G ...] [--rows R ...]
+                       [--html PATH]
        trl_ext inspect --plugin PLUGIN ... [options of `trl_ext train`]"""
 _DESCRIPTION = """\
-Shows what plugins did to a batch: rewards per function and advantages before and after each plugin, completions with
-tokens coloured by advantage, and the steps, spans and curves that plugins add. Prints it, and writes a page that a
+Shows what plugins did to a batch: rewards per function and advantages before
+and after each plugin, completions with tokens coloured by advantage, and the
+steps, spans and curves that plugins add. Prints it and writes a page that a
 browser opens from disk, with details of every token.
 
-With a folder or a file it shows what a run recorded with `trl_ext train --inspect N` (`trl_ext.record` in Python).
-Without one it runs the first round itself, takes every option of `trl_ext train`, and saves no model; where neither a
-model nor data is named, on the embedded default. It writes into a temporary folder, whatever the YAML file says, unless
---output_dir is given here."""
+With a folder or a file it shows what a run recorded with `trl_ext train
+--inspect N` (`trl_ext.record` in Python). Without one it runs the first round
+itself. It then takes every option of `trl_ext train`, uses the embedded
+default if neither a model nor data is named, and saves no model. It writes
+into a temporary folder, whatever the YAML file says, unless --output_dir is
+given here."""
 _EXAMPLES = """\
 examples:
   trl_ext inspect --plugin gdpo
       one round of the embedded model and task, minutes at most
-  trl_ext inspect --plugin gdpo my_method.py --config run.yaml --output_dir looks/first
-      one round of your run with two plugins; the recording and the page stay in looks/first
-  trl_ext train --plugin gdpo --inspect 3 --output_dir runs/a && trl_ext inspect runs/a --round 3 --group all
+  trl_ext inspect --plugin gdpo my_method.py --config run.yaml \\
+      --output_dir looks/first
+      one round of your run with two plugins; the recording and the page stay
+      in looks/first
+  trl_ext train --plugin gdpo --inspect 3 --output_dir runs/a
+  trl_ext inspect runs/a --round 3 --group all
       the third round of a run, with all its groups
   trl_ext inspect runs/a --rows 4 9 | less
       two rows as plain text
 
-Rounds count from 1. Groups and rows count from 0, over all processes, as plugins see them.
+Rounds count from 1. Groups and rows count from 0, over all processes, as
+plugins see them.
 """
 
 
@@ -58,7 +66,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command; `argv` is everything after `trl_ext inspect`."""
+    """Runs the command and returns its exit code.
+
+    Args:
+        argv: Everything after `trl_ext inspect`.
+    """
     parser = _parser()
     given = list(argv)
     place = given.pop(0) if given and not given[0].startswith("-") else None
@@ -97,60 +109,60 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rows", nargs="+", type=int, metavar="R", help="rows to print in full, instead of groups")
     parser.add_argument(
-        "--html", metavar="PATH", help=f"where to write the page of all rounds (default: {PAGE} beside the recordings)"
+        "--html", metavar="PATH", help=f"where to write the page (default: {PAGE} beside the recordings)"
     )
     return parser
 
 
 def _record(options: Sequence[str]) -> tuple[int, str]:
-    """Trains one step with a recorder; returns the exit code and the output folder, a temporary one by default."""
+    """Trains one step with a recorder and returns the exit code and the output folder."""
+    from ..train.command_line import as_arguments
     from . import train
 
     finder = _Parser("trl_ext inspect", add_help=False, allow_abbrev=False)
     finder.add_argument("--output_dir", "--output-dir")
     given, options = finder.parse_known_args(options)
     folder = given.output_dir or tempfile.mkdtemp(prefix="trl_ext-inspect-")
-    before = _written(folder)
+    old_times = _recorded_at(folder)
     code = 1
     try:
-        own = [*train.as_arguments(ONE_ROUND), "--inspect", "1", "--no_save"]
-        code = train.main([*own, *options, "--output_dir", folder], DEMO)
-        if code == 0 and _written(folder) == before:
+        defaults = [*as_arguments(ONE_ROUND), "--inspect", "1", "--no_save"]
+        code = train.main([*defaults, *options, "--output_dir", folder], DEMO)
+        if code == 0 and _recorded_at(folder) == old_times:
             raise ConfigError(
                 "the run ended before a round was trained on, so nothing was recorded. Raise --max_steps, for example "
                 "above the step of the checkpoint from which it resumes."
             )
     finally:
-        if given.output_dir is None and not _written(folder):
+        if given.output_dir is None and not _recorded_at(folder):
             shutil.rmtree(folder)
     return code, folder
 
 
-def _written(folder: str) -> list[int]:
-    """When the recordings of a run were written."""
+def _recorded_at(folder: str) -> list[int]:
+    """Returns when the recordings of a run were written."""
     place = Path(folder) / FOLDER
     return [path.stat().st_mtime_ns for path in files(place)] if place.is_dir() else []
 
 
 def _show(place: str, args: argparse.Namespace) -> int:
-    from ..inspection import page, terminal
+    from ..inspection import html, terminal
 
     paths = find(place)
     recordings = [read(path) for path in paths]
-    shown = _round(recordings, args.round)
-    rows = _rows(shown, args.group, args.rows)
-    terminal.show(shown, rows)
+    recording = _choose_round(recordings, args.round)
+    terminal.show(recording, _choose_rows(recording, args.group, args.rows))
     target = Path(args.html) if args.html is not None else paths[0].parent / PAGE
-    page.write(recordings, target)
+    html.write(recordings, target)
     print(f"trl_ext: {_counted(len(recordings), 'round')} as a page: {target.resolve()}", file=sys.stderr)
     return 0
 
 
-def _round(recordings: Sequence[Recording], number: int | None) -> Recording:
-    """The recording of a round, the first one by default.
+def _choose_round(recordings: Sequence[Recording], number: int | None) -> Recording:
+    """Returns the recording of a round, the first one by default.
 
     Raises:
-        ConfigError: It is not there.
+        ConfigError: The round was not recorded.
     """
     known = {recording.round: recording for recording in recordings}
     if number is None:
@@ -160,48 +172,49 @@ def _round(recordings: Sequence[Recording], number: int | None) -> Recording:
     return known[number]
 
 
-def _rows(recording: Recording, groups: Sequence[str] | None, rows: Sequence[int] | None) -> set[int]:
-    """The numbers of the chosen rows, by default those of a group that has something to show.
+def _choose_rows(recording: Recording, groups: Sequence[str] | None, rows: Sequence[int] | None) -> set[int]:
+    """Returns the numbers of the chosen rows, by default those of a group in which advantages differ.
 
     Raises:
-        ConfigError: A group or a row is not there, or both are chosen.
+        ConfigError: A group or a row was not recorded, or both are chosen.
     """
     if groups is not None and rows is not None:
-        raise ConfigError("--group and --rows choose the same thing; give one of them.")
-    known = recording.groups()
+        raise ConfigError("--group and --rows choose the same thing; give only one of them.")
+    rows_by_group = recording.groups()
     left_out = f" {recording.left_out} rows of the round were not recorded." if recording.left_out else ""
     if rows is not None:
-        there = {row.row for row in recording.rows}
-        missing = [row for row in rows if row not in there]
+        recorded = {row.row for row in recording.rows}
+        missing = [row for row in rows if row not in recorded]
         if missing:
             raise ConfigError(
-                f"--rows {missing[0]}: round {recording.round} has no such row; it has {_ranges(sorted(there))}."
+                f"--rows {missing[0]}: round {recording.round} has no such row; it has {_ranges(sorted(recorded))}."
                 f"{left_out}"
             )
         return set(rows)
     if groups is None:
         groups = [str(recording.telling_group())]
     if "all" in groups:
-        groups = [str(group) for group in known]
-    unknown = [group for group in groups if group not in map(str, known)]
+        groups = [str(group) for group in rows_by_group]
+    unknown = [group for group in groups if group not in map(str, rows_by_group)]
     if unknown:
         raise ConfigError(
-            f"--group {unknown[0]}: round {recording.round} has no such group; it has {_ranges(list(known))}, or say "
-            f"`all`.{left_out}"
+            f"--group {unknown[0]}: round {recording.round} has no such group; it has {_ranges(list(rows_by_group))}, "
+            f"or say `all`.{left_out}"
         )
-    return {row.row for group, members in known.items() if str(group) in groups for row in members}
+    return {row.row for group, members in rows_by_group.items() if str(group) in groups for row in members}
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """`[0, 1, 2, 5]` -> `0-2, 5`."""
-    parts: list[list[int]] = []
+    """Writes numbers as ranges: `[0, 1, 2, 5]` -> `0-2, 5`."""
+    runs: list[list[int]] = []
     for number in numbers:
-        if parts and parts[-1][-1] == number - 1:
-            parts[-1].append(number)
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
         else:
-            parts.append([number])
-    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _counted(count: int, what: str) -> str:
+    """Writes a count with its noun: `1 round`, `2 rounds`."""
     return f"{count} {what}{'s' * (count != 1)}"

@@ -1,4 +1,4 @@
-"""The console script `trl_ext`: finds the command and reports errors. Commands are imported when they are called."""
+"""The console script `trl_ext`: the list of commands, their dispatch, and errors as exit codes."""
 
 from __future__ import annotations
 
@@ -11,31 +11,33 @@ from .._version import __version__
 from ..errors import TrlExtError, near
 
 COMMANDS: dict[str, str] = {
-    "train": "train with plugins; takes every option of `trl grpo`, `trl rloo`, `trl dpo` and `accelerate launch`",
+    "train": "train with plugins; takes all options of `trl` and of accelerate",
     "plugins": "list the plugins that are installed",
-    "show": "show one plugin: stages, needs, options with their defaults and sources",
-    "inspect": "look at rounds of a run: tokens, rewards and advantages before and after each plugin",
+    "show": "show a plugin: stages, needs, options with defaults and sources",
+    "inspect": "show what each plugin did to tokens, rewards and advantages of a run",
     "check": "check a plugin on a tiny model, in seconds",
-    "compare": "compare plugin sets and plain TRL on one recipe, over seeds, with intervals and verdicts",
+    "compare": "compare plugin sets and plain TRL over seeds, with intervals",
     "new": "write a package with a working plugin, its tests and its entry point",
-    "doctor": "look at versions, devices and extras, and at every part of TRL that is used",
-    "bench": "measure: `overhead` of the host, `shared-prefix` forwards, `probes` of SPAE",
+    "doctor": "check versions, devices, extras and every part of TRL that is used",
+    "bench": "measure the overhead, shared-prefix forwards, or SPAE's probes",
 }
+"""Every command, with its line in the help. A command is a module of this package, imported when it is called."""
 
 EXAMPLES = """\
 examples:
-  trl_ext train --plugin gdpo                                    the embedded demo: a real model, minutes on a CPU
-  trl_ext train --plugin gdpo --config run.yaml --learning_rate 1e-6 --num_processes 8
-  trl_ext train --plugin my_method.py --set my-method.floor=0.5 --config run.yaml
+  trl_ext train --plugin gdpo
+      the embedded demo: a real model, minutes on a CPU
+  trl_ext train --plugin gdpo --config run.yaml --num_processes 8
+  trl_ext train --plugin my_method.py --set my-method.eps=0.5 --config run.yaml
   trl_ext compare recipes/tiny/gdpo.yaml
-  trl_ext show gdpo
-  trl_ext inspect --plugin gdpo                                  what it does to one round, as a page
+  trl_ext inspect --plugin gdpo
+      what the plugin does to one round, as a page
   trl_ext new my-method
 """
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0 done, 1 a check failed, 2 wrong use."""
+    """Runs one command and returns its exit code: 0 for success, 1 if something failed, 2 for wrong use."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(argv)
@@ -51,11 +53,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _dispatch(argv: list[str]) -> int:
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a console script does not look here for `--plugin module:attribute`
+        sys.path.append(os.getcwd())  # for `--plugin module:attribute`, as a console script does not look here
     if argv and argv[0] in COMMANDS:
         name, rest = argv[0], argv[1:]
         module = importlib.import_module(f"{__package__}.{name}")
-        if hasattr(module, "main"):  # its options are also TRL's, so it parses them itself
+        if hasattr(module, "main"):  # it also takes options of TRL, so it parses them itself
             return int(module.main(rest))
         parser = argparse.ArgumentParser(
             prog=f"trl_ext {name}", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -71,7 +73,8 @@ def _dispatch(argv: list[str]) -> int:
         usage="trl_ext COMMAND [options]",
         description="Post-training methods as plugins for TRL's trainers.\n\ncommands:\n" + listing,
         epilog=EXAMPLES
-        + "\n`trl_ext COMMAND --help` explains a command. TRL_EXT_TRACEBACK=1 shows where errors come from.",
+        + "\n`trl_ext COMMAND --help` explains a command.\n"
+        + "TRL_EXT_TRACEBACK=1 shows where an error comes from.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"trl_ext {__version__}")

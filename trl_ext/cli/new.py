@@ -1,4 +1,4 @@
-"""`trl_ext new`: an installable package with a working plugin, its test and its entry point."""
+"""`trl_ext new`: an installable package with a working plugin, its tests and its entry point."""
 
 from __future__ import annotations
 
@@ -102,15 +102,19 @@ or, in a TRL script: `import trl_ext; trl_ext.enable("{name}")`.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
     parser.description = (
-        "Writes a package with one working plugin (an advantage estimator that equals GRPO's), its tests and its entry "
-        "point. Put your formula into the pure function, and run its tests."
+        "Writes a package with one working plugin, its tests and its entry point. The\n"
+        "plugin computes advantages as GRPO does: put your own formula into its pure\n"
+        "function and run the tests."
     )
+    parser.epilog = "example:\n  trl_ext new my-method --folder my-method"
     parser.add_argument("name", help="name of the method: lower-case words joined by hyphens")
     parser.add_argument("--folder", help="where to write it (default: ./trl-ext-NAME)")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Runs the command and returns its exit code."""
     folder = scaffold(args.name, args.folder)
     print(f"wrote {folder}\n\nnext:\n  pip install -e {folder}\n  trl_ext check --plugin {args.name}")
     return 0
@@ -119,14 +123,18 @@ def run(args: argparse.Namespace) -> int:
 def scaffold(name: str, folder: str | Path | None = None) -> Path:
     """Writes the package and returns its folder.
 
+    Args:
+        name: Name of the method.
+        folder: Where to write, by default `trl-ext-NAME`.
+
     Raises:
-        ConfigError: The name is not usable or taken, or the folder holds something already.
+        ConfigError: The name is malformed or taken, or the folder is not empty.
     """
     from ..catalog import builtins
     from ..errors import ConfigError
 
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
-        raise ConfigError(f"{name!r} cannot be a plugin name; use words in lower case joined by hyphens.")
+        raise ConfigError(f"{name!r} cannot be a plugin name; use lower-case words joined by hyphens.")
     if name in builtins.BUILTINS:
         raise ConfigError(f"{name!r} is a built-in plugin; choose another name.")
     target = Path(folder or f"trl-ext-{name}")
@@ -141,8 +149,8 @@ def scaffold(name: str, folder: str | Path | None = None) -> Path:
         f"tests/test_{function}.py": _TEST,
         "README.md": _README,
     }
-    for path, text in files.items():
+    for path, template in files.items():
         file = target / path
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text.format(name=name, module=module, cls=cls, function=function))
+        file.write_text(template.format(name=name, module=module, cls=cls, function=function))
     return target

@@ -1,4 +1,4 @@
-"""`trl_ext show`: one plugin, with everything that it declares."""
+"""`trl_ext show`: everything that one plugin declares."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
     parser.description = "Prints what a plugin declares: its paper, trainers, needs, stages and options."
     parser.epilog = (
         "examples:\n  trl_ext show gdpo\n  trl_ext show my_method.py --json\n  trl_ext show my_package.module:Class"
@@ -19,17 +20,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Runs the command and returns its exit code."""
     from ..catalog import options
     from ..support.tables import print_table
 
-    found = declaration(args.plugin)
+    plugin = declaration(args.plugin)
     if args.json:
-        print(json.dumps(found, indent=2, default=str))
+        print(json.dumps(plugin, indent=2, default=str))
         return 0
-    print(f"{found['name']} {found['version']} ({found['origin']})")
-    print(found["summary"] or "no summary")
+    print(f"{plugin['name']} {plugin['version']} ({plugin['origin']})")
+    print(plugin["summary"] or "no summary")
     rows = [
-        [label, ", ".join(found[key])]
+        [label, ", ".join(plugin[key])]
         for label, key in (
             ("trainers", "trainers"),
             ("stages", "hooks"),
@@ -38,10 +40,10 @@ def run(args: argparse.Namespace) -> int:
             ("adds to the batch", "fields"),
             ("keeps in checkpoints", "state"),
         )
-        if found[key]
+        if plugin[key]
     ]
-    print_table(["", ""], [["paper", found["paper"] or "none"], *rows])
-    if not found["options"]:
+    print_table(["", ""], [["paper", plugin["paper"] or "none"], *rows])
+    if not plugin["options"]:
         print("It has no options.")
         return 0
     print_table(
@@ -54,17 +56,16 @@ def run(args: argparse.Namespace) -> int:
                 option["help"],
                 option["source"],
             ]
-            for option in found["options"]
+            for option in plugin["options"]
         ],
     )
-    first = found["options"][0]["name"]
-    name = found["name"]
+    name, first = plugin["name"], plugin["options"][0]["name"]
     print(f"Set one with --set {name}.{first}=VALUE, or in YAML: plugins: {{{name}: {{{first}: VALUE}}}}")
     return 0
 
 
 def declaration(reference: str) -> dict[str, Any]:
-    """What a plugin declares, as plain values."""
+    """Returns what a plugin declares, as plain values."""
     from ..catalog import declaration as catalog_declaration
     from ..catalog import find
     from ..plan.stages import LIFECYCLE

@@ -14,7 +14,7 @@ _ORIGINAL = "_trl_ext_original"
 
 def host_of(trainer: Any) -> PluginHost | None:
     """Returns the host of a trainer's plugins, or None."""
-    host: PluginHost | None = vars(trainer).get("_trl_ext")
+    host: PluginHost | None = getattr(trainer, "_trl_ext", None)
     return host
 
 

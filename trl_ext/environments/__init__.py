@@ -1,4 +1,4 @@
-"""Environments of Gymnasium for TRL's `environment_factory`: an episode is a conversation in which a tool acts.
+"""Environments of Gymnasium for TRL's `environment_factory`. An episode is a conversation with calls of one tool.
 
     from trl_ext.environments import episode_return, gym
 
@@ -12,7 +12,8 @@ README.md beside this file is the guide. Needs `pip install "trl_ext[environment
 
 from __future__ import annotations
 
-from .adapter import GymEnvironment, gym
+from .adapter import gym
+from .episode import GymEnvironment
 from .observations import minigrid_text
 from .rewards import episode_return, success
 

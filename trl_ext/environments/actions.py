@@ -1,4 +1,4 @@
-"""What a model writes as an action, and what the environment takes."""
+"""Actions: from the text that a model writes to what the environment takes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Actions = Mapping[str, Any] | Sequence[str] | Callable[[str], Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Reader:
-    """From the argument of a tool call to an action.
+class ActionReader:
+    """Reads the argument of a tool call as an action.
 
     Attributes:
-        read: Takes the text, returns the action, raises ValueError with what is wrong.
-        words: All texts that it takes, where they are few.
+        read: Returns the action for a text, or raises ValueError with what is wrong.
+        words: All texts that it takes, if they are few.
         form: What an action looks like, for the model.
     """
 
@@ -28,20 +28,20 @@ class Reader:
     form: str
 
 
-def reader(spaces: Spaces, actions: Actions | None) -> Reader:
-    """The reader of an environment.
+def action_reader(spaces: Spaces, actions: Actions | None) -> ActionReader:
+    """Makes the reader of an environment.
 
     Args:
-        spaces: Of the environment.
-        actions: A mapping of words to actions, which may leave actions out; a list with a word for every action of a
-            Discrete space; a function that reads a text; or None for the environment's own names, numbers, or JSON.
+        spaces: The spaces of the environment.
+        actions: A mapping of words to actions, which may leave actions out, a list with a word for every action of a
+            Discrete space, or a function that reads a text. By default the environment's own names, numbers, or JSON.
 
     Raises:
         ConfigError: The actions do not fit the space, or the space needs a function.
     """
     space, kind = spaces.actions, type(spaces.actions).__name__
     if callable(actions):
-        return Reader(_checked(actions, space), (), "one action")
+        return ActionReader(_checked(actions, space), (), "one action")
     if isinstance(actions, Mapping):
         return _words(actions, space)
     if actions is not None:
@@ -58,34 +58,37 @@ def reader(spaces: Spaces, actions: Actions | None) -> Reader:
     if kind in ("Box", "MultiDiscrete", "MultiBinary"):
         numpy = installed("numpy")
         form = f"a JSON list of numbers of the shape {list(space.shape)}"
-        return Reader(_checked(lambda text: numpy.asarray(json.loads(text), space.dtype), space), (), form)
+        return ActionReader(_checked(lambda text: numpy.asarray(json.loads(text), space.dtype), space), (), form)
     if kind == "Text":
-        return Reader(_checked(str, space), (), f"a text of at most {space.max_length} characters")
+        return ActionReader(_checked(str, space), (), f"a text of at most {space.max_length} characters")
     raise ConfigError(
         f"the action space is {space}, for which there is no text by default. Give `actions`: a mapping of words to "
         f"actions, or a function that turns a text into an action and raises ValueError where it cannot."
     )
 
 
-def _words(named: Mapping[str, Any], space: Any) -> Reader:
-    known = {word.strip().casefold(): action for word, action in named.items()}
-    if not known or len(known) != len(named):
+def _words(named: Mapping[str, Any], space: Any) -> ActionReader:
+    """Makes a reader of words. Case and blanks around them do not count."""
+    action_of = {word.strip().casefold(): action for word, action in named.items()}
+    if not action_of or len(action_of) != len(named):
         raise ConfigError(f"`actions` needs words that differ in more than case; got {list(named)}.")
-    for word, action in known.items():
+    for word, action in action_of.items():
         if not space.contains(action):
             raise ConfigError(f"`actions` maps {word!r} to {action!r}, which is not in the action space {space}.")
     listed = ", ".join(named)
 
     def read(text: str) -> Any:
         try:
-            return known[text.strip().casefold()]
+            return action_of[text.strip().casefold()]
         except KeyError:
             raise ValueError(f"{text!r} is none of {listed}") from None
 
-    return Reader(read, tuple(named), f"one of {listed}")
+    return ActionReader(read, tuple(named), f"one of {listed}")
 
 
 def _checked(read: Callable[[str], Any], space: Any) -> Callable[[str], Any]:
+    """Makes `read` refuse, with the text, what it cannot read or what is not in the space."""
+
     def checked(text: str) -> Any:
         try:
             action = read(text)

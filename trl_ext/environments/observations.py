@@ -1,4 +1,4 @@
-"""Observations as text."""
+"""Observations of an environment as text."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from ..errors import ConfigError
 from .player import installed
 
 MOST_NUMBERS = 32
-"""Arrays of more numbers have no text by default."""
+"""The longest array that has a text by default."""
 
 
 def describe(space: Any) -> Callable[[Any], str]:
-    """The default text of the observations of a space.
+    """Returns the function that writes the observations of a space by default.
 
-    Discrete: the number. Text: the text. MultiDiscrete, MultiBinary and Box with up to 32 numbers: the numbers with
-    three significant digits, in brackets. Dict and Tuple: a line `name: text` for every part.
+    - Discrete: the number.
+    - Text: the text.
+    - MultiDiscrete, MultiBinary and Box of up to 32 numbers: the numbers in brackets, with three significant digits.
+    - Dict and Tuple: a line `name: text` for every part.
 
     Raises:
-        ConfigError: There is none; says what to give instead.
+        ConfigError: The space has no text by default. The error says what to give instead.
     """
     kind = type(space).__name__
     if kind == "Discrete":
@@ -29,9 +31,9 @@ def describe(space: Any) -> Callable[[Any], str]:
     if kind in ("MultiDiscrete", "MultiBinary", "Box") and _size(space) <= MOST_NUMBERS:
         return lambda observation: "[" + ", ".join(f"{number:.3g}" for number in observation.flatten().tolist()) + "]"
     if kind in ("Dict", "Tuple"):
-        parts = dict(space.spaces) if kind == "Dict" else dict(enumerate(space.spaces))
-        texts = {name: describe(part) for name, part in parts.items()}
-        return lambda observation: "\n".join(f"{name}: {text(observation[name])}" for name, text in texts.items())
+        subspaces = dict(space.spaces) if kind == "Dict" else dict(enumerate(space.spaces))
+        writers = {name: describe(subspace) for name, subspace in subspaces.items()}
+        return lambda observation: "\n".join(f"{name}: {write(observation[name])}" for name, write in writers.items())
     raise ConfigError(
         f"observations are {space}, for which there is no text by default. Give `observe`, a function from an "
         f'observation to a text (for MiniGrid trl_ext.environments.minigrid_text), or render="image".'
@@ -39,6 +41,7 @@ def describe(space: Any) -> Callable[[Any], str]:
 
 
 def _size(space: Any) -> int:
+    """Returns how many numbers an array of a space has."""
     size = 1
     for length in space.shape:
         size *= int(length)
@@ -46,19 +49,19 @@ def _size(space: Any) -> int:
 
 
 def minigrid_text(observation: Mapping[str, Any]) -> str:
-    """An observation of MiniGrid in words: what stands ahead, and every thing in view relative to the agent.
+    """Puts an observation of MiniGrid into words: the wall ahead, and every thing in view relative to the agent.
 
-    `wall 2 ahead, green goal 2 ahead 1 right`: two steps ahead is a wall; to the goal it is two steps ahead and one to
-    the right. The view is that of the agent, who looks up from the middle of its lower edge. Walls count only ahead.
+    In `wall 2 ahead, green goal 2 ahead 1 right`, a wall is two steps ahead, and the goal two steps ahead and one to
+    the right. Other walls are left out.
     """
     constants = installed("minigrid.core.constants")
     view = observation["image"]
-    width, height = view.shape[:2]
+    width, height = view.shape[:2]  # the agent looks up from the middle of the lower edge
     middle = width // 2
-    found = []
+    things = []
     for ahead in range(1, height):
         if _name(constants, view[middle, height - 1 - ahead]) == "wall":
-            found.append(f"wall {ahead} ahead")
+            things.append(f"wall {ahead} ahead")
             break
     for ahead in range(height):
         for x in range(width):
@@ -71,12 +74,13 @@ def minigrid_text(observation: Mapping[str, Any]) -> str:
                 words.insert(0, {0: "open", 1: "closed", 2: "locked"}[int(cell[2])])
             words += [str(ahead), "ahead"] if ahead else []
             words += [str(abs(x - middle)), "left" if x < middle else "right"] if x != middle else []
-            found.append(" ".join(words))
+            things.append(" ".join(words))
     carried = view[middle, height - 1]
     if _name(constants, carried) not in ("empty", "unseen", "agent"):
-        found.append(f"carrying {constants.IDX_TO_COLOR[int(carried[1])]} {_name(constants, carried)}")
-    return ", ".join(found) or "nothing"
+        things.append(f"carrying {constants.IDX_TO_COLOR[int(carried[1])]} {_name(constants, carried)}")
+    return ", ".join(things) or "nothing"
 
 
 def _name(constants: Any, cell: Any) -> str:
+    """Returns what MiniGrid calls the thing in a cell."""
     return constants.IDX_TO_OBJECT[int(cell[0])]

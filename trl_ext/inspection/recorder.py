@@ -1,4 +1,4 @@
-"""Writes the first training rounds of a trainer into files, without touching what it trains on."""
+"""The recorder: it writes the first training rounds of a trainer into files, and changes nothing that is trained on."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ..engine.stages.kept_rows import KEPT
 from ..errors import ConfigError, PluginError
 from ..support.random_state import untouched_random_state
 from ..trl_internals import trainer_state
-from . import recording as files
-from .recording import Prompt, Recording, RewardStage, Row
+from . import file_format
+from .file_format import Prompt, Recording, RewardStage, Row
 from .tokens import decoder, texts
 
 _NOT_SHOWN = ("prompt", "completion", "image", "images")
-"""Columns of the data that are seen anyway, or are no text."""
+"""Columns of the data that are shown anyway, or are not text."""
 
 
 class Recorder:
@@ -31,7 +31,7 @@ class Recorder:
 
     Args:
         context: The plugins of the trainer.
-        folder: Where the files go; recordings of an earlier run that lie there are replaced.
+        folder: Where the files go. Recordings of an earlier run that lie there are replaced.
         rounds: How many rounds.
         max_rows: Rows of a round that are kept: whole groups from the start, and one group at least.
     """
@@ -47,23 +47,24 @@ class Recorder:
                 raise ConfigError(f"rounds cannot be recorded in {folder}: {error.strerror or error}.") from error
 
     def begin(self) -> RoundRecord | None:
-        """Starts a record where the round that begins is to be recorded; the same on every process."""
+        """Starts a record if the round that begins is to be recorded. All processes decide alike."""
         if self.begun == self.rounds or trainer_state.mode(self.context.trainer) != "train":
             return None
         self.begun += 1
         return RoundRecord(self)
 
     def write(self, recording: Recording) -> None:
+        """Writes a round. The first one replaces the recordings of an earlier run."""
         if recording.round == 1:
-            for old in files.files(self.folder):
+            for old in file_format.files(self.folder):
                 old.unlink()
-        files.write(recording, self.folder)
+        file_format.write(recording, self.folder)
         if recording.round == 1:
-            print(f"trl_ext: recording rounds; look at them with: trl_ext inspect {self.folder}", file=sys.stderr)
+            print(f"trl_ext: recording rounds. Look at them with: trl_ext inspect {self.folder}", file=sys.stderr)
 
 
 class RoundRecord:
-    """One round while it comes about."""
+    """Accumulates one round until it is written."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder, self.context, self.number = recorder, recorder.context, recorder.begun
@@ -81,7 +82,7 @@ class RoundRecord:
             self.rewards.append((stage, state.rewards.detach().clone()))
 
     def finish(self, round: Round) -> None:
-        """Asks the plugins for their views, brings the kept rows of all processes together, and writes. Collective."""
+        """Asks the plugins for their views, gathers the kept rows of all processes, and writes. Collective."""
         views = self._views(round)
         kept = kept_groups(round.group_ids.tolist(), self.recorder.max_rows)
         local = [
@@ -94,10 +95,10 @@ class RoundRecord:
             self.recorder.write(self._recording(round, sorted(gathered, key=lambda row: row["row"])))
 
     def _views(self, round: Round) -> list[dict[str, list[dict[str, Any]]]]:
-        """Spans and curves of every local row, checked."""
-        found: list[dict[str, list[dict[str, Any]]]] = [{"spans": [], "curves": []} for _ in round.rows]
+        """Returns the spans and curves of each local row, checked."""
+        by_row: list[dict[str, list[dict[str, Any]]]] = [{"spans": [], "curves": []} for _ in round.rows]
         for index, written in enumerate(round.tool_mask or ()):
-            found[index]["spans"] += [
+            by_row[index]["spans"] += [
                 {"by": "TRL", "start": start, "end": end, "label": "tool result", "value": None}
                 for start, end in runs_of_zeros(written)
             ]
@@ -107,15 +108,15 @@ class RoundRecord:
                 for span in views.spans:
                     _expect(name, span, Span)
                     entry = _span(round, name, span)
-                    found[span.row]["spans"].append(entry)
+                    by_row[span.row]["spans"].append(entry)
                 for curve in views.curves:
                     _expect(name, curve, Curve)
                     entry = _curve(round, name, curve)
-                    found[curve.row]["curves"].append(entry)
-        return found
+                    by_row[curve.row]["curves"].append(entry)
+        return by_row
 
     def _row(self, round: Round, index: int, views: Mapping[str, Any]) -> dict[str, Any]:
-        """A local row as plain values, with its prompt in full."""
+        """Returns a local row as plain values, with its prompt in full."""
         place, ids = round.offset + index, list(round.completion_ids[index])
         prompt = round.batch["prompt_ids"][index][round.batch["prompt_mask"][index].bool()].tolist()
         advantages: list[Any] = []
@@ -123,16 +124,17 @@ class RoundRecord:
             wide = values.dim() == 2
             advantages.append(numbers(values[index, : len(ids)]) if wide else number(values[place].item()))
         kept = round.batch.get(KEPT)
-        owned = {field for plugin in self.context.plan.plugins.values() for field in plugin.fields}
+        # what plugins add to the batch: per token it is a track, else a field of the row
+        plugin_fields = {field for plugin in self.context.plan.plugins.values() for field in plugin.fields}
         fields: dict[str, Any] = {name: plain(values[index]) for name, values in round.fields.items()}
         per_token: dict[str, Any] = {}
         for name, values in round.batch.items():
             if not isinstance(values, torch.Tensor) or values.dim() == 0 or len(values) != len(round.rows):
                 continue
             wide = values.shape == round.loss_mask.shape
-            if wide and name != "advantages" and (name in owned or values.is_floating_point()):
+            if wide and name != "advantages" and (name in plugin_fields or values.is_floating_point()):
                 per_token[name] = numbers(values[index, : len(ids)])
-            elif name in owned:
+            elif name in plugin_fields:
                 fields[name] = plain(values[index])
         return {
             "row": place,
@@ -152,13 +154,14 @@ class RoundRecord:
         }
 
     def _prompt(self, ids: list[int]) -> Prompt:
-        """A prompt token by token; the rows of a group share it."""
+        """Returns a prompt token by token. The rows of a group share it."""
         key = tuple(ids)
         if key not in self._prompts:
             self._prompts[key] = Prompt(ids, texts(self._decode, ids))
         return self._prompts[key]
 
     def _recording(self, round: Round, rows: list[dict[str, Any]]) -> Recording:
+        """Puts the rows of all processes together. Each prompt is kept once, and rows refer to its place."""
         prompts: list[Prompt] = []
         places: dict[tuple[int, ...], int] = {}
         for row in rows:
@@ -195,13 +198,14 @@ class RoundRecord:
 
 
 def _expect(plugin: str, value: Any, kind: type) -> None:
+    """Refuses a value of another type that a plugin returned."""
     if not isinstance(value, kind):
         got = type(value).__name__
         raise PluginError(f"plugin {plugin!r} returned {got} from 'inspect', expected {kind.__name__}.")
 
 
 def _span(round: Round, plugin: str, span: Span) -> dict[str, Any]:
-    """A plugin's span as it is written, checked against the row."""
+    """Returns a plugin's span as it is written, checked against the row."""
     what = f"plugin {plugin!r} returned the span {span.label!r} from 'inspect'"
     length = _length(round, what, span.row)
     if not 0 <= span.start < span.end <= length:
@@ -214,7 +218,7 @@ def _span(round: Round, plugin: str, span: Span) -> dict[str, Any]:
 
 
 def _curve(round: Round, plugin: str, curve: Curve) -> dict[str, Any]:
-    """A plugin's curve as it is written, checked against the row."""
+    """Returns a plugin's curve as it is written, checked against the row."""
     what = f"plugin {plugin!r} returned the curve {curve.name!r} from 'inspect'"
     length = _length(round, what, curve.row)
     positions, values = [int(position) for position in curve.positions], [number(value) for value in curve.values]
@@ -229,7 +233,7 @@ def _curve(round: Round, plugin: str, curve: Curve) -> dict[str, Any]:
 
 
 def _length(round: Round, what: str, row: int) -> int:
-    """Tokens of a local row, which must exist."""
+    """Returns the number of tokens of a local row, which must exist."""
     rows = len(round.completion_ids)
     if not 0 <= row < rows:
         raise PluginError(f"{what} for row {row}, expected a local row, 0 to {rows - 1}.")
@@ -237,7 +241,7 @@ def _length(round: Round, what: str, row: int) -> int:
 
 
 def kept_groups(group_ids: Sequence[int], max_rows: int) -> set[int]:
-    """The groups from the start whose rows number at most `max_rows`; the first one in any case."""
+    """Returns the groups from the start whose rows number at most `max_rows`, and the first one in any case."""
     sizes: dict[int, int] = {}
     for group in group_ids:
         sizes[group] = sizes.get(group, 0) + 1
@@ -252,7 +256,7 @@ def kept_groups(group_ids: Sequence[int], max_rows: int) -> set[int]:
 
 
 def runs_of_zeros(mask: Sequence[int]) -> list[tuple[int, int]]:
-    """(start, end) of every stretch of zeros.
+    """Returns (start, end) of each stretch of zeros.
 
     >>> runs_of_zeros([1, 0, 0, 1, 0])
     [(1, 3), (4, 5)]
@@ -262,35 +266,36 @@ def runs_of_zeros(mask: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def tool_calls(completion: Any) -> list[dict[str, Any]]:
-    """The tool calls in a completion's messages, each with its result, in order."""
+    """Returns the tool calls in a completion's messages, each with its result, in order."""
     calls: list[dict[str, Any]] = []
     if not isinstance(completion, list):
         return calls
-    waiting = 0
+    answered = 0
     for message in completion:
         for call in message.get("tool_calls") or ():
             function = call.get("function", call)
             calls.append(
                 {"name": str(function.get("name")), "arguments": plain(function.get("arguments")), "result": None}
             )
-        if message.get("role") == "tool" and waiting < len(calls):
-            calls[waiting]["result"] = plain(message.get("content"))
-            waiting += 1
+        if message.get("role") == "tool" and answered < len(calls):
+            calls[answered]["result"] = plain(message.get("content"))
+            answered += 1
     return calls
 
 
 def number(value: Any) -> float | None:
-    """Six digits of a number; None where it is not finite."""
+    """Rounds a number to six digits, and returns None where it is not finite."""
     value = float(value)
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def numbers(values: torch.Tensor) -> list[float | None]:
+    """Rounds the numbers of a tensor, as `number`."""
     return [number(value) for value in values.detach().tolist()]
 
 
 def plain(value: Any) -> Any:
-    """What JSON can hold: tensors and arrays as lists, and the type's name of what it cannot."""
+    """Returns a value as JSON can hold it: tensors and arrays as lists, and other things as the name of their type."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""A recorded round in the terminal: the groups, and the rows of some of them with coloured tokens."""
+"""The view of a recorded round in a terminal: its groups, and the rows of some of them with coloured tokens."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from rich.console import Console
 from rich.text import Text
 
 from ..support.tables import print_table
-from .recording import Recording, Row
-from .text import chain, number, signed, sparkline, visible
+from .file_format import Recording, Row
+from .formatting import chain, number, signed, sparkline, visible
 
 _POSITIVE = ((0.66, "white on #2166ac"), (0.33, "black on #67a9cf"), (0.02, "black on #d1e5f0"))
 _NEGATIVE = ((0.66, "white on #b35806"), (0.33, "black on #f1a340"), (0.02, "black on #fee0b6"))
-"""Least share of the scale and style; both colours are set, so that they are legible on any background."""
+"""Least share of the scale, and style. Both colours are set, so that they are legible on any background."""
 _NOT_COUNTED = "dim italic"
 _MOST_SPANS = 12
 
 
 def style(value: float | None, scale: float) -> str:
-    """The style of a token: blue for a positive advantage, orange for a negative one, stronger the larger it is."""
+    """Returns the style of a token: blue for a positive advantage, orange for a negative one."""
     if value is None:
         return _NOT_COUNTED
     share = abs(value) / scale
@@ -61,6 +61,7 @@ def _say(console: Console, line: str | Text) -> None:
 
 
 def _head(recording: Recording, console: Console) -> None:
+    """Prints what the round is."""
     plugins = " → ".join(["TRL", *(plugin["name"] for plugin in recording.plugins)])
     groups = len(recording.groups())
     _say(
@@ -77,7 +78,7 @@ def _head(recording: Recording, console: Console) -> None:
 
 
 def _summary(recording: Recording) -> tuple[list[str], list[list[str]]]:
-    """A line per group: mean rewards as they ended, and the range of the advantages after each stage."""
+    """Returns a line for each group: mean rewards as they ended, and the range of the advantages after each stage."""
     last = recording.reward_stages[-1]
     cells = []
     for group, members in recording.groups().items():
@@ -94,6 +95,7 @@ def _summary(recording: Recording) -> tuple[list[str], list[list[str]]]:
 
 
 def _legend(recording: Recording, console: Console) -> None:
+    """Prints which colour stands for which advantage."""
     scale = recording.scale(-1)
     legend = Text("tokens by advantage: ")
     for share in (-1.0, -0.5, -0.1, 0.0, 0.1, 0.5, 1.0):
@@ -103,6 +105,7 @@ def _legend(recording: Recording, console: Console) -> None:
 
 
 def _group(recording: Recording, group: int, members: Sequence[Row], console: Console) -> None:
+    """Prints the prompt of a group, its table, and its chosen rows."""
     console.print()
     facts = "".join(f" · {name} {visible(str(value))}" for name, value in members[0].columns.items())
     _say(console, Text.assemble((f"group {group}", "bold"), facts))
@@ -115,6 +118,7 @@ def _group(recording: Recording, group: int, members: Sequence[Row], console: Co
 
 
 def _rows(recording: Recording, members: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Returns a line for each row: rewards and totals with their changes, advantages, and what plugins say."""
     columns = list(dict.fromkeys(name for stage in recording.reward_stages for name in stage.names))
     fields = list(dict.fromkeys(name for row in members for name in row.fields))
     cells = []
@@ -142,6 +146,7 @@ def _value(value: Any) -> str:
 
 
 def _completion(recording: Recording, row: Row, console: Console) -> None:
+    """Prints the tokens of a row, then its token-wise advantages, tool calls, spans and curves."""
     values, scale = row.token_advantages(-1), recording.scale(-1)
     changes = chain([signed(row.advantage(stage)) for stage in range(len(recording.advantage_stages))])
     left_out = "" if row.kept else "  left out: the round does not learn from it"
@@ -151,11 +156,11 @@ def _completion(recording: Recording, row: Row, console: Console) -> None:
         text.append(visible(token).replace("\n", "⏎\n"), style(value, scale))
     console.print(text, soft_wrap=not console.is_terminal)
     if any(isinstance(stage, list) for stage in row.advantages):
-        for by, found in zip(recording.advantage_stages, row.advantages, strict=True):
-            if isinstance(found, list):
-                counted = [value for value, use in zip(found, row.mask, strict=True) if use]
+        for by, advantage in zip(recording.advantage_stages, row.advantages, strict=True):
+            if isinstance(advantage, list):
+                counted = [value for value, use in zip(advantage, row.mask, strict=True) if use]
                 ends = f"{signed(min(counted))} … {signed(max(counted))}" if counted else "nothing is counted"
-                _say(console, f"  advantage after {by}: {sparkline(found)} {ends}")
+                _say(console, f"  advantage after {by}: {sparkline(advantage)} {ends}")
     for call in row.calls:
         result = visible(str(call["result"])).replace("\n", " ")
         _say(console, f"  called {visible(call['name'])}({visible(json.dumps(call['arguments']))}): {result}")

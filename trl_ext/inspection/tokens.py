@@ -1,4 +1,4 @@
-"""The text of every single token."""
+"""The text of each single token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LONGEST = 4
 
 
 def decoder(processing_class: Any) -> Callable[[Sequence[int]], str]:
-    """Token ids -> text with special tokens, of a tokenizer or of a processor that has one."""
+    """Returns a function from token ids to text with special tokens, of a tokenizer or of a processor that has one."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
 
     def decode(ids: Sequence[int]) -> str:
@@ -21,9 +21,9 @@ def decoder(processing_class: Any) -> Callable[[Sequence[int]], str]:
 
 
 def texts(decode: Callable[[Sequence[int]], str], ids: Sequence[int], before: Sequence[int] = ()) -> list[str]:
-    """What each token adds to the text.
+    """Returns what each token adds to the text.
 
-    A token decoded alone loses the space in front of it with some tokenizers, and is no text at all where a character
+    A token decoded alone loses the space in front of it with some tokenizers, and is not text at all where a character
     takes several tokens. So a token is decoded together with its neighbour on the left, and its text is the difference.
 
     Args:
@@ -32,20 +32,20 @@ def texts(decode: Callable[[Sequence[int]], str], ids: Sequence[int], before: Se
         before: Tokens in front of them, whose text is left out.
 
     Returns:
-        One text per token; empty for a token that only begins a character. Joined, they are the decoded text.
+        One text for each token, empty for a token that only begins a character. Joined, they are the decoded text.
     """
     whole = [*before[-_LONGEST:], *ids]
     skipped = len(whole) - len(ids)
     start, done = 0, skipped
-    found: list[str] = []
+    added_texts: list[str] = []
     known = decode(whole[start:done])
     for end in range(skipped + 1, len(whole) + 1):
         text = decode(whole[start:end])
         added = text[len(known) :]
         if added.endswith(_INCOMPLETE) and end - done < _LONGEST and end < len(whole):
-            found.append("")
+            added_texts.append("")
             continue
-        found.append(added)
+        added_texts.append(added)
         start, done = done, end
         known = decode(whole[start:done])
-    return found
+    return added_texts

@@ -1,4 +1,4 @@
-"""Small language models and tasks with verifiable answers: experiments of minutes on two cores, offline.
+"""Lab of small language models and tasks with verifiable answers, for offline experiments of minutes on two cores.
 
     from trl import GRPOConfig, GRPOTrainer
     from trl_ext import lab
@@ -7,8 +7,8 @@
     args = GRPOConfig("run", max_completion_length=task.max_completion_length, use_cpu=True, bf16=False)
     GRPOTrainer(args=args, **lab.trainer_arguments(task, "grpo")).train()
 
-A task brings its prompts, answers and rewards, and traces on which its model is warmed up before the first use. Tasks
-of your own are `Task` objects; README.md beside this file shows one.
+A task brings prompts, answers and rewards, and traces on which its model is warmed up before the first use. A task of
+your own is a `Task` object. README.md beside this file shows one.
 """
 
 from __future__ import annotations

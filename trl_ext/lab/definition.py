@@ -1,4 +1,4 @@
-"""What a task of the lab is: data, rewards, traces to warm a model up on, and the size of that model."""
+"""Definition of a task: data, rewards, traces to warm a model up on, and the size of that model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from trl_ext_hooks import TrainerKind
 from ..errors import ConfigError, near
 
 Row = dict[str, Any]
+"""A row of a data set, or a trace."""
 Architecture = Literal["qwen3", "llama", "qwen2-vl"]
 
 
 def _at_least_one(settings: Any, *names: str) -> None:
+    """Refuses settings below 1."""
     for name in names:
         if getattr(settings, name) < 1:
             raise ConfigError(f"{type(settings).__name__}: `{name}` must be 1 or more; got {getattr(settings, name)}.")
@@ -26,13 +28,13 @@ class Shape:
     """The size of a task's model, a causal language model made from a configuration of transformers.
 
     Attributes:
-        architecture: `"qwen3"` or `"llama"`; `"qwen2-vl"` for a task with pictures.
+        architecture: `"qwen3"` or `"llama"`, or `"qwen2-vl"` for a task with pictures.
         width: Size of the hidden states, a multiple of twice the number of heads.
         layers: Number of layers.
         heads: Number of attention heads.
         feed_forward: Size of the inner layer of the feed-forward blocks.
-        positions: The longest sequence that it takes.
-        picture: Width and height of pictures in pixels; 0 where there are none.
+        positions: The longest sequence that the model takes.
+        picture: Width and height of pictures in pixels, 0 for a task without pictures.
         patch: Width and height of the part of a picture that is one token.
     """
 
@@ -66,10 +68,11 @@ class WarmUp:
 
     Attributes:
         traces: How many traces are generated.
-        steps: Optimiser steps; 0 leaves the model as it was initialised.
+        steps: Optimiser steps. 0 leaves the model as it was initialised.
         batch_size: Traces per step.
-        learning_rate: The highest one; it rises over the first twentieth of the steps and falls to a tenth.
-        seed: Of the traces, the initialisation and the order.
+        learning_rate: The highest learning rate. It rises over the first twentieth of the steps and then falls to a
+            tenth.
+        seed: The seed of the traces, of the initialisation and of the order.
     """
 
     traces: int = 4096
@@ -82,7 +85,8 @@ class WarmUp:
         _at_least_one(self, "traces", "batch_size")
         if self.steps < 0 or self.learning_rate <= 0:
             raise ConfigError(
-                f"WarmUp: `steps` ({self.steps}) must not be negative, `learning_rate` ({self.learning_rate}) positive."
+                f"WarmUp: `steps` ({self.steps}) must not be negative, and `learning_rate` "
+                f"({self.learning_rate}) must be positive."
             )
 
 
@@ -92,19 +96,20 @@ class Task:
 
     Attributes:
         name: Lower case, digits and hyphens.
-        summary: One line: what is asked, and what there is to learn.
-        trainers: The trainers that it can feed; the first is the default.
-        rows: `(split, size, seed)` -> rows of a data set: `prompt` as messages and columns for the rewards; for DPO
-            also `chosen` and `rejected`. Always the same for the same arguments.
-        rewards: Reward functions as TRL calls them, with names of their own.
-        traces: `(size, seed)` -> conversations to imitate: `prompt` and `completion` as messages. A message of the
-            assistant may begin with a `prefix` that is shown to the model and not learnt; results of tools are not
-            learnt either.
+        summary: What is asked and what there is to learn, in one line.
+        trainers: The trainers that the task can feed. The first is the default.
+        rows: From split, size and seed to rows of a data set, always the same: `prompt` as messages, columns for the
+            rewards, and for DPO `chosen` and `rejected`.
+        rewards: Reward functions as TRL calls them, each with a name of its own.
+        traces: From size and seed to conversations to imitate: `prompt` and `completion` as messages. A message of
+            the assistant may begin with a `prefix`, which is shown to the model and not learnt. Results of tools are
+            not learnt either.
         tools: Functions that the model may call, with types and docstrings as transformers wants them.
-        environment: Makes an environment, TRL's `environment_factory`: a class with `reset` and methods as tools.
-        behaviour: Called like a reward; gives named values per row, None where one does not apply. They are logged as
-            `behaviour/NAME`.
-        words: Texts that are one token each; every printable ASCII character and the line break are tokens anyway.
+        environment: Makes an environment for TRL's `environment_factory`: an object with `reset`, and with methods as
+            tools.
+        behaviour: Called like a reward. Returns named values per row, None where one does not apply, which are logged
+            as `behaviour/NAME`.
+        words: Texts that are one token each. Every printable ASCII character and the line break are tokens anyway.
         shape: The size of the model.
         warm_up: How the model is trained before the run.
         max_completion_length: Room for the completions of the warmed-up model, in tokens.
@@ -145,5 +150,5 @@ class Task:
             raise self.broken(f"tools and environments work with GRPO only; `trainers` is {self.trainers!r}.")
 
     def broken(self, message: str) -> ConfigError:
-        """An error about the definition of this task."""
+        """Returns an error about the definition of this task."""
         return ConfigError(f"task {self.name!r}: {message}")

@@ -1,4 +1,4 @@
-"""Tasks by name, and from files and modules of other authors."""
+"""Look-up of tasks: built-in ones by name, others from files and modules."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from .definition import Task
 
 
 def tasks() -> dict[str, Task]:
-    """The built-in tasks by name."""
+    """Returns the built-in tasks by name."""
     from .builtin import BUILTINS
 
     return {task.name: task for task in BUILTINS}
 
 
 def task(reference: str) -> Task:
-    """The task behind a name, `module:attribute` or `file.py:attribute`.
+    """Returns the task behind a name, `module:attribute` or `file.py:attribute`.
 
-    An attribute may be a `Task` or a function without arguments that makes one; in a file or module with one task it
-    may be left out.
+    An attribute may be a `Task` or a function without arguments that makes one. It may be left out if the file or
+    module has one task.
 
     Raises:
-        ConfigError: There is no such task; names the near ones.
+        ConfigError: There is no such task. The error names similar ones.
     """
     if imports.is_file(reference):
         file, attribute = imports.split_file(reference)
@@ -44,18 +44,20 @@ def task(reference: str) -> Task:
 
 
 def _pick(names: dict[str, object], attribute: str, origin: str) -> Task:
-    found = {name: value for name, value in names.items() if isinstance(value, Task)}
+    """Returns the attribute of a module, or its only task if none is named."""
+    defined = {name: value for name, value in names.items() if isinstance(value, Task)}
     if attribute:
         if attribute not in names:
-            raise ConfigError(f"{origin} has no attribute {attribute!r}.{near(attribute, found)}")
+            raise ConfigError(f"{origin} has no attribute {attribute!r}.{near(attribute, defined)}")
         value = names[attribute]
         if callable(value):
             value = value()
         if not isinstance(value, Task):
             raise ConfigError(f"{origin}:{attribute} is {type(value).__name__}, not a trl_ext.lab.Task.")
         return value
-    if len(found) != 1:
+    if len(defined) != 1:
         raise ConfigError(
-            f"{origin} must define one task, found {len(found)} ({', '.join(found) or 'none'}). Choose: {origin}:NAME"
+            f"{origin} must define one task, found {len(defined)} ({', '.join(defined) or 'none'}). Choose: "
+            f"{origin}:NAME"
         )
-    return next(iter(found.values()))
+    return next(iter(defined.values()))

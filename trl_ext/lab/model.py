@@ -1,4 +1,4 @@
-"""From a task to a folder with its warmed-up model: made once, kept in the cache under a hash of all that made it."""
+"""Warmed-up model of a task: made once and kept in the cache, under a hash of everything that it depends on."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ from .definition import Row, Shape, Task
 from .tokenizer import UNKNOWN, Vocabulary, tools_of
 
 _LAUNCHER = ("ACCELERATE_", "FSDP_", "LOCAL_", "MASTER_", "NODE_", "OMPI_", "PMI_", "TORCHELASTIC_")
-"""Beginnings of environment variables that would make the warm-up a part of the run that asks for it."""
+"""Prefixes of environment variables that would make the warm-up a part of the run that asks for it."""
 
 
 def model_folder(task: Task, say: Callable[[str], None] = print) -> Path:
-    """The warmed-up model of a task and its tokenizer, as a folder that transformers loads.
+    """Returns a folder with the warmed-up model of a task and its tokenizer, for transformers to load.
 
-    The first call trains it, on one core in about a minute, in a process of its own: neither the random numbers nor the
-    devices nor the process group of the caller are touched. Later calls find it in the cache. Equal vocabulary, shape,
-    traces, settings and versions lead to the same folder, and on one machine to the same weights.
+    The first call trains the model, on one core in about a minute. It does so in a process of its own, which touches
+    neither random numbers nor devices nor the process group of the caller. Later calls find the model in the cache.
+    Equal vocabulary, shape, traces, settings and versions lead to the same folder, and on one machine to the same
+    weights.
 
     Args:
         task: The task.
-        say: Called with lines for a person.
+        say: Called with lines for the user.
 
     Raises:
         ConfigError: The traces do not fit the task, or the cache cannot be written.
@@ -58,13 +59,13 @@ def model_folder(task: Task, say: Callable[[str], None] = print) -> Path:
 
 
 def configuration(shape: Shape, tokenizer: Any) -> Any:
-    """The configuration of transformers for a shape and a tokenizer."""
+    """Returns the configuration of transformers for a shape and a tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     if shape.picture:
         return pictures.configuration(shape, tokenizer)
-    kinds = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
-    config, model = kinds[shape.architecture]
+    families = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+    config, model = families[shape.architecture]
     return config(
         architectures=[model.__name__],
         vocab_size=len(tokenizer),
@@ -83,24 +84,25 @@ def configuration(shape: Shape, tokenizer: Any) -> Any:
 
 
 def _untrained(task: Task, tokenizer: Any) -> Any:
+    """Makes the model with random weights, without touching the random numbers of the caller."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    kind = AutoModelForImageTextToText if task.shape.picture else AutoModelForCausalLM
+    auto_class = AutoModelForImageTextToText if task.shape.picture else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(task.warm_up.seed)
-        return kind.from_config(configuration(task.shape, tokenizer), dtype=torch.float32)
+        return auto_class.from_config(configuration(task.shape, tokenizer), dtype=torch.float32)
 
 
 def _digest(task: Task, vocabulary: Vocabulary, traces: str) -> str:
-    """Of everything that determines the weights."""
+    """Hashes everything that determines the weights."""
     made_from = {
         "vocabulary": dataclasses.asdict(vocabulary),
         "shape": dataclasses.asdict(task.shape),
         "warm_up": dataclasses.asdict(task.warm_up),
         "traces": traces,
         "code": [
-            Path(str(part.__file__)).read_text() for part in (sys.modules[__name__], tokenizers, warmup, pictures)
+            Path(str(module.__file__)).read_text() for module in (sys.modules[__name__], tokenizers, warmup, pictures)
         ],
         "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers", "trl")},
     }
@@ -108,6 +110,7 @@ def _digest(task: Task, vocabulary: Vocabulary, traces: str) -> str:
 
 
 def _json(traces: list[Row], task: Task) -> str:
+    """Writes traces as JSON, pictures included."""
     try:
         return json.dumps(traces, default=pictures.as_json)
     except TypeError as error:
@@ -115,7 +118,7 @@ def _json(traces: list[Row], task: Task) -> str:
 
 
 def _tokenized(task: Task, tokenizer: Any, traces: list[Row]) -> list[Row]:
-    """Token ids of the traces, and -100 where nothing is to be learnt: prompts, prefixes, results of tools."""
+    """Tokenizes the traces, with the label -100 on all that is not learnt: prompts, prefixes and results of tools."""
     rows = []
     tools = tools_of(task) or None
     unknown = tokenizer.convert_tokens_to_ids(UNKNOWN)
@@ -134,7 +137,7 @@ def _tokenized(task: Task, tokenizer: Any, traces: list[Row]) -> list[Row]:
             ids, learnt = pictures.expanded(ids, learnt, task.shape, tokenizer)
         if unknown in ids:
             raise task.broken(
-                f"trace {number} has characters that are no tokens; put them into `words`: "
+                f"trace {number} has characters that are not tokens; add them to `words`: "
                 f"{trace['prompt'] + trace['completion']}"
             )
         if ids[: len(prompt)] != prompt:
@@ -162,8 +165,8 @@ def _train(task: Task, folder: Path, rows: list[Row], say: Callable[[str], None]
     """Runs `trl_ext.lab.warmup` on the folder, with one thread, on the CPU, outside any process group."""
     with tempfile.TemporaryDirectory(prefix="trl_ext-warm-up-") as scratch:
         job = Path(scratch) / "job.json"
-        told = {"settings": dataclasses.asdict(task.warm_up), "shape": dataclasses.asdict(task.shape)}
-        job.write_text(json.dumps(told | {"rows": rows, "model": str(folder)}))
+        content = {"settings": dataclasses.asdict(task.warm_up), "shape": dataclasses.asdict(task.shape)}
+        job.write_text(json.dumps(content | {"rows": rows, "model": str(folder)}))
         with (Path(scratch) / "errors.txt").open("w+") as errors:
             child = subprocess.Popen(
                 [sys.executable, "-m", warmup.__name__, str(job)],
@@ -180,21 +183,22 @@ def _train(task: Task, folder: Path, rows: list[Row], say: Callable[[str], None]
             finally:
                 child.kill()
             errors.seek(0)
-            said = errors.read().strip()
+            error_text = errors.read().strip()
     if code == warmup.NOT_WRITTEN:
-        raise OSError(int(said.splitlines()[-1]), "the weights cannot be written")
+        raise OSError(int(error_text.splitlines()[-1]), "the weights cannot be written")
     if code:
-        raise ConfigError(f"task {task.name!r}: the warm-up failed.\n{said[-2000:]}")
+        raise ConfigError(f"task {task.name!r}: the warm-up failed.\n{error_text[-2000:]}")
 
 
 def _environment(given: Mapping[str, str]) -> dict[str, str]:
-    kept = {
+    """Returns the environment variables of the warm-up: those of the caller without its process group."""
+    variables = {
         name: value
         for name, value in given.items()
         if not name.startswith(_LAUNCHER) and name not in ("RANK", "WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
     }
-    kept["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    return kept | {
+    variables["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    return variables | {
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",

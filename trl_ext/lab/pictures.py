@@ -1,6 +1,6 @@
-"""Pictures: what a task whose tools show images has besides tokens. The model is a small Qwen2-VL.
+"""Pictures for tasks whose tools return images: tokens, processor, configuration and batches of a small Qwen2-VL.
 
-TRL's tool loop carries images for this family; `trl_ext/environments/README.md` lists others, with the reasons.
+TRL's tool loop carries images for this family. `trl_ext/environments/README.md` lists others, with the reasons.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 from .definition import Shape
 
 BEGIN, PICTURE, END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
-"""Tokens before a picture, of its patches, and behind it; TRL looks for the middle one by its name."""
+"""Tokens before a picture, for each of its patches, and after it. TRL looks for the middle one by its name."""
 MARKS = (BEGIN, PICTURE, END)
 
 
 def patches(shape: Shape) -> int:
-    """How many tokens a picture takes, apart from those around it."""
+    """Returns how many tokens a picture takes, without those around it."""
     return (shape.picture // shape.patch) ** 2
 
 
@@ -28,7 +28,7 @@ def _processor_class() -> Any:
     from transformers import ProcessorMixin, Qwen2VLProcessor
 
     class PictureProcessor(Qwen2VLProcessor):
-        """Qwen2-VL's processor without the part for videos, which alone needs torchvision."""
+        """Qwen2-VL's processor without videos, which would need torchvision."""
 
         def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
             self.image_token, self.video_token = PICTURE, None
@@ -39,7 +39,7 @@ def _processor_class() -> Any:
 
 
 def processor(shape: Shape, tokenizer: Any) -> Any:
-    """The tokenizer with an image processor, for TRL's `processing_class`."""
+    """Joins a tokenizer and an image processor, for TRL's `processing_class`."""
     from transformers import Qwen2VLImageProcessorPil
 
     pixels = shape.picture**2
@@ -50,18 +50,18 @@ def processor(shape: Shape, tokenizer: Any) -> Any:
 
 
 def processor_of(folder: str, shape: Shape) -> Any:
-    """The processor for a model of the lab."""
+    """Returns the processor for the folder of a model."""
     from transformers import PreTrainedTokenizerFast
 
     return processor(shape, PreTrainedTokenizerFast.from_pretrained(folder))
 
 
 def configuration(shape: Shape, tokenizer: Any) -> Any:
-    """A Qwen2-VL of this shape; the vision tower has one layer of the same width."""
+    """Returns the configuration of a Qwen2-VL. Its vision tower has one layer of the same width."""
     from transformers import Qwen2VLConfig
 
     begin, picture, end = tokenizer.convert_tokens_to_ids(list(MARKS))
-    half = shape.width // shape.heads // 2  # rotary frequencies of a head: for time, height and width
+    half = shape.width // shape.heads // 2  # rotary frequencies of a head, shared by time, height and width
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     return Qwen2VLConfig(
         architectures=["Qwen2VLForConditionalGeneration"],
@@ -91,7 +91,7 @@ def configuration(shape: Shape, tokenizer: Any) -> Any:
             "spatial_merge_size": 1,
         },
         image_token_id=picture,
-        video_token_id=tokenizer.unk_token_id,  # there are no videos; TRL would let the model sample their token
+        video_token_id=tokenizer.unk_token_id,  # there are no videos, and TRL would let the model sample their token
         vision_start_token_id=begin,
         vision_end_token_id=end,
         tie_word_embeddings=True,
@@ -100,10 +100,10 @@ def configuration(shape: Shape, tokenizer: Any) -> Any:
 
 
 def as_json(value: Any) -> dict[str, str]:
-    """A picture of a trace, for `json.dumps(default=...)`.
+    """Encodes a picture of a trace, for `json.dumps(default=...)`.
 
     Raises:
-        TypeError: It is no image of Pillow.
+        TypeError: The value is not an image of Pillow.
     """
     if not hasattr(value, "save"):
         raise TypeError(f"{type(value).__name__} is neither JSON nor an image")
@@ -113,13 +113,13 @@ def as_json(value: Any) -> dict[str, str]:
 
 
 def in_order(messages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The pictures of a conversation that comes from JSON."""
+    """Returns the encoded pictures of a conversation in their order."""
     contents = [message["content"] for message in messages if isinstance(message["content"], list)]
-    return [part["image"]["png"] for parts in contents for part in parts if part["type"] == "image"]
+    return [block["image"]["png"] for blocks in contents for block in blocks if block["type"] == "image"]
 
 
 def expanded(tokens: Sequence[int], learnt: Sequence[int], shape: Shape, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Token ids and marks with one `PICTURE` for every patch, as the processor writes them."""
+    """Repeats `PICTURE` for every patch, as the processor does, in token ids and in the marks beside them."""
     picture, count = tokenizer.convert_tokens_to_ids(PICTURE), patches(shape)
     ids: list[int] = []
     marks: list[int] = []
@@ -131,7 +131,7 @@ def expanded(tokens: Sequence[int], learnt: Sequence[int], shape: Shape, tokeniz
 
 
 def collator(processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """Batches for the warm-up from rows with `input_ids`, `labels` and `pictures`."""
+    """Makes the collator of the warm-up, for rows with `input_ids`, `labels` and `pictures`."""
     import torch
     from PIL import Image
     from torch.nn.utils.rnn import pad_sequence
@@ -139,11 +139,11 @@ def collator(processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]
     @functools.cache
     def pixels(picture: str) -> tuple[Any, Any]:
         image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
-        found = processor.image_processor(images=[image], return_tensors="pt")
-        return found["pixel_values"], found["image_grid_thw"]
+        features = processor.image_processor(images=[image], return_tensors="pt")
+        return features["pixel_values"], features["image_grid_thw"]
 
     tokenizer = processor.tokenizer
-    image = tokenizer.convert_tokens_to_ids(PICTURE)
+    picture_token = tokenizer.convert_tokens_to_ids(PICTURE)
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         ids = pad_sequence([torch.tensor(row["input_ids"]) for row in rows], True, padding_value=tokenizer.pad_token_id)
@@ -152,7 +152,7 @@ def collator(processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]
         return {
             "input_ids": ids,
             "attention_mask": (ids != tokenizer.pad_token_id).long(),
-            "mm_token_type_ids": (ids == image).long(),
+            "mm_token_type_ids": (ids == picture_token).long(),
             "labels": labels,
             "pixel_values": torch.cat(values),
             "image_grid_thw": torch.cat(grids),

@@ -1,7 +1,7 @@
-"""The tokenizer of a task: characters, and the words that the task wants as one token each.
+"""Tokenizer of a task: characters, and the words that the task wants as one token each.
 
-Its vocabulary is spelled like that of a byte-level BPE (`Ċ` is a line break), its chat template knows tools and marks
-what the assistant says, and its response template lets TRL read tool calls.
+The vocabulary is spelled like that of a byte-level BPE (`Ċ` is a line break). The chat template knows tools and marks
+what the assistant says. The response template lets TRL read tool calls.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PAD, UNKNOWN, END = "<|pad|>", "<|unknown|>", "<|end|>"
 ROLES = ("<|system|>", "<|tools|>", "<|user|>", "<|assistant|>", "<|tool|>")
 CHARACTERS = ("\n", *map(chr, range(32, 127)))
 
-# A message is its role, its text and END. The tools of a run are listed with their parameters, as short as can be.
+# A message is its role, its text and END. Tools are listed with the names of their parameters only, to stay short.
 CHAT_TEMPLATE = """\
 {%- macro shown(content) %}
 {%- if content is string %}{{ content }}
@@ -78,7 +78,7 @@ class Vocabulary:
 
     Attributes:
         words: Texts of more than one character that are one token, the longest first.
-        characters: All other tokens.
+        characters: Texts of one character that are tokens.
         calls: Whether the tokenizer reads tool calls.
         sees: Whether there are tokens for pictures.
     """
@@ -90,6 +90,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, task: Task) -> Vocabulary:
+        """Returns the vocabulary of a task."""
         tools = tools_of(task)
         words = {*task.words, *_words_of_calls(tools)}
         for word in words:
@@ -100,14 +101,14 @@ class Vocabulary:
         return cls(tuple(longest_first), tuple(sorted(characters)), bool(tools), task.shape.picture > 0)
 
     def build(self) -> Any:
-        """The tokenizer, of transformers' fast kind."""
+        """Builds a fast tokenizer of transformers."""
         import transformers
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
         spell = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
         spelled = [
-            "".join(part for part, _ in spell.pre_tokenize_str(text)) for text in (*self.characters, *self.words)
+            "".join(piece for piece, _ in spell.pre_tokenize_str(text)) for text in (*self.characters, *self.words)
         ]
         marks = pictures.MARKS if self.sees else ()
         tokens = [PAD, UNKNOWN, END, *ROLES, *marks, *spelled]
@@ -134,20 +135,20 @@ class Vocabulary:
 
 
 def tools_of(task: Task) -> list[Callable[..., Any]]:
-    """The tools of a task, those of its environment included, in the order in which TRL lists them."""
-    found = list(task.tools)
+    """Returns the tools of a task and of its environment, in the order in which TRL lists them."""
+    tools = list(task.tools)
     if task.environment is not None:
         environment = task.environment()
-        found += [
+        tools += [
             getattr(environment, name)
             for name, _ in inspect.getmembers(type(environment), inspect.isfunction)
             if name not in ("reset", "get_reward") and not name.startswith("_")
         ]
-    return found
+    return tools
 
 
 def _words_of_calls(tools: Iterable[Callable[..., Any]]) -> set[str]:
-    """A call is JSON, as other models write it; what stands between its values is one token each, so it stays short."""
+    """Returns the words that keep calls short: a call is JSON, and each text between its values is one token."""
     words: set[str] = set()
     for tool in tools:
         words |= {'<tool_call>\n{"name": "', tool.__name__}
@@ -161,4 +162,5 @@ def _words_of_calls(tools: Iterable[Callable[..., Any]]) -> set[str]:
 
 
 def _escape(word: str) -> str:
+    """Escapes a word for the regular expressions of tokenizers, which are not those of Python."""
     return re.sub(r"([^\w\s])", r"\\\1", word)

@@ -1,4 +1,4 @@
-"""From a task to the arguments of one of TRL's trainers."""
+"""Arguments of TRL's trainers for a task: model, data, rewards and tools."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def trainer_arguments(
     test_size: int | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Everything that a trainer needs besides its settings: `GRPOTrainer(args=..., **trainer_arguments(task, "grpo"))`.
+    """Returns all that a trainer needs besides settings: `GRPOTrainer(args=..., **trainer_arguments(task, "grpo"))`.
 
     Args:
         task: The task.
         kind: The trainer, one of `task.trainers`.
-        seed: Of the rows. The model does not depend on it.
-        train_size: Number of rows for training; `task.train_size` by default.
-        test_size: Number of held-out rows; `task.test_size` by default, and none without any.
-        say: Called with lines for a person while the model is made.
+        seed: The seed of the rows. The model does not depend on it.
+        train_size: Number of rows for training, by default `task.train_size`.
+        test_size: Number of held-out rows, by default `task.test_size`. With 0 there is no `eval_dataset`.
+        say: Called with lines for the user while the model is made.
 
     Returns:
-        `model`, `train_dataset` and `eval_dataset`; `processing_class` for a task with pictures; `reward_funcs` for
-        GRPO and RLOO; `tools` and `environment_factory` where the task has them.
+        `model`, `train_dataset` and `eval_dataset`, as well as `processing_class` for a task with pictures,
+        `reward_funcs` for GRPO and RLOO, and `tools` and `environment_factory` if the task has them.
 
     Raises:
         ConfigError: The task does not feed this trainer, or its model cannot be made.
@@ -66,6 +66,7 @@ def trainer_arguments(
 
 
 def _check(task: Task, kind: TrainerKind, rows: list[Row]) -> None:
+    """Refuses rows that lack a column that the trainer needs."""
     needed = {"prompt", "chosen", "rejected"} if kind == "dpo" else {"prompt"}
     for number, row in enumerate(rows):
         if not needed <= set(row):
@@ -73,7 +74,7 @@ def _check(task: Task, kind: TrainerKind, rows: list[Row]) -> None:
 
 
 def _logging(task: Task, reward: Callable[..., Sequence[float | None]]) -> Callable[..., Sequence[float | None]]:
-    """The reward, which also logs the behaviour of the completions; TRL averages over rows and processes."""
+    """Makes the reward also log the behaviour of completions, which TRL averages over rows and processes."""
     if task.behaviour is None:
         return reward
     behaviour = task.behaviour

@@ -1,7 +1,7 @@
-"""`python -m trl_ext.lab.warmup JOB`: supervised training of a small model, in a process of its own.
+"""Warm-up: supervised training of a small model in a process of its own, `python -m trl_ext.lab.warmup JOB`.
 
-The job is a JSON file with the folder of the model, the settings and the tokenized traces; the trained weights replace
-those in the folder. Reports progress on the standard output, a line at a time.
+The job is a JSON file with the folder of the model, the settings and the tokenized traces. The trained weights replace
+those in the folder. Progress is printed on standard output, line by line.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from . import pictures
 from .definition import Shape
 
 NOT_WRITTEN = 74
-"""Exit code: the weights could not be written. The last line of the errors is then the number of the system's error."""
+"""Exit code if the weights could not be written. The last line of standard error is then the system's error number."""
 
 
 def train(job: dict[str, Any], scratch: str) -> Any:
@@ -33,11 +33,37 @@ def train(job: dict[str, Any], scratch: str) -> Any:
         ProgressCallback,
         Trainer,
     )
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
     torch.set_num_threads(1)  # sums in another order would give other weights
-    settings = job["settings"]
-    config = SFTConfig(
+    config = _config(job["settings"], scratch)
+    if "pictures" in job["rows"][0]:  # SFTTrainer takes pictures only with messages, not with tokens and labels
+        config.remove_unused_columns = False
+        trainer = Trainer(
+            model=AutoModelForImageTextToText.from_pretrained(job["model"], dtype=torch.float32),
+            args=config,
+            train_dataset=Dataset.from_list(job["rows"]),
+            data_collator=pictures.collator(pictures.processor_of(job["model"], Shape(**job["shape"]))),
+        )
+    else:
+        trainer = SFTTrainer(
+            model=AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32),
+            args=config,
+            train_dataset=Dataset.from_list(job["rows"]),
+            processing_class=AutoTokenizer.from_pretrained(job["model"]),
+        )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_progress_lines())
+    trainer.train()
+    return trainer.accelerator.unwrap_model(trainer.model)
+
+
+def _config(settings: dict[str, Any], scratch: str) -> Any:
+    """Returns the training arguments."""
+    from trl import SFTConfig
+
+    return SFTConfig(
         output_dir=scratch,
         max_steps=settings["steps"],
         per_device_train_batch_size=settings["batch_size"],
@@ -59,40 +85,21 @@ def train(job: dict[str, Any], scratch: str) -> Any:
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    if "pictures" in job["rows"][0]:  # SFTTrainer takes pictures with messages only, not with tokens and labels
-        config.remove_unused_columns = False
-        trainer = Trainer(
-            model=AutoModelForImageTextToText.from_pretrained(job["model"], dtype=torch.float32),
-            args=config,
-            train_dataset=Dataset.from_list(job["rows"]),
-            data_collator=pictures.collator(pictures.processor_of(job["model"], Shape(**job["shape"]))),
-        )
-    else:
-        trainer = SFTTrainer(
-            model=AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32),
-            args=config,
-            train_dataset=Dataset.from_list(job["rows"]),
-            processing_class=AutoTokenizer.from_pretrained(job["model"]),
-        )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(_reporter())
-    trainer.train()
-    return trainer.accelerator.unwrap_model(trainer.model)
 
 
 def write_weights(model: Any, folder: Path) -> None:
-    """Writes the weights as transformers names them; the head is the embedding and not written."""
+    """Writes the weights as transformers names them, without the head, which is tied to the embedding."""
     from safetensors.torch import save_file
 
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _reporter() -> Any:
+def _progress_lines() -> Any:
+    """Makes the callback that prints a line per log entry."""
     from transformers import TrainerCallback
 
-    class Report(TrainerCallback):
+    class ProgressLines(TrainerCallback):
         began = time.time()
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -100,19 +107,19 @@ def _reporter() -> Any:
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if "loss" in (logs or {}):
-                left = (time.time() - self.began) / state.global_step * (state.max_steps - state.global_step)
+                seconds_left = (time.time() - self.began) / state.global_step * (state.max_steps - state.global_step)
                 width = len(str(state.max_steps))
                 print(
                     f"step {state.global_step:>{width}}/{state.max_steps}  loss {float(logs['loss']):.3f}  "
-                    f"left {left:.0f} s",
+                    f"left {seconds_left:.0f} s",
                     flush=True,
                 )
 
-    return Report()
+    return ProgressLines()
 
 
 def main(job_file: str) -> int:
-    """Runs a job; returns the exit code."""
+    """Runs a job and returns the exit code."""
     job = json.loads(Path(job_file).read_text())
     with tempfile.TemporaryDirectory(prefix="trl_ext-warm-up-") as scratch:
         model = train(job, scratch)

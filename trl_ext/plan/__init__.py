@@ -1,1 +1,1 @@
-"""The plan of a run: order, claims, settings and checks, all before a trainer exists."""
+"""Plan of a run: order, claims, settings and checks of its plugins, all before a trainer exists."""

@@ -1,4 +1,4 @@
-"""Everything that is checked before a trainer is built."""
+"""Checks of a run before its trainer is built: requirements of plugins and the settings of the user."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .stages import TOOL_SOURCES
 def provided_arguments(
     specs: Sequence[PluginSpec], plugins: Mapping[str, Plugin], given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What plugins add to the arguments with which a trainer is constructed.
+    """Collects the constructor arguments of a trainer that plugins provide.
 
     Args:
         specs: The plugins that were asked for.
@@ -30,9 +30,9 @@ def provided_arguments(
 
     Raises:
         ConfigError: Two plugins, or the caller and a plugin, give the same argument.
-        PluginError: A plugin gives something else.
+        PluginError: A plugin gives anything else.
     """
-    found: dict[str, Any] = {}
+    provided: dict[str, Any] = {}
     owners = {name: "the caller" for name in TOOL_SOURCES if given.get(name)}
     for spec in compose(specs):
         if "trainer_arguments" not in spec.hooks:
@@ -54,12 +54,12 @@ def provided_arguments(
                         f"out."
                     )
                 owners[name] = f"plugin {spec.name!r}"
-                found[name] = value
-    return found
+                provided[name] = value
+    return provided
 
 
 def make_plan(specs: Sequence[PluginSpec], config: Config, plugins: Mapping[str, Plugin] | None = None) -> Plan:
-    """Runs every check that needs no model.
+    """Makes the plan of a run, with every check that needs no model.
 
     Args:
         specs: The plugins that were asked for.
@@ -67,7 +67,7 @@ def make_plan(specs: Sequence[PluginSpec], config: Config, plugins: Mapping[str,
         plugins: Their instances by name, which then serve the trainer; new ones by default.
 
     Raises:
-        ConfigError: With all refusals of all plugins, each with the way out.
+        ConfigError: Lists all refusals of all plugins, each with a way out.
     """
     ordered = compose(specs)
     check_kind(ordered, config.kind)
@@ -110,8 +110,8 @@ def make_plan(specs: Sequence[PluginSpec], config: Config, plugins: Mapping[str,
             refusals += dropped_settings(spec, config)
         if "pair_logps" in spec.hooks and getattr(config.args, "precompute_ref_log_probs", False):
             refusals.append(
-                f"{spec.name} rewrites the reference token by token, and precompute_ref_log_probs=True keeps sums "
-                f"only; set precompute_ref_log_probs=False"
+                f"{spec.name} rewrites the reference token by token, but precompute_ref_log_probs=True keeps only "
+                f"sums; set precompute_ref_log_probs=False"
             )
     for need, names in needs.items():
         problems = _check_need(need, names, config)
@@ -131,13 +131,15 @@ def make_plan(specs: Sequence[PluginSpec], config: Config, plugins: Mapping[str,
 
 
 def _configure(plugin: Plugin, config: Config) -> list[Any]:
+    """Returns the requirements of one plugin."""
     with _blamed(plugin, "configure"):
-        return [found for result in build_manager([plugin]).hook.configure(config=config) for found in result]
+        results = build_manager([plugin]).hook.configure(config=config)
+        return [requirement for requirements in results for requirement in requirements]
 
 
 @contextlib.contextmanager
 def _blamed(plugin: Plugin, hook: str) -> Iterator[None]:
-    """Names the plugin and the hook of what is raised inside the block."""
+    """Names the plugin and its hook in every error that is raised inside the block."""
     try:
         yield
     except Exception as error:
@@ -147,6 +149,13 @@ def _blamed(plugin: Plugin, hook: str) -> Iterator[None]:
 
 
 def _check_need(need: str, names: list[str], config: Config) -> list[str]:
+    """Returns why a run does not meet a need, if it does not.
+
+    Args:
+        need: The need.
+        names: The plugins that have it.
+        config: The run.
+    """
     who, args = " and ".join(names), config.args
     kind, _, target = need.partition(":")
     if config.kind == "dpo" and kind != "column":
@@ -157,30 +166,31 @@ def _check_need(need: str, names: list[str], config: Config) -> list[str]:
         return [f"{who}: no reward function is called {target!r}.{near(target, config.reward_names)}"]
     if need == "tools" and not config.tool_sources:
         if config.kind == "rloo":
-            return [f"{who}: rollouts must be able to call tools, which the RLOO trainer has not; use GRPO"]
+            return [f"{who}: rollouts must be able to call tools, which RLOO does not support; use GRPO"]
         return [
             f"{who}: rollouts must be able to call tools; give the trainer `tools`, `environment_factory` or "
             f"`rollout_func`, or add a plugin that does, such as `tools`"
         ]
     if need == "turns" and config.kind != "grpo":
-        return [f"{who}: environments are stepped in GRPO's tool loop, which {config.kind.upper()} has not; use GRPO"]
+        return [f"{who}: environments need GRPO's tool loop, which {config.kind.upper()} does not support; use GRPO"]
     if need == "token_advantages":
         return tokenwise_refusals(who, config)
     if need == "whole_groups":
-        # processes and micro-batches get their rows in runs of these sizes, so multiples keep groups whole on both
+        # a process or a micro-batch gets this many consecutive rows, so multiples of the group size keep groups whole
         phases = [("per_device_train_batch_size", "num_generations")]
         if args.eval_strategy != "no":
-            own = "num_generations_eval" if args.num_generations_eval else "num_generations"
-            phases.append(("per_device_eval_batch_size", own))
+            group_setting = "num_generations_eval" if args.num_generations_eval else "num_generations"
+            phases.append(("per_device_eval_batch_size", group_setting))
         return [
-            _split_groups(who, setting, getattr(args, setting), name, getattr(args, name))
-            for setting, name in phases
-            if getattr(args, setting) % getattr(args, name)
+            _split_groups(who, size, getattr(args, size), group, getattr(args, group))
+            for size, group in phases
+            if getattr(args, size) % getattr(args, group)
         ]
     return []
 
 
 def _split_groups(who: str, setting: str, size: int, name: str, group: int) -> str:
+    """Returns the refusal of a batch size that splits groups, with the nearest sizes that do not."""
     fits = sorted({max(group, size // group * group), (size // group + 1) * group})
     return (
         f"{who}: groups must stay whole, and {setting}={size} splits groups of {name}={group}; use "

@@ -1,4 +1,4 @@
-"""Order and claims: which plugins can share a run."""
+"""Composition of plugins: their order, and the claims that keep two of them apart."""
 
 from __future__ import annotations
 
@@ -31,24 +31,25 @@ class Plan:
     notes: tuple[str, ...]
 
     def users(self, *hooks: str) -> list[str]:
-        """Plugins that implement one of the hooks and are served by this trainer."""
-        return [s.name for s in self.specs if any(hook in s.hooks and hook in SERVED[self.kind] for hook in hooks)]
+        """Returns the plugins that implement one of these hooks, if the trainer calls it."""
+        called = [hook for hook in hooks if hook in SERVED[self.kind]]
+        return [spec.name for spec in self.specs if any(hook in spec.hooks for hook in called)]
 
     def columns(self) -> list[str]:
-        """The columns of the data that plugins need."""
+        """Returns the columns of the data that plugins need."""
         return [need.partition(":")[2] for need in self.needs if need.startswith("column:")]
 
     def stages(self) -> list[tuple[str, list[str]]]:
-        """(hook, plugins in order) for every hook that somebody implements and that is a stage of training."""
-        found = [(h, self.users(h)) for h in SERVED[self.kind] if h not in NO_STAGE]
-        return [(hook, names) for hook, names in found if names]
+        """Returns every stage of training that a plugin implements, with these plugins in order."""
+        users = [(hook, self.users(hook)) for hook in SERVED[self.kind] if hook not in NO_STAGE]
+        return [(hook, names) for hook, names in users if names]
 
 
 def compose(specs: Sequence[PluginSpec]) -> tuple[PluginSpec, ...]:
-    """Orders plugins (the estimator first, then as asked for) and checks their exclusive claims.
+    """Orders plugins, the estimator first and the others as asked for, and checks their exclusive claims.
 
     Raises:
-        ConfigError: Two plugins claim one resource or one field name, or one makes what another does not use.
+        ConfigError: Two plugins claim the same thing, or one makes what another does not use.
     """
     owners: dict[str, str] = {}
     for spec in specs:
@@ -59,25 +60,25 @@ def compose(specs: Sequence[PluginSpec]) -> tuple[PluginSpec, ...]:
                     f"one out."
                 )
             owners[claim] = spec.name
-    without = owners.get("no_advantages")
+    without_advantages = owners.get("no_advantages")
     for spec in specs:
-        if without not in (None, spec.name) and ("advantages" in spec.hooks or "estimator" in spec.claims):
+        if without_advantages not in (None, spec.name) and ("advantages" in spec.hooks or "estimator" in spec.claims):
             raise ConfigError(
-                f"plugins {without!r} and {spec.name!r} cannot be combined: {spec.name!r} makes advantages, and the "
-                f"loss of {without!r} uses none. Leave one out."
+                f"plugins {without_advantages!r} and {spec.name!r} cannot be combined: {spec.name!r} makes advantages, "
+                f"and the loss of {without_advantages!r} uses none. Leave one out."
             )
-    forward = owners.get("logps")
+    forward_owner = owners.get("logps")
     for spec in specs:
-        if forward not in (None, spec.name) and "hidden_positions" in spec.hooks:
+        if forward_owner not in (None, spec.name) and "hidden_positions" in spec.hooks:
             raise ConfigError(
-                f"plugins {forward!r} and {spec.name!r} cannot be combined: {spec.name!r} reads hidden states of the "
-                f"policy's forward, and {forward!r} runs a forward of its own. Leave one out."
+                f"plugins {forward_owner!r} and {spec.name!r} cannot be combined: {spec.name!r} reads hidden states of "
+                f"the policy's forward, and {forward_owner!r} runs a forward of its own. Leave one out."
             )
     return tuple(sorted(specs, key=lambda spec: "estimator" not in spec.claims))
 
 
 def common_trainers(specs: Sequence[PluginSpec]) -> list[TrainerKind]:
-    """The trainers that every plugin serves.
+    """Returns the trainers that every plugin serves.
 
     Raises:
         ConfigError: There is none.
@@ -90,7 +91,7 @@ def common_trainers(specs: Sequence[PluginSpec]) -> list[TrainerKind]:
 
 
 def why_apart(left: PluginSpec, right: PluginSpec) -> str | None:
-    """Why two plugins cannot be in one run, by their declarations; None if they can."""
+    """Returns why two plugins cannot share a run, by their declarations, or None if they can."""
     try:
         common_trainers(compose([left, right]))
     except ConfigError as error:
@@ -99,7 +100,12 @@ def why_apart(left: PluginSpec, right: PluginSpec) -> str | None:
 
 
 def check_kind(specs: Sequence[PluginSpec], kind: TrainerKind) -> None:
-    """Refuses a trainer that a plugin cannot serve."""
+    """Refuses a trainer that a plugin cannot serve.
+
+    Raises:
+        ConfigError: A plugin does not declare the trainer.
+        PluginError: A plugin declares a trainer that calls none of its hooks, or that takes no tools from it.
+    """
     for spec in specs:
         if kind not in spec.cls.trainers:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Settings of TRL that a plugin's loss or estimator leaves unused."""
+"""Settings of TRL that a plugin's loss leaves unused."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _LOSS_SETTINGS: dict[str, tuple[Any, ...]] = {
     "epsilon": (),
     "epsilon_high": (),
 }
-"""Settings of TRL's own policy loss and the values with which they ask for nothing; () = only TRL's default."""
+"""Settings of TRL's own policy loss, with the values at which they do nothing. () means TRL's default only."""
 
 _ADVANTAGE_SETTINGS: dict[str, tuple[Any, ...]] = {
     "scale_rewards": ("group", "none"),
     "multi_objective_aggregation": ("sum_then_normalize",),
     "normalize_advantages": (False,),
     "reward_clip_range": (None,),
-    "beta": (0.0,),  # RLOO's KL term is part of the rewards
+    "beta": (0.0,),  # the KL term of RLOO is part of the rewards
 }
-"""The same for settings of TRL's advantages, which a plugin with the claim `no_advantages` leaves unused."""
+"""The same for settings of TRL's advantages, which a plugin that claims `no_advantages` leaves unused."""
 
 
 _TOKENWISE_SETTINGS: dict[str, tuple[Any, ...]] = {
@@ -44,17 +44,18 @@ _TOKENWISE_SETTINGS: dict[str, tuple[Any, ...]] = {
 
 
 def setting_of(args: Any, setting: str, plugin: str) -> Any:
+    """Returns the value of a setting that a plugin asks about."""
     if not hasattr(args, setting):
         raise PluginError(f"plugin {plugin!r} asks about the setting {setting!r}, which {type(args).__name__} lacks.")
     return getattr(args, setting)
 
 
 def dropped_settings(spec: PluginSpec, config: Config) -> list[str]:
-    """A replaced loss drops TRL's own terms, so a user who asked for them must be told."""
+    """Refuses settings of the user that a replaced loss would silently drop."""
     args = config.args
     settings = dict(_LOSS_SETTINGS)
     if config.kind == "rloo":
-        del settings["beta"]  # there the KL term is part of the rewards
+        del settings["beta"]  # the KL term of RLOO is part of the rewards
     if not getattr(args, "use_vllm", False):
         del settings["vllm_importance_sampling_correction"]
     if "no_advantages" in spec.claims:
@@ -73,7 +74,7 @@ def dropped_settings(spec: PluginSpec, config: Config) -> list[str]:
 
 
 def _trl_default(args: Any, setting: str) -> Any:
-    """The value that TRL itself gives to a setting, whatever a user's subclass of its arguments makes of it."""
+    """Returns TRL's own default of a setting, whatever a user's subclass of its arguments makes of it."""
     owner = next((cls for cls in type(args).__mro__ if cls.__module__.startswith("trl.")), type(args))
     return next(field.default for field in dataclasses.fields(owner) if field.name == setting)
 

@@ -1,4 +1,4 @@
-"""What a person reads in the terminal: the plan of a run, and tables of plugins."""
+"""The plan of a run as a table in the terminal."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ if TYPE_CHECKING:
 
 
 def print_plan(plan: Plan) -> None:
-    """Stage by stage, which plugin acts, in which order, with which options."""
-    from rich.console import Console
+    """Prints which plugins act at each stage and in which order, their options, and the notes of the plan."""
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(stderr=True, highlight=False)
+    from ..support.console import console
+
+    output = console(stderr=True)
     table = Table(title=f"trl_ext on {plan.kind.upper()}", title_justify="left")
     table.add_column("stage")
     table.add_column("plugins, in order")
@@ -22,7 +23,7 @@ def print_plan(plan: Plan) -> None:
         table.add_row(hook, " → ".join(names))
     for spec in plan.specs:
         values = ", ".join(f"{key}={value!r}" for key, value in spec.option_values.items()) or "no options"
-        table.add_row(Text(f"{spec.name} {spec.version}", style="bold"), Text(values))
-    console.print(table)
+        table.add_row(Text(f"{spec.name} {spec.version}", style="bold"), values)
+    output.print(table)
     for note in plan.notes:
-        console.print(Text(f"note: {note}"))
+        output.print(f"note: {note}")

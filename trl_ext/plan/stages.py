@@ -1,4 +1,4 @@
-"""Which hooks are stages of training, and which trainer calls which."""
+"""Stages of training among the hooks, and the hooks that each trainer calls."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from trl_ext_hooks import TrainerKind
 from ..catalog.declaration import HOOKS
 
 BUILDING = ("trainer_arguments", "configure")
-"""Hooks that run before there is a trainer, on instances of their own."""
+"""Hooks that run before there is a trainer."""
 LIFECYCLE = (*BUILDING, "setup", "teardown", "state_dict", "load_state_dict")
 NO_STAGE = (*LIFECYCLE, "inspect")
-"""Hooks that are no stage of training: a printed plan leaves them out, and they prove nothing."""
+"""Hooks that are not stages of training. A printed plan leaves them out, and whether they ran proves nothing."""
 ELSEWHERE = ("run", "optimizer_step")
-"""Hooks that run before there is a trainer, or after the training step by which every other one must have run."""
+"""Hooks outside the first training step, by whose end every other hook must have run."""
 _COMMON = tuple(hook for hook in LIFECYCLE if hook != "trainer_arguments")
 _PAIRS = ("pair_batch", "pair_logps", "pair_metrics")
 _ROUNDS = tuple(hook for hook in HOOKS if hook not in (*_PAIRS, "run"))
@@ -23,6 +23,6 @@ SERVED: dict[TrainerKind, tuple[str, ...]] = {
 }
 """The hooks that each trainer calls."""
 TOOL_SOURCES = ("tools", "environment_factory", "rollout_func")
-"""Constructor arguments of a trainer that let its rollouts call tools; what `trainer_arguments` may give."""
+"""Constructor arguments that let rollouts call tools. `trainer_arguments` may give these and no others."""
 ROUNDS: tuple[TrainerKind, ...] = ("grpo", "rloo")
-"""The trainers that train on rounds of generated completions, which can be recorded."""
+"""Trainers that train on rounds of generated completions, which can be recorded."""

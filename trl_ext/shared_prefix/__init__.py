@@ -3,34 +3,26 @@
     from trl_ext.shared_prefix import shared_prefix_logps
     logps, entropies, report = shared_prefix_logps(model, input_ids, attention_mask, logits_to_keep)
 
-Works with any causal language model of transformers that calls its attention through transformers' attention
-interface; no model file is edited, no trainer is needed. From the outside in: `probes` and `draws` (answers forced or
-drawn at many places of the same rows), `forward` (log-probabilities), `refusals` and `selfcheck` (when not to), `enter`
-(into the model), `attention` and `backends` (the kernels), `packing`, `layout` and `tree` (tokens to one row and back).
+It works with any causal language model of transformers that calls its attention through transformers' attention
+interface. No model file is edited, and no trainer is needed. README.md beside this file says how it works and in which
+order to read the modules.
 """
 
 from __future__ import annotations
 
 from .attention import cascade_attention
+from .attention_patch import packed_attention
 from .backends import Backend, choose_backend
-from .costs import ModelCost, flop_ratio
-from .draws import sample_answers
-from .enter import packed_attention
 from .errors import MismatchError, RefusedError, SharedPrefixError
-from .forward import (
-    MIN_GAIN,
-    Report,
-    dense_scores,
-    packed_logits,
-    packed_scores,
-    shared_prefix_logps,
-    shared_prefix_scores,
-)
+from .flops import ModelCost, flop_ratio
+from .forward import MIN_GAIN, Report, shared_prefix_logps, shared_prefix_scores
 from .layout import CascadeLayout
-from .models import has_fused_head
+from .model_parts import ModelParts, has_fused_head
 from .packing import Packing, pack
+from .paths import dense_scores, packed_logits, packed_scores
 from .probes import Answers, ProbeCost, force_answers
 from .refusals import why_not
+from .sampled_probes import sample_answers
 from .selfcheck import SelfCheck, self_check
 from .tree import MIN_RUN, PrefixTree, build_tree
 
@@ -42,6 +34,7 @@ __all__ = [
     "CascadeLayout",
     "MismatchError",
     "ModelCost",
+    "ModelParts",
     "Packing",
     "PrefixTree",
     "ProbeCost",

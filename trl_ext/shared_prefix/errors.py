@@ -1,4 +1,4 @@
-"""The errors of the shared-prefix forward."""
+"""Errors of the shared-prefix forward."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from ..errors import TrlExtError
 
 
 class SharedPrefixError(TrlExtError, RuntimeError):
-    """The shared-prefix forward cannot run. The text names the reason and the way out."""
+    """The shared-prefix forward cannot run. The message gives the reason and a way out."""
 
 
 class RefusedError(SharedPrefixError):
-    """The model, the batch or the setting has a feature with which sharing would not be exact."""
+    """Sharing would not be exact for this model, batch or setting."""
 
 
 class MismatchError(SharedPrefixError):

@@ -1,4 +1,15 @@
-"""Where the runs of a prefix tree lie in the packed row: all that the attention needs to know."""
+"""Layout of a prefix tree in the packed row: all that the attention kernels need to know.
+
+The nodes stand one behind the other in depth-first order, so the descendants of a node follow it without a gap:
+
+    A ─┬─ B            packed row   A A A A B B C C C D
+       └─ C ── D       bounds       0       4   6     9 10
+                       tails        A: 10, B: 6, C: 10, D: 10
+
+A token attends to the earlier tokens of its own node and to all tokens of the nodes above. Without any mask this is
+one causal call per node (A, B, C and D each to itself), plus one full call per node that has descendants: here the
+queries [4, 10) to the keys of A, and the query [9, 10) to the keys of C.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +24,10 @@ from .tree import PrefixTree
 
 @dataclass(frozen=True)
 class Cross:
-    """Queries `[q_start, q_end)`, all below one node, that read all keys `[k_start, k_end)` of that node."""
+    """Attention of all descendants of one node to that node.
+
+    Every query in `[q_start, q_end)` reads every key in `[k_start, k_end)`, so no mask is needed.
+    """
 
     k_start: int
     k_end: int
@@ -22,70 +36,18 @@ class Cross:
 
 
 @dataclass(frozen=True)
-class CascadeLayout:
-    """The nodes of a packed row in depth-first order.
+class VarlenCall:
+    """Arguments of one variable-length attention call, which treats several segments of tokens separately.
 
     Attributes:
-        bounds: Where each node begins, and behind the last one the length of the row.
-        tails: Where the range of each node's descendants ends; it begins where the node ends.
-        levels: Depth of each node in its tree.
-        longest: Tokens of the longest row.
+        causal: Whether a query sees only the keys up to its own place in the segment.
+        rows_q: The packed tokens that are the queries. A slice if they are adjacent, so that nothing is copied.
+        rows_k: The packed tokens that are the keys.
+        cu_q: (segments + 1,) int32, where each segment of queries begins and the last one ends.
+        cu_k: (segments + 1,) int32, the same for the keys.
+        max_q: Queries of the longest segment.
+        max_k: Keys of the longest segment.
     """
-
-    bounds: tuple[int, ...]
-    tails: tuple[int, ...]
-    levels: tuple[int, ...]
-    longest: int
-
-    @property
-    def length(self) -> int:
-        """Tokens in the packed row."""
-        return self.bounds[-1]
-
-    @cached_property
-    def crosses(self) -> tuple[tuple[Cross, ...], ...]:
-        """For each level the nodes that have descendants, in packed order."""
-        levels: list[list[Cross]] = [[] for _ in range(max(self.levels, default=-1) + 1)]
-        for i, tail in enumerate(self.tails):
-            start, end = self.bounds[i], self.bounds[i + 1]
-            if tail > end:
-                levels[self.levels[i]].append(Cross(start, end, end, tail))
-        return tuple(tuple(level) for level in levels if level)
-
-    @cached_property
-    def runs(self) -> tuple[tuple[int, int, int], ...]:
-        """Neighbouring nodes of equal length: where the first begins, their length, their number."""
-        found: list[tuple[int, int, int]] = []
-        for start, end in pairwise(self.bounds):
-            if found and found[-1][1] == end - start:
-                found[-1] = (*found[-1][:2], found[-1][2] + 1)
-            else:
-                found.append((start, end - start, 1))
-        return tuple(found)
-
-    @cached_property
-    def pairs(self) -> int:
-        """Query-key pairs of the attention."""
-        own = sum((end - start) * (end - start + 1) // 2 for start, end in pairwise(self.bounds))
-        return own + sum((c.k_end - c.k_start) * (c.q_end - c.q_start) for level in self.crosses for c in level)
-
-    @cached_property
-    def _varlen(self) -> dict[torch.device, tuple[VarlenCall, ...]]:
-        return {}
-
-    def varlen(self, device: torch.device) -> tuple[VarlenCall, ...]:
-        """The whole attention as variable-length calls: one causal call for all nodes, and one for each level."""
-        if device not in self._varlen:
-            self._varlen[device] = (
-                _varlen_self(self.bounds, device),
-                *(_varlen_level(level, device) for level in self.crosses),
-            )
-        return self._varlen[device]
-
-
-@dataclass(frozen=True)
-class VarlenCall:
-    """Arguments of one variable-length attention call. `rows_*` select the tokens: a slice where they adjoin."""
 
     causal: bool
     rows_q: slice | torch.Tensor
@@ -96,45 +58,126 @@ class VarlenCall:
     max_k: int
 
 
+@dataclass(frozen=True)
+class CascadeLayout:
+    """Where the nodes lie in the packed row.
+
+    Attributes:
+        bounds: Where each node begins, followed by the length of the packed row.
+        tails: For each node, where the range of its descendants ends. The range begins where the node ends.
+        levels: Level of each node in the tree.
+        longest: Number of tokens of the longest row.
+    """
+
+    bounds: tuple[int, ...]
+    tails: tuple[int, ...]
+    levels: tuple[int, ...]
+    longest: int
+
+    @property
+    def length(self) -> int:
+        """Returns the number of tokens in the packed row."""
+        return self.bounds[-1]
+
+    @cached_property
+    def crosses(self) -> tuple[tuple[Cross, ...], ...]:
+        """Returns a `Cross` for each node that has descendants, grouped by level.
+
+        The nodes of one level never overlap, so a kernel may serve a whole level in one call.
+        """
+        by_level: list[list[Cross]] = [[] for _ in range(max(self.levels, default=-1) + 1)]
+        for node, tail in enumerate(self.tails):
+            start, end = self.bounds[node], self.bounds[node + 1]
+            if tail > end:
+                by_level[self.levels[node]].append(Cross(start, end, end, tail))
+        return tuple(tuple(crosses) for crosses in by_level if crosses)
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, int, int], ...]:
+        """Returns the groups of adjacent nodes of equal length: where the first begins, their length, their number.
+
+        Nodes of equal length can be the batch of one dense call.
+        """
+        runs: list[tuple[int, int, int]] = []
+        for start, end in pairwise(self.bounds):
+            if runs and runs[-1][1] == end - start:
+                first, length, count = runs[-1]
+                runs[-1] = (first, length, count + 1)
+            else:
+                runs.append((start, end - start, 1))
+        return tuple(runs)
+
+    @cached_property
+    def pairs(self) -> int:
+        """Returns the number of query-key pairs that the attention computes."""
+        within = sum((end - start) * (end - start + 1) // 2 for start, end in pairwise(self.bounds))
+        across = sum((c.k_end - c.k_start) * (c.q_end - c.q_start) for level in self.crosses for c in level)
+        return within + across
+
+    @cached_property
+    def _calls_by_device(self) -> dict[torch.device, tuple[VarlenCall, ...]]:
+        """Returns the memory of `varlen_calls`, empty at first."""
+        return {}
+
+    def varlen_calls(self, device: torch.device) -> tuple[VarlenCall, ...]:
+        """Returns the whole attention as variable-length calls: a causal one for all nodes, then one for each level.
+
+        The result is kept, as every layer of the model asks for it.
+        """
+        if device not in self._calls_by_device:
+            self._calls_by_device[device] = (
+                _causal_call(self.bounds, device),
+                *(_level_call(level, device) for level in self.crosses),
+            )
+        return self._calls_by_device[device]
+
+
 def layout_of(tree: PrefixTree) -> CascadeLayout:
     """Lays the nodes of a tree one behind the other in depth-first order."""
     bounds = [0]
     for node in tree.nodes:
         bounds.append(bounds[-1] + node.end - node.start)
+    # Children come after their parents. Going backwards, a node's tail is final before its parent reads it.
     tails = list(bounds[1:])
-    for i in range(len(tree.nodes) - 1, -1, -1):
-        parent = tree.nodes[i].parent
+    for index in range(len(tree.nodes) - 1, -1, -1):
+        parent = tree.nodes[index].parent
         if parent >= 0:
-            tails[parent] = max(tails[parent], tails[i])
+            tails[parent] = max(tails[parent], tails[index])
     longest = max((node.end for node in tree.nodes), default=0)
     return CascadeLayout(tuple(bounds), tuple(tails), tuple(node.level for node in tree.nodes), longest)
 
 
+def _causal_call(bounds: tuple[int, ...], device: torch.device) -> VarlenCall:
+    """Returns the call in which each node attends causally to itself."""
+    lengths = [end - start for start, end in pairwise(bounds)]
+    cu, all_rows = _cumulative(lengths, device), slice(0, bounds[-1])
+    return VarlenCall(True, all_rows, all_rows, cu, cu, max(lengths), max(lengths))
+
+
+def _level_call(level: tuple[Cross, ...], device: torch.device) -> VarlenCall:
+    """Returns the call in which the descendants of each node of one level attend to that node."""
+    queries = [(cross.q_start, cross.q_end) for cross in level]
+    keys = [(cross.k_start, cross.k_end) for cross in level]
+    query_lengths = [end - start for start, end in queries]
+    key_lengths = [end - start for start, end in keys]
+    return VarlenCall(
+        causal=False,
+        rows_q=_select(queries, device),
+        rows_k=_select(keys, device),
+        cu_q=_cumulative(query_lengths, device),
+        cu_k=_cumulative(key_lengths, device),
+        max_q=max(query_lengths),
+        max_k=max(key_lengths),
+    )
+
+
 def _cumulative(lengths: list[int], device: torch.device) -> torch.Tensor:
+    """Returns the bounds of segments of these lengths, as the kernels want them."""
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
 
 
 def _select(ranges: list[tuple[int, int]], device: torch.device) -> slice | torch.Tensor:
-    if all(a[1] == b[0] for a, b in pairwise(ranges)):
+    """Returns an index for the tokens of these ranges: a slice if the ranges are adjacent, else their numbers."""
+    if all(left[1] == right[0] for left, right in pairwise(ranges)):
         return slice(ranges[0][0], ranges[-1][1])
     return torch.cat([torch.arange(start, end) for start, end in ranges]).to(device)
-
-
-def _varlen_self(bounds: tuple[int, ...], device: torch.device) -> VarlenCall:
-    lengths = [end - start for start, end in pairwise(bounds)]
-    cu, everything = _cumulative(lengths, device), slice(0, bounds[-1])
-    return VarlenCall(True, everything, everything, cu, cu, max(lengths), max(lengths))
-
-
-def _varlen_level(level: tuple[Cross, ...], device: torch.device) -> VarlenCall:
-    queries, keys = [(c.q_start, c.q_end) for c in level], [(c.k_start, c.k_end) for c in level]
-    len_q, len_k = [end - start for start, end in queries], [end - start for start, end in keys]
-    return VarlenCall(
-        False,
-        _select(queries, device),
-        _select(keys, device),
-        _cumulative(len_q, device),
-        _cumulative(len_k, device),
-        max(len_q),
-        max(len_k),
-    )

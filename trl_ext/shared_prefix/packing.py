@@ -1,37 +1,45 @@
-"""Packs a padded micro-batch into one row that holds every shared token once, and unpacks the results.
+"""Packing of rows into one packed row that holds every shared token once, and unpacking of the results.
 
 Letters: `B` rows, `L` padded columns, `N` packed tokens, `M` scored predictions.
 
-The trainer's rows are `[left padding, prompt, completion, right padding]`. A token at depth `d` of its row gets
-position `d`. A prediction is the pair (hidden state of the token before, label). Where rows part, one hidden state
-predicts a different token for each child; so the predictions are listed apart from the tokens: `predictors` picks the
-hidden states to project, `shift_labels` has the token that each of them is scored on. No token is repeated, tokens
-without a scored prediction never reach the head, and predictions that rows share are scored once.
+The trainer's rows are `[left padding, prompt, completion, right padding]`. The depth of a token is its index among the
+real tokens of its row, and becomes its position id.
+
+A prediction consists of the hidden state that makes it, which is that of the token before, and the label that it is
+scored on. Where rows part, one hidden state predicts a different token for each branch, so there can be more
+predictions than tokens. They are therefore listed apart from the tokens: `predictors` names the packed tokens whose
+hidden states go to the head, and `shift_labels` holds the label for each of them. In this way no token is repeated,
+tokens that predict nothing never reach the head, and a prediction that rows share is scored once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from .layout import CascadeLayout, layout_of
-from .tree import MIN_RUN, IntArray, PrefixTree, tree_of
+from .tree import MIN_RUN, IntArray, PrefixTree, common_prefix_length, tree_of_matrix, tree_of_neighbours
+
+BoolArray = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class PackedRow:
-    """Rows packed into one, and the places that predict something.
+    """Several rows packed into one, and which of its tokens make predictions.
 
     Attributes:
-        input_ids: (1, N) each node's tokens in depth-first order.
-        position_ids: (1, N) depth of every token in its own rows.
-        predictors: (M,) the packed token whose hidden state makes each prediction.
-        layout: What the attention needs.
+        input_ids: (1, N) the tokens of each node, in depth-first order of the nodes.
+        position_ids: (1, N) the depth of each token in its own rows.
+        predictors: (M,) index of the packed token whose hidden state makes each prediction.
+        layout: Where the nodes lie, for the attention.
         tree: The prefix tree.
-        dense_tokens: The positions that the dense path computes, padding included.
-        row_tokens: Real tokens of all rows up to the last one that predicts, each row for itself.
+        dense_tokens: Number of positions that the dense path computes, padding included.
+        row_tokens: Number of real tokens of all rows, each row up to its last predictor, shared tokens counted in each.
     """
 
     input_ids: torch.Tensor
@@ -44,12 +52,12 @@ class PackedRow:
 
     @property
     def packed_tokens(self) -> int:
-        """`N`."""
+        """Returns `N`."""
         return self.layout.length
 
     @property
     def token_ratio(self) -> float:
-        """Dense positions for each packed token; 1.0 if nothing is scored."""
+        """Returns the number of dense positions per packed token, 1.0 if nothing is scored."""
         return self.dense_tokens / self.packed_tokens if self.packed_tokens else 1.0
 
 
@@ -58,9 +66,9 @@ class Packing(PackedRow):
     """A packed micro-batch.
 
     Attributes:
-        predictors: As above, ascending within the shared part.
-        shift_labels: (1, M) the label of each prediction.
-        slots: (B, L) which prediction scores the token at this place; M where nothing is scored.
+        predictors: As in `PackedRow`. Predictions of packed tokens come first, in the order of these tokens.
+        shift_labels: (1, M) label of each prediction.
+        slots: (B, L) index of the prediction that scores the token in this place, `M` where nothing is scored.
         dense_tokens: `B * L`.
     """
 
@@ -69,20 +77,24 @@ class Packing(PackedRow):
 
     @property
     def dense_pairs(self) -> int:
-        """Query-key pairs of causal attention over the padded rows."""
+        """Returns the number of query-key pairs of causal attention over the padded rows."""
         rows, width = self.slots.shape
         return rows * width * (width + 1) // 2
 
     def unpack(self, values: torch.Tensor, start: int = 0) -> torch.Tensor:
-        """Brings one value for each prediction, (1, M) or (M,), back to its place: (B, L), zeros elsewhere.
+        """Brings one value per prediction back to the padded rows.
 
         Args:
-            values: What the head returned.
-            start: First column wanted; negative counts from the end.
+            values: (1, M) or (M,), as the head returns them.
+            start: First column wanted. A negative one counts from the end.
+
+        Returns:
+            (B, L - start) with zeros where nothing is scored, differentiable.
         """
         flat = values.reshape(-1)
         if flat.numel() != self.predictors.numel():
             raise ValueError(f"unpack expected {self.predictors.numel()} predictions, got {tuple(values.shape)}.")
+        # The slot of a place without a prediction is M, which is the zero appended here.
         return torch.cat([flat, flat.new_zeros(1)])[self.slots[:, start:]]
 
 
@@ -94,18 +106,19 @@ def pack(
     score_mask: torch.Tensor | None = None,
     min_run: int = MIN_RUN,
 ) -> Packing:
-    """Packs padded rows.
+    """Packs the padded rows of a micro-batch.
 
     Args:
-        input_ids: (B, L) token ids, padded on the left, the right or both.
-        attention_mask: (B, L) 1 for real tokens; they must be contiguous in each row.
-        logits_to_keep: The last columns are completions: their real tokens are scored. None: see `score_mask`.
-        score_mask: (B, L) instead, nonzero for the tokens to score, all real and none the first of its row.
-        min_run: Shortest run of tokens that is shared.
+        input_ids: (B, L) token ids, padded on the left, on the right, or on both sides.
+        attention_mask: (B, L) 1 for real tokens, which must be contiguous in each row.
+        logits_to_keep: Number of columns at the end that hold completions. Their real tokens are scored.
+        score_mask: (B, L) instead of `logits_to_keep`: nonzero for the tokens to score. They must be real, and none
+            may be the first token of its row.
+        min_run: Length of the shortest run of tokens that is shared.
 
     Returns:
-        The packing, on the device of `input_ids`. A row without a scored token is left out; tokens behind the last
-        one that predicts are left out.
+        The packing, on the device of `input_ids`. It leaves out rows without a scored token, and in each row the tokens
+        after the last one that predicts something.
     """
     if input_ids.dim() != 2 or input_ids.shape != attention_mask.shape:
         raise ValueError(
@@ -118,16 +131,16 @@ def pack(
             raise ValueError(f"logits_to_keep must be in 1..{input_ids.shape[1]}, got {logits_to_keep}.")
         score_mask = attention_mask.bool().clone()
         score_mask[:, :-logits_to_keep] = False
-    # One transfer; the rest is integer work on the host.
-    ids, real, score = (
+    # A single transfer brings everything to the host. What follows is integer arithmetic in numpy.
+    ids, real, scored = (
         torch.stack([input_ids, attention_mask.to(input_ids), score_mask.to(input_ids)]).cpu().numpy().astype(np.int64)
     )
-    first = _first_columns(real != 0, score != 0)
-    tokens, lengths = _left_aligned(ids, score != 0, first)
-    tree = tree_of(tokens, lengths, min_run)
+    first_columns = _first_columns(real != 0, scored != 0)
+    tokens, lengths = _left_aligned(ids, scored != 0, first_columns)
+    tree = tree_of_matrix(tokens, lengths, min_run)
     layout = layout_of(tree)
-    packed_ids, positions, where = _place(tree, layout, tokens)
-    predictors, labels, slots = _predictions(ids, score != 0, first, lengths, where, layout.length)
+    packed_ids, positions, packed_index = _place_tokens(tree, layout, tokens)
+    predictors, labels, slots = _list_predictions(ids, scored != 0, first_columns, lengths, packed_index, layout.length)
     return Packing(
         input_ids=torch.from_numpy(packed_ids)[None].to(device),
         position_ids=torch.from_numpy(positions)[None].to(device),
@@ -141,68 +154,126 @@ def pack(
     )
 
 
-def _first_columns(real: np.ndarray, score: np.ndarray) -> IntArray:
-    """Column of each row's first real token, after checking that the row can be packed."""
+def pack_answers(
+    contexts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], device: torch.device
+) -> PackedRow:
+    """Packs contexts with answers behind them, and predicts each token of the answers, row after row.
+
+    Contexts may have thousands of tokens in common, which would make a large padded matrix. So only neighbouring rows
+    are compared, and no matrix is built.
+    """
+    # The last token of an answer is only predicted. It predicts nothing itself, so it is left out.
+    rows = [[*context, *answer[:-1]] for context, answer in zip(contexts, answers, strict=True)]
+    lengths = [len(row) for row in rows]
+    tree = tree_of_neighbours(lengths, [0, *(common_prefix_length(a, b) for a, b in pairwise(rows))])
+    layout = layout_of(tree)
+    ids = [token for node in tree.nodes for token in rows[node.rows[0]][node.start : node.end]]
+    depths = [depth for node in tree.nodes for depth in range(node.start, node.end)]
+    predictors: list[int] = []
+    for row, (context, answer) in enumerate(zip(contexts, answers, strict=True)):
+        # The predictors are the last token of the context and all tokens of the answer but its last. They are found
+        # from the end of the row upwards, as a node knows its parent and not its children.
+        row_predictors, node = [], tree.row_node[row]
+        for depth in range(len(context) + len(answer) - 2, len(context) - 2, -1):
+            while depth < tree.nodes[node].start:
+                node = tree.nodes[node].parent
+            row_predictors.append(layout.bounds[node] + depth - tree.nodes[node].start)
+        predictors += reversed(row_predictors)
+    return PackedRow(
+        input_ids=torch.tensor([ids], device=device),
+        position_ids=torch.tensor([depths], device=device),
+        predictors=torch.tensor(predictors, device=device),
+        layout=layout,
+        tree=tree,
+        dense_tokens=len(rows) * (max(lengths) + 1),
+        row_tokens=sum(lengths),
+    )
+
+
+def _first_columns(real: BoolArray, scored: BoolArray) -> IntArray:
+    """Returns the column of each row's first real token, (B,), after checking that each row can be packed."""
     first = real.argmax(axis=1)
     width = real.sum(axis=1)
-    last = real.shape[1] - real[:, ::-1].argmax(axis=1)
-    for row in np.flatnonzero((last - first != width) & (width > 0)):
+    behind = real.shape[1] - real[:, ::-1].argmax(axis=1)  # the column behind the last real token
+    for row in np.flatnonzero((behind - first != width) & (width > 0)):
         raise ValueError(
             f"Row {row} has padding between real tokens, so the depth of a token is not defined. Move all padding to "
             "the two ends (prompts padded left, completions padded right)."
         )
-    for row in np.flatnonzero((score & ~real).any(axis=1)):
-        raise ValueError(f"Row {row} scores a padding token: the tokens to score must be real.")
+    for row in np.flatnonzero((scored & ~real).any(axis=1)):
+        raise ValueError(f"Row {row} scores a padding token, but only real tokens can be scored.")
     rows = np.arange(len(first))
-    for row in np.flatnonzero(score[rows, first] & (width > 0)):
+    for row in np.flatnonzero(scored[rows, first] & (width > 0)):
         raise ValueError(f"Row {row} scores its first real token, which no token predicts. Is its prompt empty?")
     return first.astype(np.int64)
 
 
-def _left_aligned(ids: IntArray, score: np.ndarray, first: IntArray) -> tuple[IntArray, IntArray]:
-    """Tokens (B, longest) of each row up to the last one that predicts, and their number (B,)."""
+def _left_aligned(ids: IntArray, scored: BoolArray, first_columns: IntArray) -> tuple[IntArray, IntArray]:
+    """Cuts each row behind its last token that predicts something.
+
+    Returns:
+        The tokens (B, longest), left-aligned, and the length of each row (B,).
+    """
     width = ids.shape[1]
-    last = width - 1 - score[:, ::-1].argmax(axis=1)  # column of the last scored token; the one before predicts it
-    lengths = np.where(score.any(axis=1), last - first, 0).astype(np.int64)
-    columns = first[:, None] + np.arange(int(lengths.max(initial=0)))[None]
+    # The last scored token is predicted by the one before it, so it need not be packed. That makes its depth, counted
+    # from 0, the length of the row.
+    last_scored = width - 1 - scored[:, ::-1].argmax(axis=1)
+    lengths = np.where(scored.any(axis=1), last_scored - first_columns, 0).astype(np.int64)
+    # Entries behind the length of a row are arbitrary. `minimum` only keeps their columns valid.
+    columns = first_columns[:, None] + np.arange(int(lengths.max(initial=0)))[None]
     return np.take_along_axis(ids, np.minimum(columns, width - 1), axis=1), lengths
 
 
-def _place(tree: PrefixTree, layout: CascadeLayout, tokens: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-    """Packed ids (N,) and positions (N,), and where each token (B, longest) of each row went."""
-    packed = np.empty(layout.length, dtype=np.int64)
+def _place_tokens(tree: PrefixTree, layout: CascadeLayout, tokens: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+    """Writes each node's tokens to its place in the packed row.
+
+    Returns:
+        Packed token ids (N,), their positions (N,), and for each token (B, longest) of the rows its index in the packed
+        row. Rows that share a token have the same index there.
+    """
+    packed_ids = np.empty(layout.length, dtype=np.int64)
     positions = np.empty(layout.length, dtype=np.int64)
-    where = np.zeros(tokens.shape, dtype=np.int64)
+    packed_index = np.zeros(tokens.shape, dtype=np.int64)
     for node, start in zip(tree.nodes, layout.bounds, strict=False):
         end = start + node.end - node.start
-        packed[start:end] = tokens[node.rows[0], node.start : node.end]
+        packed_ids[start:end] = tokens[node.rows[0], node.start : node.end]
         positions[start:end] = np.arange(node.start, node.end)
-        where[list(node.rows), node.start : node.end] = np.arange(start, end)
-    return packed, positions, where
+        packed_index[list(node.rows), node.start : node.end] = np.arange(start, end)
+    return packed_ids, positions, packed_index
 
 
-def _predictions(
-    ids: IntArray, score: np.ndarray, first: IntArray, lengths: IntArray, where: IntArray, total: int
+def _list_predictions(
+    ids: IntArray,
+    scored: BoolArray,
+    first_columns: IntArray,
+    lengths: IntArray,
+    packed_index: IntArray,
+    packed_tokens: int,
 ) -> tuple[IntArray, IntArray, IntArray]:
-    """Predictors (M,), labels (M,) and slots (B, L).
+    """Lists the distinct predictions of all rows.
 
-    A prediction is named by its target: the target's place in the packed row, or for the last token of a row, which is
-    not packed, a place of the row's own behind all of them. Marking the places and counting them is a sort in linear
-    time that also unites the predictions that rows share.
+    Returns:
+        Predictors (M,), labels (M,) and slots (B, L), as described in `Packing`.
     """
-    rows, columns = np.nonzero(score)
-    depth = columns - first[rows]
-    packed = depth < lengths[rows]
-    target = np.where(packed, where[rows, np.where(packed, depth, 0)], total + rows) if rows.size else rows
-    used = np.zeros(total + len(lengths), dtype=bool)
-    used[target] = True
-    number = np.cumsum(used) - 1
-    count = int(used.sum())
-    slot = number[target]
+    rows, columns = np.nonzero(scored)  # one entry per scored token
+    depths = columns - first_columns[rows]
+    # A prediction is identified by its target, the token that it predicts. Rows that share this token share the
+    # prediction. The last scored token of a row is not packed, so it gets a number of its own behind all packed ones.
+    is_packed = depths < lengths[rows]
+    targets = rows
+    if rows.size:
+        targets = np.where(is_packed, packed_index[rows, np.where(is_packed, depths, 0)], packed_tokens + rows)
+    # Mark the targets in use and number them consecutively. This is a sort in linear time that also removes duplicates.
+    in_use = np.zeros(packed_tokens + len(lengths), dtype=bool)
+    in_use[targets] = True
+    slot_of_target = np.cumsum(in_use) - 1
+    count = int(in_use.sum())
+    slot_of_token = slot_of_target[targets]
+    # Rows that share a prediction write the same values, so the order of writing does not matter.
     predictors = np.empty(count, dtype=np.int64)
+    predictors[slot_of_token] = packed_index[rows, depths - 1]
     labels = np.empty(count, dtype=np.int64)
-    predictors[slot] = where[rows, depth - 1]
-    labels[slot] = ids[rows, columns]
-    slots = np.full(score.shape, count, dtype=np.int64)
-    slots[rows, columns] = slot
+    labels[slot_of_token] = ids[rows, columns]
+    slots = np.full(scored.shape, count, dtype=np.int64)
+    slots[rows, columns] = slot_of_token
     return predictors, labels, slots

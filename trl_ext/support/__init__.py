@@ -1,1 +1,1 @@
-"""Small tools that know nothing of plugins or TRL."""
+"""Small tools that every other room may use: they know nothing of plugins, trainers or TRL."""

@@ -1,4 +1,4 @@
-"""Folders that are made once and kept: converted and warmed-up models, generated data."""
+"""Cache folders that are filled once and kept: converted and warmed-up models, generated data."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ _NOT_WRITTEN = {
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EPERM", "EROFS", "EIO", "ENOTDIR", "EEXIST", "ENAMETOOLONG")
     if hasattr(errno, name)
 }
+"""Errors of the system that are about the place and not about the work."""
 
 
 def cache_folder() -> Path:
-    """Where everything is kept: `TRL_EXT_CACHE`, or `trl_ext` in the user's cache."""
+    """Returns the folder of all caches: `TRL_EXT_CACHE`, or `trl_ext` in the user's cache."""
     base = os.environ.get(CACHE)
     if base:
         return Path(base)
@@ -29,15 +30,15 @@ def cache_folder() -> Path:
 
 
 def kept(target: Path, make: Callable[[Path], None], needed: int = 0) -> Path:
-    """`target`, a folder of the cache; where it is missing, `make` fills it first. Safe in several processes at once.
+    """Returns a cache folder and fills it first if it is missing. Several processes may ask at once.
 
-    `make` works in another folder, which takes the name `target` when everything is in it, so that a run that is
-    interrupted leaves nothing that looks finished.
+    `make` works in another folder, which is renamed to `target` when it is complete. An interrupted run therefore
+    leaves nothing that looks finished.
 
     Args:
         target: A folder below `cache_folder()`.
         make: Fills the folder that it is given.
-        needed: Bytes that it writes, roughly; asked for before the work begins.
+        needed: About how many bytes it writes. The free space is checked before the work begins.
 
     Raises:
         ConfigError: The folder cannot be written, or the disk is full.
@@ -49,34 +50,35 @@ def kept(target: Path, make: Callable[[Path], None], needed: int = 0) -> Path:
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
-            if not target.is_dir():  # another process may have made it while this one waited
+            if not target.is_dir():  # another process may have filled it while this one waited
                 _fill(target, make, needed)
     except Exception as error:
         number = system_error(error)
-        if number is None or number not in _NOT_WRITTEN:  # of the work itself, such as a model that cannot be read
-            raise
+        if number is None or number not in _NOT_WRITTEN:
+            raise  # an error of the work itself, such as a model that cannot be read
         raise _unwritable(target.parent, os.strerror(number)) from error
     return target
 
 
 def system_error(error: BaseException) -> int | None:
-    """The system's number of an error, also where safetensors has put it into a text."""
+    """Returns the system's number of an error, which safetensors puts into its text."""
     if isinstance(error, OSError):
         return error.errno
-    found = re.search(r"\(os error (\d+)\)|\bOs \{ code: (\d+)", str(error))
-    return int(found[1] or found[2]) if found else None
+    match = re.search(r"\(os error (\d+)\)|\bOs \{ code: (\d+)", str(error))
+    return int(match[1] or match[2]) if match else None
 
 
 def _fill(target: Path, make: Callable[[Path], None], needed: int) -> None:
-    free = shutil.disk_usage(target.parent).free
-    if free < needed:
-        raise _unwritable(target.parent, f"{needed / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB are free")
+    free_bytes = shutil.disk_usage(target.parent).free
+    if free_bytes < needed:
+        reason = f"{needed / 2**20:.0f} MiB are needed and {free_bytes / 2**20:.0f} MiB are free"
+        raise _unwritable(target.parent, reason)
     work = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=target.parent))
     try:
         make(work)
         work.chmod(0o755)
         for file in work.iterdir():
-            file.chmod(0o644)  # a cache may be shared
+            file.chmod(0o644)  # other users may share the cache
         work.rename(target)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)

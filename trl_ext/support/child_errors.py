@@ -1,6 +1,6 @@
-"""What a worker could not survive, told once by the parent process however many workers met it.
+"""Errors of child processes: each worker records its own, and the parent prints each distinct one once.
 
-Every worker writes a file into a folder that the parent made; the parent prints each different message.
+Every worker writes a file into a folder that the parent made.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from pathlib import Path
 from trl_ext_hooks import UsageError
 
 from ..errors import TrlExtError
+from .files import write_atomically
 
 FOLDER = "TRL_EXT_FAILURES"
+"""Environment variable with the folder for the errors of the workers."""
 TRACEBACK = "TRL_EXT_TRACEBACK"
+"""Environment variable that asks for tracebacks of our own errors too."""
 
 
-def record(error: BaseException) -> int:
-    """Keeps an error for the parent, or prints it where there is none; returns the exit code of the worker."""
+def write_error(error: BaseException) -> int:
+    """Writes an error for the parent, or prints it if there is none, and returns the exit code of the worker."""
     ours = isinstance(error, TrlExtError | UsageError)
     message = str(error) if ours else f"{type(error).__name__}: {error}"
     verbose = not ours or os.environ.get(TRACEBACK) == "1"
@@ -29,26 +32,24 @@ def record(error: BaseException) -> int:
     folder = os.environ.get(FOLDER)
     if folder and Path(folder).is_dir():
         rank = int(os.environ.get("RANK", "0"))
-        unfinished = Path(folder) / f"{rank:05d}.part"
-        unfinished.write_text(json.dumps(entry))
-        unfinished.rename(unfinished.with_suffix(".json"))
+        write_atomically(Path(folder) / f"{rank:05d}.json", json.dumps(entry))
     else:
         print(f"{entry['trace']}error: {message}", file=sys.stderr)
     return 2 if ours else 1
 
 
-def tell(folder: str | Path, code: int) -> int:
-    """Prints what the workers recorded; returns the exit code of the run.
+def print_errors(folder: str | Path, code: int) -> int:
+    """Prints each distinct error of the workers and returns the exit code of the run.
 
     Args:
         folder: Where the workers wrote.
-        code: The exit code of the launcher; negative for a signal.
+        code: The exit code of the launcher, negative for a signal.
     """
     entries = [json.loads(file.read_text()) for file in sorted(Path(folder).glob("*.json"))]
-    told: set[str] = set()
+    printed: set[str] = set()
     for entry in entries:
-        if entry["message"] not in told:
-            told.add(entry["message"])
+        if entry["message"] not in printed:
+            printed.add(entry["message"])
             print(f"{entry['trace']}error: {entry['message']}", file=sys.stderr)
     if code == 0:
         return 0
@@ -62,7 +63,7 @@ def tell(folder: str | Path, code: int) -> int:
 
 
 def how_it_ended(code: int | None) -> str:
-    """What is known of a training process that left no message, by its exit code."""
+    """Describes by its exit code how a training process ended that left no message."""
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         hint = ", which the system sends when memory runs out" if name == "SIGKILL" else ""

@@ -1,4 +1,4 @@
-"""Loads what a user names as a file or as a module."""
+"""Imports of what a user names as a file or as a module."""
 
 from __future__ import annotations
 
@@ -13,36 +13,48 @@ from ..errors import TrlExtError
 
 
 def is_file(reference: str) -> bool:
-    """Whether a reference is `file.py` or `file.py:attribute`."""
+    """Returns whether a reference is `file.py` or `file.py:attribute`."""
     return reference.endswith(".py") or ".py:" in reference
 
 
 def split_file(reference: str) -> tuple[Path, str]:
-    """`folder/file.py:attribute` -> the file and the attribute, which may be empty."""
+    """Splits `folder/file.py:attribute` into the file and the attribute, which may be empty."""
     path, _, attribute = reference.partition(".py:")
     return Path(path if not attribute else path + ".py"), attribute
 
 
-def import_module(module: str, asked: str, error: type[TrlExtError]) -> ModuleType:
-    """Imports a module; `asked` says in the error what it was wanted for."""
+def import_module(module: str, purpose: str, error: type[TrlExtError]) -> ModuleType:
+    """Imports a module.
+
+    Args:
+        module: Its dotted name.
+        purpose: What it is wanted for, which begins the error.
+        error: The class of the error.
+    """
     try:
         return importlib.import_module(module)
-    except Exception as cause:  # whatever a stranger's module raises is reported with its cause
-        raise error(f"{asked}: importing {module!r} failed: {type(cause).__name__}: {cause}") from cause
+    except Exception as cause:  # a stranger's module may raise anything
+        raise error(f"{purpose}: importing {module!r} failed: {type(cause).__name__}: {cause}") from cause
 
 
-def load_file(file: Path, asked: str, error: type[TrlExtError]) -> ModuleType:
-    """Loads a file as a module, once; `asked` says in the error what it was wanted for."""
+def load_file(file: Path, purpose: str, error: type[TrlExtError]) -> ModuleType:
+    """Loads a file as a module, once.
+
+    Args:
+        file: The Python file.
+        purpose: What it is wanted for, which begins the error.
+        error: The class of the error.
+    """
     digest = hashlib.sha1(str(file.resolve()).encode()).hexdigest()[:8]
     spec = importlib.util.spec_from_file_location(f"trl_ext_file_{file.stem}_{digest}", file)
     assert spec is not None and spec.loader is not None
     if spec.name in sys.modules:
         return sys.modules[spec.name]
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up the module of their class
     try:
         spec.loader.exec_module(module)
     except Exception as cause:
         del sys.modules[spec.name]
-        raise error(f"{asked} file {str(file)!r} failed: {type(cause).__name__}: {cause}") from cause
+        raise error(f"{purpose} file {str(file)!r} failed: {type(cause).__name__}: {cause}") from cause
     return module

@@ -1,4 +1,4 @@
-"""Reward functions by dotted path, and the shape of what they return."""
+"""Reward functions by dotted path, and the check of what they return."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ..errors import ConfigError, near
 
 
 def reward_functions(paths: Sequence[str]) -> dict[str, Callable[..., Any]]:
-    """The functions behind dotted paths; names of TRL's own rewards are left to TRL.
+    """Imports reward functions. Names without a dot are rewards of TRL, which loads them itself.
 
     Raises:
         ConfigError: A module or a function does not exist.
     """
-    found: dict[str, Callable[..., Any]] = {}
+    functions: dict[str, Callable[..., Any]] = {}
     for path in paths:
         name, dot, attribute = path.rpartition(".")
         if not dot:
             continue
         if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())  # TRL looks there too
+            sys.path.insert(0, os.getcwd())  # where TRL looks too
         try:
             module = importlib.import_module(name)
         except Exception as error:  # a user's module may raise anything
@@ -32,14 +32,14 @@ def reward_functions(paths: Sequence[str]) -> dict[str, Callable[..., Any]]:
                 f"(modules are looked for in {os.getcwd()} and on PYTHONPATH)."
             ) from error
         if not hasattr(module, attribute):
-            own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-            raise ConfigError(f"reward function {path!r}: {name!r} has no {attribute!r}.{near(attribute, own)}")
-        found[path] = getattr(module, attribute)
-    return found
+            public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+            raise ConfigError(f"reward function {path!r}: {name!r} has no {attribute!r}.{near(attribute, public)}")
+        functions[path] = getattr(module, attribute)
+    return functions
 
 
 def check_result(path: str, result: Any, expected: int) -> list[float | None]:
-    """The rewards that a function returned, None where it does not apply.
+    """Returns the rewards that a function returned, None where it does not apply.
 
     Raises:
         ConfigError: They are not one number (or None) per completion.
@@ -56,12 +56,12 @@ def check_result(path: str, result: Any, expected: int) -> list[float | None]:
             f"reward function {path!r} returned {len(values)} rewards for {expected} completions, expected {expected}: "
             f"one per completion."
         )
-    found: list[float | None] = []
+    rewards: list[float | None] = []
     for value in values:
         try:
-            found.append(None if value is None else float(value))
+            rewards.append(None if value is None else float(value))
         except (TypeError, ValueError):
             raise ConfigError(
                 f"reward function {path!r} returned {value!r}, expected a number, or None where it does not apply."
             ) from None
-    return found
+    return rewards

@@ -1,4 +1,4 @@
-"""Tools for testing plugins: a tiny model, data and real trainers that take seconds on a CPU, and a conformance run.
+"""Tools for testing plugins: a tiny model, data, real trainers that take seconds on a CPU, and conformance checks.
 
 from trl_ext.testing import conformance, tiny_model, tiny_trainer
 """
@@ -39,7 +39,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "conformance":  # the checks import the whole host, which a test of one function does not need
+    if name == "conformance":  # imported on demand: it imports the whole host, which most tests do not need
         from .checks import conformance
 
         return conformance

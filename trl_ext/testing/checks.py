@@ -1,4 +1,4 @@
-"""The checks that every plugin should pass, on a tiny model in seconds. Used by `trl_ext check` and by plugins' tests.
+"""Conformance checks that every plugin should pass, on a tiny model in seconds.
 
 from trl_ext.testing import conformance
 assert all(check.passed for check in conformance("my_method.py", tmp_path))
@@ -21,11 +21,11 @@ from .. import api
 from ..catalog import declaration
 from ..catalog import find as catalog_find
 from ..errors import TrlExtError
-from ..inspection.recording import find, read
+from ..inspection.file_format import find, read
 from ..plan.stages import ROUNDS, TOOL_SOURCES
 from ..tools import calculator
 from ..trl_internals import trainer_state
-from . import calls, metrics_of, tiny_model, tiny_trainer
+from .tiny import calls, metrics_of, tiny_model, tiny_trainer
 
 SHAPES_SAMPLING = {"select_rows", "rollout", "trainer_arguments"}
 """Hooks that may change what the first round generates."""
@@ -33,7 +33,7 @@ SHAPES_SAMPLING = {"select_rows", "rollout", "trainer_arguments"}
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One line of the report."""
+    """The result of one check."""
 
     name: str
     passed: bool
@@ -50,69 +50,89 @@ def conformance(
     progress: Callable[[str], None] = lambda line: None,
     **settings: Any,
 ) -> list[Check]:
-    """Trains the plugin for a few steps of every trainer that it declares, and checks what an author cannot see.
+    """Trains a plugin for two steps of every trainer that it declares, and checks what its author cannot see.
 
     Args:
         reference: Name, `file.py` or `module:attribute`.
         folder: An empty folder for models and runs.
         options: Options of the plugin.
-        kinds: Only these of its trainers.
-        trainer: Further arguments of the trainer, such as `tools`. A plugin that needs tools gets a calculator, and
-            rollouts that call it, where none are given.
+        kinds: The trainers to check, by default all that it declares.
+        trainer: Further arguments of the trainer, such as `tools`. Without them, a plugin that needs tools gets a
+            calculator and rollouts that call it.
         progress: Called with the name of each check as it begins.
-        settings: What the plugin needs of `trl_ext.testing.tiny_trainer`: training arguments, `rewards`, `data`,
-            `model`.
+        settings: Arguments of `trl_ext.testing.tiny_trainer` that the plugin needs: training arguments, `rewards`,
+            `data`, `model`.
 
     Returns:
-        One entry per check; a failed one says what happened and what was expected.
+        The results in order. That of a failed check says what happened and what was expected.
     """
-    checks: list[Check] = []
     folder = Path(folder)
-
-    def check(name: str, test: Callable[[], str]) -> bool:
-        progress(name)
-        try:
-            checks.append(Check(name, True, test()))
-        except (AssertionError, TrlExtError) as error:
-            checks.append(Check(name, False, str(error)))
-        return checks[-1].passed
-
+    checklist = _Checklist(progress)
     specs: list[declaration.PluginSpec] = []
 
     def declared() -> str:
         specs.extend(catalog_find.resolve({reference: options}))
         return f"{specs[0].name}: {', '.join(specs[0].hooks) or 'no hooks'}"
 
-    if not check("declaration", declared):
-        return checks
+    if not checklist.check("declaration", declared):
+        return checklist.checks
     spec = specs[0]
     if "run" in spec.hooks:
-        checks.append(Check("runs", True, "not looked at: it owns a whole run, which only its own tests can check"))
-        return checks
+        detail = "not looked at: it owns a whole run, which only its own tests can check"
+        return [*checklist.checks, Check("runs", True, detail)]
     needs_tools = "tools" in spec.cls.needs
     with_tools = needs_tools or "trainer_arguments" in spec.hooks
     model = settings.pop("model", None) or tiny_model(folder / "model", tools=with_tools)
     for kind in kinds or spec.cls.trainers:
         arguments: dict[str, Any] = {"trainer": dict(trainer or {}), **settings}
         if kind == "grpo" and needs_tools and not set(TOOL_SOURCES) & set(arguments["trainer"]):
-            arguments["trainer"]["tools"] = [calculator]
-            called: dict[str, Any] = {"max_completion_length": 150, "max_tool_calling_iterations": 2}
-            called["generation_kwargs"] = calls(model, "calculator", likelihood=5.0, expression="6 * 7")
-            arguments = called | arguments
-        runs = _Runs(kind, model, folder, reference, options, arguments)
-        if check(f"{kind}: trains, every hook fires", runs.trains):
-            check(f"{kind}: the same run gives the same numbers", runs.repeats)
-            if kind != "dpo" and not SHAPES_SAMPLING & set(spec.hooks):
-                check(f"{kind}: setting it up leaves the random stream alone", runs.samples_like_stock)
-            check(f"{kind}: a resumed run ends where an uninterrupted one does", runs.resumes)
-            if kind in ROUNDS and "inspect" in spec.hooks:
-                check(f"{kind}: recording a round changes nothing", runs.records)
-            check(f"{kind}: switching it off restores the trainer", runs.restores)
-    return checks
+            arguments = _with_calculator(model, arguments)
+        _check_trainer(checklist, spec, _Runs(kind, model, folder, reference, options, arguments))
+    return checklist.checks
+
+
+class _Checklist:
+    """Runs checks and keeps their results."""
+
+    def __init__(self, progress: Callable[[str], None]) -> None:
+        self.checks: list[Check] = []
+        self._progress = progress
+
+    def check(self, name: str, test: Callable[[], str]) -> bool:
+        """Runs a check and returns whether it passed."""
+        self._progress(name)
+        try:
+            self.checks.append(Check(name, True, test()))
+        except (AssertionError, TrlExtError) as error:
+            self.checks.append(Check(name, False, str(error)))
+        return self.checks[-1].passed
+
+
+def _with_calculator(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Adds a calculator to the arguments of a trainer, and rollouts that call it."""
+    rollouts: dict[str, Any] = {"max_completion_length": 150, "max_tool_calling_iterations": 2}
+    rollouts["generation_kwargs"] = calls(model, "calculator", likelihood=5.0, expression="6 * 7")
+    return rollouts | arguments | {"trainer": arguments["trainer"] | {"tools": [calculator]}}
+
+
+def _check_trainer(checklist: _Checklist, spec: declaration.PluginSpec, runs: _Runs) -> None:
+    """Runs the checks with one trainer. The first one makes the run that the others compare with."""
+    kind = runs.kind
+    if not checklist.check(f"{kind}: trains, every hook fires", runs.trains):
+        return
+    checklist.check(f"{kind}: the same run gives the same numbers", runs.repeats)
+    if kind != "dpo" and not SHAPES_SAMPLING & set(spec.hooks):
+        checklist.check(f"{kind}: setting it up leaves the random stream alone", runs.samples_like_stock)
+    checklist.check(f"{kind}: a resumed run ends where an uninterrupted one does", runs.resumes)
+    if kind in ROUNDS and "inspect" in spec.hooks:
+        checklist.check(f"{kind}: recording a round changes nothing", runs.records)
+    checklist.check(f"{kind}: switching it off restores the trainer", runs.restores)
 
 
 @dataclasses.dataclass
 class _Runs:
+    """Runs of one plugin with one trainer. Every check returns its detail, or raises AssertionError."""
+
     kind: Any
     model: str
     folder: Path
@@ -148,11 +168,11 @@ class _Runs:
             stock = self.build("stock", max_steps=1)
             stock.train()
         with quiet(), api.enable({self.reference: self.options}):
-            ours = self.build("ours", max_steps=1)
-            ours.train()
-        assert trainer_state.logged_completions(stock) == trainer_state.logged_completions(ours), (
-            "the first round has other completions than plain TRL: something drew random numbers before it. Draw them "
-            "from a generator of your own."
+            extended = self.build("ours", max_steps=1)
+            extended.train()
+        assert trainer_state.logged_completions(stock) == trainer_state.logged_completions(extended), (
+            "the first round has other completions than plain TRL, so something drew random numbers before it. Draw "
+            "them from a generator of your own."
         )
         return "the first round has the completions of plain TRL"
 
@@ -178,16 +198,17 @@ class _Runs:
 
 
 def _same_metrics(left: Any, right: Any) -> None:
-    for a, b in zip(metrics_of(left), metrics_of(right), strict=True):
-        differing = [key for key in a if a[key] != b.get(key)]
-        assert not differing, f"{differing[0]} is {a[differing[0]]} and then {b.get(differing[0])} in the same run"
+    for first, second in zip(metrics_of(left), metrics_of(right), strict=True):
+        for name, value in first.items():
+            assert value == second.get(name), f"{name} is {value} and then {second.get(name)} in the same run"
 
 
 def _same_weights(left: Any, right: Any) -> None:
     import torch
 
-    for (name, a), b in zip(left.model.named_parameters(), right.model.parameters(), strict=True):
-        assert torch.equal(a, b), f"{name} differs by up to {(a - b).abs().max().item():.2g}; is state missing?"
+    for (name, ours), theirs in zip(left.model.named_parameters(), right.model.parameters(), strict=True):
+        difference = (ours - theirs).abs().max().item()
+        assert torch.equal(ours, theirs), f"{name} differs by up to {difference:.2g}; is state missing?"
 
 
 @contextlib.contextmanager

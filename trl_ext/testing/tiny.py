@@ -43,14 +43,17 @@ _RESPONSE = {
         "content": {"close_pattern": r"<\|im_end\|>\s*", "content": "text"},
     },
 }
-"""How transformers reads tool calls out of what the model wrote."""
+"""Response template with which transformers reads tool calls from a completion."""
 
 
 def tiny_model(folder: str | Path, *, tools: bool = False, **config: Any) -> str:
-    """Saves a two-layer Qwen2 with a character tokenizer and a chat template; returns its folder. Always the same.
+    """Saves a two-layer Qwen2 with a character tokenizer and a chat template and returns its folder. Always the same.
 
-    With `tools` its template and tokenizer know tool calls, for TRL's `tools=[...]`. It is not trained; `calls` makes
-    it call. `config` overrides settings of the architecture, such as `num_hidden_layers`.
+    Args:
+        folder: Where to save it.
+        tools: Whether template and tokenizer know tool calls, for TRL's `tools=[...]`. The model is not trained, so it
+            takes `calls` to make it call.
+        config: Settings of the architecture to override, such as `num_hidden_layers`.
     """
     import torch
     from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
@@ -96,7 +99,7 @@ def tiny_model(folder: str | Path, *, tools: bool = False, **config: Any) -> str
 
 
 def tiny_data(kind: TrainerKind = "grpo", rows: int = 16) -> Dataset:
-    """Prompts with an `answer` and an `index` column, or preference pairs for DPO."""
+    """Makes prompts with the columns `answer` and `index`, or preference pairs for DPO."""
     from datasets import Dataset
 
     prompts = [[{"role": "user", "content": f"{i}+{i}="}] for i in range(rows)]
@@ -110,15 +113,15 @@ def tiny_data(kind: TrainerKind = "grpo", rows: int = 16) -> Dataset:
 
 
 def calls(folder: str, name: str, likelihood: float = 3.0, end: float = 3.0, **arguments: Any) -> dict[str, Any]:
-    """`generation_kwargs` with which the untrained tiny model calls a tool now and then, in TRL's own loop.
+    """Returns `generation_kwargs` with which the untrained tiny model calls a tool now and then, in TRL's own loop.
 
-    A bias on sequences makes the opening of a call likely, and what follows it certain.
+    A bias on sequences makes the first token of a call likely, and what follows it certain.
 
     Args:
         folder: Folder of `tiny_model(..., tools=True)`.
         name: Name of the tool.
         likelihood: Added to the logit of a call's first token wherever nothing else is certain.
-        end: Added to the logit of the end of a turn there.
+        end: Added there to the logit of the end of a turn.
         arguments: Arguments of the call.
     """
     import json
@@ -135,11 +138,11 @@ def calls(folder: str, name: str, likelihood: float = 3.0, end: float = 3.0, **a
 
 
 class Scripted:
-    """A `rollout_func` whose rollouts are written down: one list of rows per round, again from the first at the end.
+    """A `rollout_func` that replays given rollouts: one list of rows per round, from the first again after the last.
 
-    A row is a mapping of fields, which reward functions get as keyword arguments (see `reported`). `completion_ids` and
-    `env_mask` (0 on tokens that the model did not write) are optional; without ids, completions differ in length and
-    content from row to row.
+    A row is a mapping of fields, which reward functions get as keyword arguments (see `reported`). Two fields are
+    optional: `completion_ids`, by default different in length and content from row to row, and `env_mask`, which is 0
+    on tokens that the model did not write.
     """
 
     def __init__(self, *rounds: Sequence[Mapping[str, Any]]) -> None:
@@ -149,14 +152,14 @@ class Scripted:
         rows = next(self.rounds)
         if len(rows) != len(prompts):
             raise ValueError(f"the script has {len(rows)} rows for {len(prompts)} prompts")
-        made = [[10 + (7 * i + j) % 80 for j in range(2 + i % 3)] for i in range(len(rows))]
-        found = {name: [row[name] for row in rows] for name in rows[0]}
-        found["completion_ids"] = [row.get("completion_ids", ids) for row, ids in zip(rows, made, strict=True)]
-        return {**found, "prompt_ids": [[20 + len(prompt)] for prompt in prompts], "logprobs": None}
+        default_ids = [[10 + (7 * i + j) % 80 for j in range(2 + i % 3)] for i in range(len(rows))]
+        fields = {name: [row[name] for row in rows] for name in rows[0]}
+        fields["completion_ids"] = [row.get("completion_ids", ids) for row, ids in zip(rows, default_ids, strict=True)]
+        return {**fields, "prompt_ids": [[20 + len(prompt)] for prompt in prompts], "logprobs": None}
 
 
 def reported(name: str) -> Callable[..., list[float | None]]:
-    """A reward function called `name` that returns the field `name` of every rollout."""
+    """Makes a reward function called `name` that returns the field `name` of every rollout."""
 
     def reward(**kwargs: Any) -> list[float | None]:
         return list(kwargs[name])
@@ -166,18 +169,18 @@ def reported(name: str) -> Callable[..., list[float | None]]:
 
 
 def digits(completions: list[Any], **kwargs: Any) -> list[float]:
-    """Share of digits in a completion."""
+    """Rewards the share of digits in a completion."""
     texts = [completion[0]["content"] for completion in completions]
     return [sum(letter.isdigit() for letter in text) / max(len(text), 1) for text in texts]
 
 
 def brevity(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
-    """1 for an empty completion, less for every token."""
+    """Rewards short completions: 1 for an empty one, less for every token."""
     return [1.0 / (1 + len(ids)) for ids in completion_ids]
 
 
 def tiny_args(kind: TrainerKind, output: str | Path, **settings: Any) -> Any:
-    """Training arguments for two steps on a CPU; `settings` override them."""
+    """Makes training arguments for two steps on a CPU. `settings` override them."""
     from trl import DPOConfig, GRPOConfig, RLOOConfig
 
     common: dict[str, Any] = {
@@ -209,16 +212,16 @@ def tiny_trainer(
     trainer: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Any:
-    """A real TRL trainer on the tiny model.
+    """Makes a real TRL trainer on the tiny model.
 
     Args:
         kind: Which trainer.
         model: Folder made by `tiny_model`.
         output: Output folder of the run.
-        cls: Trainer class; TRL's by default.
-        rewards: Reward functions; `digits` and `brevity` by default.
-        data: Training data; `tiny_data` by default.
-        trainer: Further arguments of the trainer; they win.
+        cls: Trainer class, by default TRL's.
+        rewards: Reward functions, by default `digits` and `brevity`.
+        data: Training data, by default `tiny_data`.
+        trainer: Further arguments of the trainer, which win over the others.
         settings: Training arguments that differ from `tiny_args`.
     """
     from trl import DPOTrainer, GRPOTrainer, RLOOTrainer
@@ -235,9 +238,9 @@ def tiny_trainer(
 
 
 def metrics_of(trainer: Any) -> list[dict[str, Any]]:
-    """The logged metrics of a run without clock times, for comparing two runs."""
-    clock = ("runtime", "per_second", "step_time", "profiling", "total_flos", "epoch")
+    """Returns the logged metrics of a run without times, to compare two runs."""
+    of_time = ("runtime", "per_second", "step_time", "profiling", "total_flos", "epoch")
     return [
-        {key: value for key, value in entry.items() if not any(word in key for word in clock)}
+        {key: value for key, value in entry.items() if not any(word in key for word in of_time)}
         for entry in trainer.state.log_history
     ]

@@ -1,1 +1,1 @@
-"""`trl_ext train`: command line, launch, worker, progress and summary."""
+"""Training from the command line: arguments, launch, worker processes, progress and summary."""

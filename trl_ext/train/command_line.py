@@ -1,10 +1,11 @@
-"""What a user asked `trl_ext train` for: plugins with options, the trainer, and everything that is TRL's business."""
+"""Command line of `trl_ext train`: our own arguments, the YAML file, and the request that they make."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,26 +21,34 @@ from ..plan.compose import check_kind, common_trainers, compose
 from ..plan.stages import ROUNDS
 
 BLOCKS = ("plugins", "experiment")
-"""Keys of the YAML file that are ours; TRL gets the file without them."""
+"""Keys of the YAML file that are ours. TRL gets the file without them."""
 SIZES = ("train_size", "test_size")
-"""Keys of the block `experiment:` for the data of its task."""
-COMMAND = "TRL_EXT_COMMAND"
-"""Environment variable that tells the workers the command line of the user."""
+"""Keys of the block `experiment:` that size the data of its task."""
+OWN_OPTIONS = (
+    *("--plugin", "--set", "--config", "--trainer", "--no_reward_check"),
+    *("--inspect", "--no_save", "--help-trl"),
+)
+"""Our own options, for the hint at a misspelt one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A checked request.
+    """What the user asked for, checked.
 
     Attributes:
-        plugins: Plugin reference -> option values.
+        plugins: Option values by plugin reference.
         specs: The plugins in the order in which they act.
         kind: The trainer.
         config: The path of the YAML file, or None.
         settings: What the YAML file holds for TRL and accelerate.
         arguments: The command line without our own arguments, for TRL and accelerate.
-        task: A task of the lab to train on, from the block `experiment:`; None where the settings name model and data.
-        sizes: Sizes of the task's data, where the block gives them.
+        task: The task of the lab to train on, from the block `experiment:`. None if the settings name model and data.
+        sizes: The sizes of the task's data that the block gives.
+        check_rewards: Whether to try the reward functions before the model is loaded.
+        inspect: How many rounds to record, or None.
+        save: Whether to save the final model.
+        bars: Whether the user wants the progress bars of transformers.
+        command: The command line of the user.
     """
 
     plugins: dict[str, dict[str, Any]]
@@ -50,10 +59,15 @@ class Request:
     arguments: list[str]
     task: str | None = None
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
+    check_rewards: bool = True
+    inspect: int | None = None
+    save: bool = True
+    bars: bool = False
+    command: str = ""
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes no abbreviations, and reports mistakes like every other error."""
+    """The parser of `trl_ext train`. It takes no abbreviations and raises our errors."""
 
     def __init__(self) -> None:
         super().__init__("trl_ext train", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -64,14 +78,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that are ours, in a command line whose rest belongs to TRL and accelerate."""
+    """Adds our own arguments to a command line whose rest belongs to TRL and accelerate."""
     parser.add_argument(
         "--plugin",
         nargs="+",
         action="extend",
         default=[],
         metavar="PLUGIN",
-        help="plugins in the order in which they act: names, file.py or module:attribute; may be repeated",
+        help="plugins in the order in which they act: name, file.py or module:attribute; may be repeated",
     )
     parser.add_argument(
         "--set",
@@ -79,34 +93,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="PLUGIN.OPTION=VALUE",
-        help="options of plugins; values are read as YAML; wins over the YAML file",
+        help="options of plugins, values read as YAML; these win over the YAML file",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with TRL's settings and a block `plugins:`")
     parser.add_argument(
         "--trainer",
         choices=declaration.KINDS,
-        help="TRL's trainer (default: grpo if all plugins serve it, else the first one that they all serve)",
+        help="TRL's trainer (default: the first of these that all plugins serve)",
     )
     parser.add_argument(
         "--no_reward_check",
         action="store_true",
-        help="do not call the reward functions on two rows before the model is loaded",
+        help="do not try the reward functions on two rows before the model is loaded",
     )
     parser.add_argument(
         "--inspect",
-        type=_rounds,
+        type=_round_count,
         metavar="N",
-        help="record the first N rounds (tokens, rewards and advantages before and after each plugin) for "
-        "`trl_ext inspect`; changes no number of the run",
+        help="record the first N rounds for `trl_ext inspect`: tokens, rewards and advantages before and after each "
+        "plugin; changes no number of the run",
     )
     parser.add_argument(
         "--no_save",
         action="store_true",
-        help="end after training, without the final model that TRL's scripts save",
+        help="do not save the final model, as TRL's scripts do",
     )
 
 
-def _rounds(text: str) -> int:
+def _round_count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number of rounds, at least 1, got {text!r}")
     return int(text)
@@ -116,7 +130,7 @@ def understand(args: argparse.Namespace, rest: list[str]) -> Request:
     """Reads the YAML file, finds the plugins and checks that they fit together and with the trainer.
 
     Raises:
-        TrlExtError: Something cannot work; nothing of TRL has been loaded by then.
+        TrlExtError: The request cannot work. Nothing of TRL has been loaded by then.
     """
     settings = read_config(args.config)
     block, experiment = (settings.pop(name, None) for name in BLOCKS)
@@ -130,14 +144,26 @@ def understand(args: argparse.Namespace, rest: list[str]) -> Request:
     if args.inspect and kind not in ROUNDS:
         raise ConfigError(f"--inspect records rounds of completions, and the {kind.upper()} trainer generates none.")
     sizes = {name: experiment[name] for name in SIZES if name in experiment}
-    return Request(requests, specs, kind, args.config, settings, rest, experiment.get("task"), sizes)
+    return Request(
+        plugins=requests,
+        specs=specs,
+        kind=kind,
+        config=args.config,
+        settings=settings,
+        arguments=rest,
+        task=experiment.get("task"),
+        sizes=sizes,
+        check_rewards=not args.no_reward_check,
+        inspect=args.inspect,
+        save=not args.no_save,
+    )
 
 
 def read_config(path: str | None) -> dict[str, Any]:
-    """The YAML file as a mapping; `env:` is taken out and set in the environment, as TRL does.
+    """Reads the YAML file, takes `env:` out and sets it in the environment, as TRL does.
 
     Raises:
-        ConfigError: The file is missing, is not YAML, or holds something else than a mapping.
+        ConfigError: The file is missing, is not YAML, or does not hold a mapping.
     """
     if path is None:
         return {}
@@ -160,19 +186,15 @@ def read_config(path: str | None) -> dict[str, Any]:
     return settings
 
 
-def forwarded(args: argparse.Namespace, request: Request) -> list[str]:
-    """Our own arguments for the worker, with the trainer as decided."""
-    own = ["--trainer", request.kind]
-    if args.plugin:
-        own += ["--plugin", *args.plugin]
-    if args.set:
-        own += ["--set", *args.set]
-    if args.config is not None:
-        own += ["--config", args.config]
-    if args.no_reward_check:
-        own.append("--no_reward_check")
-    if args.inspect:
-        own += ["--inspect", str(args.inspect)]
-    if args.no_save:
-        own.append("--no_save")
-    return own
+def as_arguments(settings: Mapping[str, Any]) -> list[str]:
+    """Writes settings as arguments of TRL's parser."""
+    arguments: list[str] = []
+    for name, value in settings.items():
+        values = value if isinstance(value, list) else [value]
+        arguments += [f"--{name}", *(str(item).lower() if isinstance(item, bool) else str(item) for item in values)]
+    return arguments
+
+
+def say(message: str) -> None:
+    """Tells the user on standard error what happens."""
+    print(f"trl_ext: {message}", file=sys.stderr, flush=True)

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from . import log_metrics
+from .log_metrics import is_evaluation, is_training, shown
 
 _TRAINING, _HELD_OUT, _INK = "#2f6db5", "#d9641e", "#333333"
 
 
-def draw(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> bool:
-    """Draws the shown metrics of a log history over the steps; False where there is nothing to draw."""
-    training = _series(entry for entry in history if log_metrics.is_training(entry))
-    held_out = _series((entry for entry in history if log_metrics.is_evaluation(entry)), "eval_")
+def draw(history: Sequence[Mapping[str, Any]], title: str) -> bytes | None:
+    """Draws a PNG of the shown metrics of a log history over the steps. Returns None where there is nothing to draw."""
+    training = _series(entry for entry in history if is_training(entry))
+    held_out = _series((entry for entry in history if is_evaluation(entry)), "eval_")
     names = [name for name, points in training.items() if len(points) > 1]
     if not names:
-        return False
+        return None
     columns = len(names) if len(names) <= 4 else math.ceil(math.sqrt(len(names)))
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(3.6 * columns + 0.4, 2.9 * rows + 0.9), dpi=130, layout="constrained")
-    figure.suptitle(title, fontsize=11, color=_INK)
+    figure.suptitle(title, fontsize=11, color=_INK, parse_math=False)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel, name in zip(axes, names, strict=False):
         _panel(panel, name, training[name], held_out.get(name, []))
@@ -34,12 +34,13 @@ def draw(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> bool:
     legends = [panel.get_legend_handles_labels() for panel in axes[: len(names)]]
     handles, labels = max(legends, key=lambda legend: len(legend[1]))
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
-    figure.savefig(path)
-    return True
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Mean over a centred window of about a fifth of the run, shorter at the ends so that no value is invented."""
+    """Averages over a centred window of about a fifth of the run, shorter at the ends so that no value is invented."""
     half = len(values) // 10
     means = []
     for index in range(len(values)):
@@ -50,15 +51,17 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def _series(entries: Any, prefix: str = "") -> dict[str, list[tuple[int, float]]]:
-    found: dict[str, list[tuple[int, float]]] = {}
+    """Returns label -> (step, value) of the finite values."""
+    series: dict[str, list[tuple[int, float]]] = {}
     for entry in entries:
-        for name, value in log_metrics.shown(entry, prefix).items():
+        for name, value in shown(entry, prefix).items():
             if math.isfinite(value):
-                found.setdefault(name, []).append((entry.get("step", 0), value))
-    return found
+                series.setdefault(name, []).append((entry.get("step", 0), value))
+    return series
 
 
 def _panel(panel: Any, name: str, training: list[tuple[int, float]], held_out: list[tuple[int, float]]) -> None:
+    """Draws a metric: the training steps, their smoothed curve, and the held-out evaluations."""
     steps, values = [step for step, _ in training], [value for _, value in training]
     panel.plot(steps, values, color=_TRAINING, alpha=0.3, linewidth=1, marker=".", markersize=4, label="training step")
     panel.plot(steps, smooth(values), color=_TRAINING, linewidth=2, label="smoothed")
@@ -87,7 +90,7 @@ def _panel(panel: Any, name: str, training: list[tuple[int, float]], held_out: l
                 color=_HELD_OUT,
                 fontweight="bold",
             )
-    panel.set_title(f"{name} (tokens)" if name == "length" else name, fontsize=10, color=_INK)
+    panel.set_title(f"{name} (tokens)" if name == "length" else name, fontsize=10, color=_INK, parse_math=False)
     panel.set_xlabel("step", fontsize=9, color=_INK)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     everything = values + [value for _, value in held_out]

@@ -1,4 +1,4 @@
-"""Checks of data and reward functions in the training process, before a model is loaded."""
+"""Checks of data and reward functions in the training process, before the model is loaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COLUMNS: dict[TrainerKind, tuple[str, ...]] = {
     "rloo": ("prompt",),
     "dpo": ("chosen", "rejected"),
 }
-"""Columns that TRL's trainers cannot do without."""
+"""Columns that TRL's trainers need."""
 
 
 def check(
@@ -35,9 +35,9 @@ def check(
     Args:
         kind: The trainer.
         parsed: TRL's arguments.
-        warn: Called with a sentence for what may fail later.
+        warn: Called with a sentence about what may fail later.
         rewards: Whether to call the reward functions.
-        columns: Columns that the data must have; by default what the trainer needs.
+        columns: Columns that the data must have. By default those that the trainer needs.
         fields: Names of what plugins find in a rollout and pass to reward functions.
 
     Raises:
@@ -53,19 +53,20 @@ def check(
     rows = list(data.take(2))
     if not rows:
         raise ConfigError("the training data has no rows.")
-    found = list(rows[0])
+    present = list(rows[0])
     needed = _COLUMNS[kind] if columns is None else columns
-    missing = [name for name in needed if name not in found and f"{name}_ids" not in found]
+    missing = [name for name in needed if name not in present and f"{name}_ids" not in present]
     if missing:
         raise ConfigError(
             f"the training data has no column {missing[0]!r}, which the {kind.upper()} trainer needs; it has "
-            f"{', '.join(found)}. Rename a column, or choose other data."
+            f"{', '.join(present)}. Rename a column, or choose other data."
         )
     if rewards:
         check_rewards(functions, rows, warn, fields)
 
 
 def _takes(function: Callable[..., Any], fields: Collection[str]) -> bool:
+    """Returns whether a function has a parameter with the name of a field."""
     try:
         return bool(set(inspect.signature(function).parameters) & set(fields))
     except ValueError:  # a callable written in C
@@ -78,12 +79,12 @@ def check_rewards(
     warn: Callable[[str], None],
     fields: Collection[str] = (),
 ) -> None:
-    """Calls every function as the trainer will, with empty completions, and checks the shape of what comes back.
+    """Calls every reward function as the trainer will, on empty completions, and checks what it returns.
 
-    Functions that ask for one of the `fields`, which plugins find in a rollout, are left alone.
+    Functions that ask for one of the `fields`, which plugins find in a rollout, are not called.
 
     Raises:
-        ConfigError: A function returns something else than one number (or None) per completion.
+        ConfigError: A function does not return one number (or None) per completion.
     """
     from torch.nn import Module
     from transformers import TrainerState

@@ -1,4 +1,4 @@
-"""The summary of a run: a table of before and after, `trl_ext_run.json` and a picture of the curves."""
+"""Summary of a run: a table of before and after, `trl_ext_run.json` and a picture of the curves."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..support.files import write_atomically
 from ..support.tables import print_table
 from ..support.versions import versions
 from ..trl_internals.arguments import Parsed
-from .command_line import COMMAND, Request
+from . import curves
+from .command_line import Request
 from .log_metrics import is_evaluation, is_training, shown
 
 RECORD, PICTURE = "trl_ext_run.json", "trl_ext_curves.png"
@@ -21,15 +23,21 @@ RECORD, PICTURE = "trl_ext_run.json", "trl_ext_curves.png"
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The shown metrics before and after training, and where they come from."""
+    """The shown metrics before and after training.
+
+    Attributes:
+        source: Where they come from, in words.
+        before: Values by label.
+        after: Values by label.
+    """
 
     source: str
     before: dict[str, float]
     after: dict[str, float]
 
 
-def compare(history: Sequence[Mapping[str, Any]]) -> Comparison | None:
-    """First against last evaluation; without two of them, the first against the last training steps."""
+def before_and_after(history: Sequence[Mapping[str, Any]]) -> Comparison | None:
+    """Compares the first with the last evaluation, or the first with the last steps if there are fewer than two."""
     evaluations = [(logs.get("step", 0), shown(logs, "eval_")) for logs in history if is_evaluation(logs)]
     evaluations = [entry for entry in evaluations if entry[1]]
     if len(evaluations) >= 2:
@@ -50,12 +58,12 @@ def _mean(entries: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in columns.items() if values}
 
 
-def report(trainer: Any, asked: Request, parsed: Parsed, seconds: float) -> None:
-    """Prints the table and writes the files into the output folder; for the main process."""
+def write_summary(trainer: Any, request: Request, parsed: Parsed, seconds: float) -> None:
+    """Prints the table and writes the files into the output folder. Called on the main process."""
     folder = Path(trainer.args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     history = trainer.state.log_history
-    comparison = compare(history)
+    comparison = before_and_after(history)
     if comparison is not None:
         rows = [
             [name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"]
@@ -63,39 +71,34 @@ def report(trainer: Any, asked: Request, parsed: Parsed, seconds: float) -> None
             if (after := comparison.after.get(name)) is not None
         ]
         print_table(["", "before", "after", "change"], rows, title=comparison.source)
-    content = describe(trainer, asked, parsed, seconds, comparison)
-    unfinished = folder / f"{RECORD}.part"
-    unfinished.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    unfinished.rename(folder / RECORD)
+    content = describe(trainer, request, parsed, seconds, comparison)
+    write_atomically(folder / RECORD, json.dumps(content, indent=2, default=str) + "\n")
     written = [RECORD]
-    try:
-        from .curves import draw
-    except ImportError:
-        print(f"no picture: matplotlib is not installed (pip install 'trl_ext[demo]' draws {PICTURE}).")
-    else:
-        if draw(history, folder / PICTURE, _title(asked, parsed, trainer)):
-            written.insert(0, PICTURE)
+    picture = curves.draw(history, _title(request, parsed, trainer))
+    if picture is not None:
+        write_atomically(folder / PICTURE, picture)
+        written.insert(0, PICTURE)
     print(f"{trainer.state.global_step} steps in {seconds:.0f} s; {' and '.join(written)} in {folder}", flush=True)
 
 
 def describe(
-    trainer: Any, asked: Request, parsed: Parsed, seconds: float, comparison: Comparison | None
+    trainer: Any, request: Request, parsed: Parsed, seconds: float, comparison: Comparison | None
 ) -> dict[str, Any]:
-    """The content of `trl_ext_run.json`."""
+    """Returns the content of `trl_ext_run.json`."""
     script, training, model, mixture = parsed
     session = vars(trainer).get("_trl_ext")
-    calls: dict[str, dict[str, int]] = {spec.name: {} for spec in asked.specs}
+    calls: dict[str, dict[str, int]] = {spec.name: {} for spec in request.specs}
     for (plugin, hook), count in sorted(session.calls.items()) if session is not None else ():
         calls[plugin][hook] = count
     history = trainer.state.log_history
     steps = [dict(logs) for logs in history if is_training(logs)]
-    data = asked.task or script.dataset_name or [source.path for source in mixture.datasets]
+    data = request.task or script.dataset_name or [source.path for source in mixture.datasets]
     return {
-        "command": os.environ.get(COMMAND),
-        "trainer": asked.kind,
+        "command": request.command,
+        "trainer": request.kind,
         "plugins": [
             {"name": spec.name, "version": spec.version, "origin": spec.origin, "options": spec.option_values}
-            for spec in asked.specs
+            for spec in request.specs
         ],
         "hooks_fired": calls,
         "versions": versions(),
@@ -113,7 +116,7 @@ def describe(
     }
 
 
-def _title(asked: Request, parsed: Parsed, trainer: Any) -> str:
-    plugins = " + ".join(spec.name for spec in asked.specs) or "no plugins"
-    name = asked.task or os.path.basename(str(parsed[2].model_name_or_path).rstrip("/"))
-    return f"{plugins} on {asked.kind.upper()}, {name}, {trainer.state.global_step} steps"
+def _title(request: Request, parsed: Parsed, trainer: Any) -> str:
+    plugins = " + ".join(spec.name for spec in request.specs) or "no plugins"
+    name = request.task or os.path.basename(str(parsed[2].model_name_or_path).rstrip("/"))
+    return f"{plugins} on {request.kind.upper()}, {name}, {trainer.state.global_step} steps"

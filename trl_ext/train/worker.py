@@ -1,4 +1,4 @@
-"""The process that trains: one per device, started by `trl_ext train` through accelerate's launcher."""
+"""Worker process of `trl_ext train`, one per device, started through accelerate's launcher."""
 
 from __future__ import annotations
 
@@ -7,29 +7,33 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ..support import child_errors
-from . import command_line
+from . import handover
+from .command_line import Request
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains, and returns an exit code; errors are left to the parent to tell."""
+    """Trains what the request in the file `argv[0]` asks for, and returns the exit code.
+
+    Errors are left for the parent to print.
+    """
     try:
         _train(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
         return 130
-    except Exception as error:  # the last one to see it
-        return child_errors.record(error)
+    except Exception as error:  # nobody above would see it
+        return child_errors.write_error(error)
     return 0
 
 
 def _train(argv: list[str]) -> None:
-    # what TRL uses of transformers is none of the user's business; `python -W` or PYTHONWARNINGS bring it back
+    # which deprecated parts of transformers TRL uses is not the user's concern; `python -W` brings the warnings back
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    args, rest = command_line.Parser().parse_known_args(argv)
-    asked = command_line.understand(args, rest)
+    request = handover.read(Path(argv[0]))
 
     from .. import api
     from ..campaign import job
@@ -38,61 +42,54 @@ def _train(argv: list[str]) -> None:
     from . import preflight
     from .progress import Progress
 
-    first = os.environ.get("RANK", "0") == "0"
+    is_first = os.environ.get("RANK", "0") == "0"
     with contextlib.ExitStack() as stack:
-        handle = stack.enter_context(api.enable(asked.plugins)) if asked.plugins else None
-        parsed = arguments.parse(asked.kind, asked.arguments, asked.settings)
-        owner = ownership.owner(asked.specs)
-        if first:
-            fields = {name for spec in asked.specs for name in spec.cls.fields}
-            columns = ("prompt",) if owner else None
-            preflight.check(asked.kind, parsed, _warn, rewards=not args.no_reward_check, columns=columns, fields=fields)
-        progress = Progress(asked, parsed, lines=not _wants_bars(asked))
+        handle = stack.enter_context(api.enable_specs(request.specs)) if request.specs else None
+        parsed = arguments.parse(request.kind, request.arguments, request.settings)
+        owner = ownership.owner(request.specs)
+        if is_first:
+            fields = {name for spec in request.specs for name in spec.cls.fields}
+            columns = ("prompt",) if owner else None  # a plugin that owns the run makes its own pairs
+            rewards = request.check_rewards
+            preflight.check(request.kind, parsed, _warn, rewards=rewards, columns=columns, fields=fields)
+        progress = Progress(request, parsed, lines=not request.bars)
 
         def built(trainer: Any) -> None:
             progress.follow(trainer)
-            if args.inspect:
-                api.record(trainer, args.inspect)
+            if request.inspect is not None:
+                api.record(trainer, request.inspect)
 
         if handle is not None:
             handle.on_trainer(built)
         else:
-            stack.enter_context(scripts.on_built(asked.kind, built))
+            stack.enter_context(scripts.on_built(request.kind, built))
         if owner is not None:
-            job.start(asked.specs, _owned_job(asked, parsed))
-        elif asked.task is None:
-            scripts.run_script(asked.kind, parsed, save=not args.no_save)
+            job.start(request.specs, _owned_job(request, parsed))
+        elif request.task is None:
+            scripts.run_script(request.kind, parsed, save=request.save)
         else:
-            _train_on_task(asked.task, asked, parsed, save=not args.no_save)
+            _train_on_task(request.task, request, parsed, save=request.save)
 
 
-def _train_on_task(task: str, asked: command_line.Request, parsed: Any, save: bool) -> None:
-    """What TRL's script does for model and data that are named, for a task of the lab."""
-    from ..experiments.running import build
+def _train_on_task(task: str, request: Request, parsed: Any, save: bool) -> None:
+    """Trains on a task of the lab, as TRL's script does on model and data that are named."""
+    from .on_task import build_trainer
 
-    trainer = build(task, asked.kind, parsed, asked.sizes, _warn)
+    trainer = build_trainer(task, request.kind, parsed, request.sizes, _warn)
     trainer.train(resume_from_checkpoint=parsed[1].resume_from_checkpoint)
     if save:
         trainer.save_model(parsed[1].output_dir)
 
 
-def _owned_job(asked: command_line.Request, parsed: Any) -> Any:
-    """The run that a plugin owns, on the model and data that are named or on a task of the lab."""
-    if asked.task is None:
+def _owned_job(request: Request, parsed: Any) -> Any:
+    """Returns the run that a plugin owns, on the named model and data or on a task of the lab."""
+    if request.task is None:
         from ..campaign.job import from_script
 
         return from_script(parsed)
-    from ..experiments.running import on_task
+    from .on_task import build_job
 
-    return on_task(asked.task, parsed, asked.sizes, _warn)
-
-
-def _wants_bars(asked: command_line.Request) -> bool:
-    """Whether the user asked for TRL's own progress bars by setting `disable_tqdm: false`."""
-    from ..trl_internals import launch
-
-    given = launch.split(asked.kind, asked.arguments, asked.settings).given
-    return given.get("disable_tqdm") is False
+    return build_job(request.task, parsed, request.sizes, _warn)
 
 
 def _warn(message: str) -> None:

@@ -49,7 +49,7 @@ class SPAE(Plugin):
     class Options:
         """Options of SPAE."""
 
-        alpha: float = option(0.5, ge=0, le=1, help="damping after saturation", source="paper, table 2")
+        alpha: float = option(0.5, ge=0, le=1, help="damping after saturation, 0 to 1", source="paper, table 2")
         xi: float = option(0.5, ge=0, help="weight of the bonus for rising potentials, 0 to 1", source="paper, table 2")
         eps_sat: float = option(
             0.9, gt=0, lt=1, help="potential above which a step is saturated", source="authors' script"

@@ -150,5 +150,5 @@ def test_without_environments_there_are_no_turns(build: Any, plugin: Any) -> Non
 
 
 def test_rloo_has_no_environments(build: Any, plugin: Any) -> None:
-    with trl_ext.enable(plugin(Watch)), pytest.raises(ConfigError, match="RLOO has not; use GRPO"):
+    with trl_ext.enable(plugin(Watch)), pytest.raises(ConfigError, match="RLOO does not support; use GRPO"):
         build("rloo")

@@ -1,4 +1,4 @@
-"""The built-in tasks, one module for one or two of them."""
+"""Built-in tasks, with a module for every one or two of them."""
 
 from __future__ import annotations
 

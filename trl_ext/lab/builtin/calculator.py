@@ -1,8 +1,8 @@
-"""Sums that the model knows and products that it does not, with a calculator for both.
+"""Task `calculator`: sums that the model knows and products that it does not, with a calculator for both.
 
-`7+5` is known by heart; `47*86` takes the tool. An answer is `=12`. The warmed-up model calls the tool nine times out
-of ten, needed or not, and sometimes twice; when it does not, it is right on the sums and guesses the products. A method
-that saves calls should bring the sums to none and the products to one.
+The model knows `7+5` by heart and needs the tool for `47*86`. An answer is `=12`. The warmed-up model calls the tool
+nine times out of ten, needed or not, and sometimes twice. Without a call it is right on sums and guesses products. A
+method that saves calls should bring sums to no call and products to one.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from ..messages import assistant, by_kind, call, calls_made, final_text, in_spli
 
 KINDS = ("sum", "product")
 CALLS, SHARES = (0, 1, 2), (0.1, 0.65, 0.25)
-"""How often the traces call the tool how many times."""
+"""Numbers of calls in the traces, and how often each occurs."""
 KNOWLEDGE = 0.2
-"""Share of the traces that teach the sums and leave the choice between answer and call alone."""
+"""Share of the traces that teach sums without teaching whether to answer or to call."""
 
 
 def calculate(expression: str) -> str:
@@ -39,21 +39,22 @@ def calculate(expression: str) -> str:
 
 
 def correct(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
-    """1 where the last message is `=` and the answer."""
+    """Returns 1 where the last message is `=` and the answer."""
     return [float(final_text(completion) == f"={right}") for completion, right in zip(completions, answer, strict=True)]
 
 
 def behaviour(
     completions: list[Any], kind: list[str], answer: list[str], **columns: Any
 ) -> dict[str, list[float | None]]:
-    """Calls and right answers by kind of question, and right answers without a call."""
+    """Reports calls and right answers by kind of question, and right answers without a call."""
     calls = [float(calls_made(completion)) for completion in completions]
     right = correct(completions, answer)
-    alone = [value if not made else None for value, made in zip(right, calls, strict=True)]
+    alone = [value if not count else None for value, count in zip(right, calls, strict=True)]
     return by_kind(kind, calls, "calls") | by_kind(kind, right, "correct") | by_kind(kind, alone, "correct_alone")
 
 
 def _question(number: int, random_state: random.Random) -> tuple[str, str]:
+    """Draws a question: its kind and its text."""
     kind = KINDS[number % 2]
     if kind == "sum":
         return kind, f"{random_state.randrange(10)}+{random_state.randrange(10)}"
@@ -61,31 +62,32 @@ def _question(number: int, random_state: random.Random) -> tuple[str, str]:
 
 
 def rows(split: str, size: int, seed: int) -> list[Row]:
-    """Sums and products in turn. Products of the two splits differ; there are only a hundred sums."""
+    """Makes sums and products in turn. The splits share no product, and there are only a hundred sums."""
     random_state = random.Random(f"calculator {split} {seed}")
-    found: list[Row] = []
-    while len(found) < size:
-        kind, question = _question(len(found), random_state)
+    questions: list[Row] = []
+    while len(questions) < size:
+        kind, question = _question(len(questions), random_state)
         if kind == "sum" or in_split(question, split):
-            found.append({"prompt": user(question), "answer": calculate(question), "kind": kind})
-    return found
+            questions.append({"prompt": user(question), "answer": calculate(question), "kind": kind})
+    return questions
 
 
 def traces(size: int, seed: int) -> list[Row]:
+    """Makes answers with any number of calls, and some sums that teach the answer only."""
     random_state = random.Random(f"calculator traces {seed}")
-    found: list[Row] = []
-    while len(found) < size:
-        kind, question = _question(len(found), random_state)
+    examples: list[Row] = []
+    while len(examples) < size:
+        kind, question = _question(len(examples), random_state)
         if kind == "product" and not in_split(question, "train"):
             continue
         value = calculate(question)
         if kind == "sum" and random_state.random() < 2 * KNOWLEDGE:
-            found.append({"prompt": user(question), "completion": assistant(value, prefix="=")})
+            examples.append({"prompt": user(question), "completion": assistant(value, prefix="=")})
             continue
         (calls,) = random_state.choices(CALLS, SHARES)
         turns = [call("calculate", expression=question), result("calculate", value)] * calls
-        found.append({"prompt": user(question), "completion": turns + assistant(f"={value}")})
-    return found
+        examples.append({"prompt": user(question), "completion": turns + assistant(f"={value}")})
+    return examples
 
 
 CALCULATOR = Task(

@@ -1,4 +1,4 @@
-"""Calculations with redundant checks after the answer.
+"""Task `checks`: calculations with redundant checks after the answer.
 
 `3+4*7` (from left to right, last digit) is worked out as
 
@@ -14,9 +14,9 @@
 
     </think>\\boxed{9}
 
-with any number of checks, of which one in twenty-five changes the answer for the worse. `Wait` and the end of a step
-are one token each. The warmed-up model also answers a probe: after `PROBE`, at the end of a step, it gives the answer,
-which is a guess as long as it has not been worked out.
+with any number of checks. One check in twenty-five spoils the answer. `Wait` and the end of a step are one token each.
+The warmed-up model also answers a probe: after `PROBE`, at the end of a step, it gives the answer, which is a guess
+until it has been worked out.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ PROBE = f"**Final Answer**\n{BOX}"
 SPLIT_WORDS = ("Wait", "But", "Alternatively", "Hmm", "Let", "Therefore")
 STEPS = (2, 3)
 GOES_ON, MOST_CHECKS, SPOILS, PROBED = 0.7, 6, 0.04, 0.2
-"""Probability of one more check, the most checks, the probability that a check is wrong, the share of probes."""
+"""Probability of one more check, the most checks, probability that a check spoils the answer, share of probes."""
 
 _BOXED = re.compile(rf"{THINK}[^<]*{THOUGHT}\\boxed\{{(\d)\}}")
 
 
 def correct(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
-    """1 where the boxed digit after the thought is the answer."""
-    found = [_BOXED.fullmatch(final_text(completion)) for completion in completions]
-    return [float(match is not None and match[1] == right) for match, right in zip(found, answer, strict=True)]
+    """Returns 1 where the boxed digit after the thought is the answer."""
+    matches = [_BOXED.fullmatch(final_text(completion)) for completion in completions]
+    return [float(match is not None and match[1] == right) for match, right in zip(matches, answer, strict=True)]
 
 
 def states_answer(problem: Any, segment: str, answer: str) -> bool:
-    """Whether a piece of a thought states the right answer: a judge for methods that cut thoughts into pieces."""
+    """Judges whether a segment of a thought states the right answer, for methods that cut thoughts into segments."""
     return f"{CONCLUSION}{answer}." in segment
 
 
 def behaviour(completions: list[Any], answer: list[str], **columns: Any) -> dict[str, list[float | None]]:
-    """Steps before the first conclusion, checks after it, and thoughts that had the answer and lost it."""
+    """Reports steps before the first conclusion, checks after it, and thoughts that had the answer and lost it."""
     texts = [final_text(completion) for completion in completions]
     right = correct(completions, answer)
     had_it = [states_answer(None, text, letter) for text, letter in zip(texts, answer, strict=True)]
@@ -63,20 +63,21 @@ def behaviour(completions: list[Any], answer: list[str], **columns: Any) -> dict
 
 
 def rows(split: str, size: int, seed: int) -> list[Row]:
-    """Questions of two and three steps in turn; those of the two splits differ."""
+    """Makes questions of two and three steps in turn. The splits share no question."""
     random_state = random.Random(f"checks {split} {seed}")
-    found: list[Row] = []
-    while len(found) < size:
-        chain = Chain.draw(STEPS[len(found) % len(STEPS)], random_state)
+    questions: list[Row] = []
+    while len(questions) < size:
+        chain = Chain.draw(STEPS[len(questions) % len(STEPS)], random_state)
         if in_split(chain.text, split):
-            found.append({"prompt": user(chain.text), "answer": chain.answer})
-    return found
+            questions.append({"prompt": user(chain.text), "answer": chain.answer})
+    return questions
 
 
 def traces(size: int, seed: int) -> list[Row]:
+    """Makes worked-out calculations, and probes at the end of one of their steps."""
     random_state = random.Random(f"checks traces {seed}")
-    found: list[Row] = []
-    while len(found) < size:
+    examples: list[Row] = []
+    while len(examples) < size:
         chain = Chain.draw(random_state.choice(STEPS), random_state)
         if not in_split(chain.text, "train"):
             continue
@@ -87,12 +88,12 @@ def traces(size: int, seed: int) -> list[Row]:
             completion = assistant(f"{given}}}", prefix=THINK + "".join(steps[:shown]) + PROBE)
         else:
             completion = assistant(f"{THINK}{''.join(steps)}{THOUGHT}{BOX}{answers[-1]}}}")
-        found.append({"prompt": user(chain.text), "completion": completion})
-    return found
+        examples.append({"prompt": user(chain.text), "completion": completion})
+    return examples
 
 
 def _worked_out(chain: Chain, random_state: random.Random) -> tuple[list[str], list[str]]:
-    """Steps, and beside each the answer as it stands after it; empty where there is none yet."""
+    """Returns the steps of a thought, and the answer after each of them, empty before it is worked out."""
     values = [chain.first, *chain.values]
     steps = [
         f"{before}{operation}={after}{STEP_END}"

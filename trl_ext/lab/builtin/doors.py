@@ -1,9 +1,9 @@
-"""A row of doors as an environment: every door has a sign, every sign a key, and every door opened pays.
+"""Task `doors`: a row of doors as an environment. Every door has a sign, every sign a key, and every open door pays.
 
-The model sees the sign of the door before it and calls a tool to try a key; what the tool returns is the sign of the
-door before it then, the same one where the key was wrong, or `out` or `late` when it is over. The warmed-up model has a
-faint idea of which key belongs to a sign. A reward for the episode as a whole mixes the right and the wrong keys of up
-to eight tries; a reward per step does not.
+The model sees the sign of the door before it and calls a tool to try a key. The tool returns the sign of the door that
+is then before it, which is the same one if the key was wrong, or `out` or `late` at the end. The warmed-up model has a
+faint idea of which key belongs to a sign. A reward for the whole episode mixes right and wrong keys of up to eight
+tries, and a reward per step does not.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from ..definition import Row, Shape, Task, WarmUp
 from ..messages import episode, user
 
 KEYS = {"a": 3, "b": 1, "c": 4, "d": 2}
-"""Which key opens a door, by its sign."""
+"""The key of a door, by its sign."""
 DOORS, MOST_TRIES = 6, 8
 OUT, LATE, BYE = "out", "late", "bye"
 
 
 class Doors:
-    """A door opened pays one sixth, so an episode pays 1 when all six are open.
+    """The environment. Every open door pays one sixth, so an episode pays 1 if all six are open.
 
     Attributes:
         step_rewards: The reward of every try so far.
-        done: Whether it is over: all doors are open, or eight keys were tried. The tries are a rule of the task, which
-            the model can count, so nothing would follow and the episode is not called truncated.
+        done: Whether all doors are open or eight keys were tried. The number of tries is a rule of the task, which the
+            model can count, so the episode is not truncated.
         opened: How many doors are open.
-        late_tries: How many keys were tried when it was over; they count for nothing.
+        late_tries: How many keys were tried after the end. They count for nothing.
     """
 
     truncated = False
@@ -40,7 +40,7 @@ class Doors:
         self._signs = ""
 
     def reset(self, *, signs: str, **columns: Any) -> str:
-        """Begins before the first door; `signs` has a letter for each."""
+        """Begins before the first door. `signs` has a letter for each door."""
         self.step_rewards = []
         self.done = False
         self.opened = self.late_tries = 0
@@ -70,12 +70,12 @@ class Doors:
 
 
 def opened(environments: list[Doors], **columns: Any) -> list[float]:
-    """The share of doors that are open, the sum of the rewards of all tries and no more."""
+    """Returns the share of open doors, which is the sum of the rewards of all tries."""
     return [doors.opened / DOORS for doors in environments]
 
 
 def behaviour(environments: list[Doors], **columns: Any) -> dict[str, list[float | None]]:
-    """Episodes in which all doors were opened, the keys tried, the share that fitted, and keys tried after the end."""
+    """Reports episodes in which all doors opened, keys tried, the share that fitted, and keys tried after the end."""
     tries = [len(doors.step_rewards) for doors in environments]
     return {
         "out": [float(doors.opened == DOORS) for doors in environments],
@@ -88,18 +88,18 @@ def behaviour(environments: list[Doors], **columns: Any) -> dict[str, list[float
 
 
 def rows(split: str, size: int, seed: int) -> list[Row]:
-    """Six signs drawn at random."""
+    """Draws six signs for each row."""
     random_state = random.Random(f"doors {split} {seed}")
     return [{"prompt": user("door "), "signs": "".join(random_state.choices("abcd", k=DOORS))} for _ in range(size)]
 
 
 def traces(size: int, seed: int) -> list[Row]:
-    """The right key twice as often as any other, until it is over."""
+    """Plays episodes that try the right key twice as often as any other."""
     random_state, doors = random.Random(f"doors traces {seed}"), Doors()
     keys = list(KEYS.values())
 
-    def choose(seen: str) -> tuple[str, dict[str, Any]]:
-        return "turn", {"key": random_state.choice([*keys, KEYS[seen]])}
+    def choose(observation: str) -> tuple[str, dict[str, Any]]:
+        return "turn", {"key": random_state.choice([*keys, KEYS[observation]])}
 
     return [episode(doors, row, choose, BYE) for row in rows("train", size, seed)]
 

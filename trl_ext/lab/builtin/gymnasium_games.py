@@ -1,6 +1,6 @@
-"""Real environments: Frozen Lake of Gymnasium, and an empty room of MiniGrid as words and as pictures.
+"""Tasks with real environments: Frozen Lake of Gymnasium, and an empty room of MiniGrid in words and in pictures.
 
-The model calls the tool `act` of `trl_ext.environments.gym`. Gymnasium is asked for when one of these tasks is used.
+The model calls the tool `act` of `trl_ext.environments.gym`. Gymnasium is needed only when one of these tasks is used.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ HELD_OUT = 1_000_000
 
 @functools.cache
 def lake() -> type[GymEnvironment]:
-    """Four by four fields of ice that is not slippery, with four holes; a field is a number."""
+    """Makes the lake: four by four fields of ice that is not slippery, with four holes. A field is a number."""
     return gym("FrozenLake-v1", actions=list(LAKE_MOVES), is_slippery=False, max_steps=12, over=OVER)
 
 
 @functools.cache
 def room() -> type[GymEnvironment]:
-    """Three by three fields, a start anywhere, the goal in the lower right corner; what is seen in words."""
+    """Makes the room in words: three by three fields, a start anywhere, the goal in the lower right corner."""
     return gym(
         "minigrid:MiniGrid-Empty-Random-5x5-v0", actions=ROOM_MOVES, observe=minigrid_text, max_steps=10, over=OVER
     )
@@ -38,7 +38,7 @@ def room() -> type[GymEnvironment]:
 
 @functools.cache
 def pictured_room() -> type[GymEnvironment]:
-    """The same room from above, as a picture with eight by eight pixels for a field, walls included."""
+    """Makes the same room in pictures from above, with eight by eight pixels for a field, walls included."""
     return gym(
         "minigrid:MiniGrid-Empty-Random-5x5-v0",
         actions=ROOM_MOVES,
@@ -51,24 +51,27 @@ def pictured_room() -> type[GymEnvironment]:
 
 
 def make_lake() -> GymEnvironment:
+    """Makes an environment of the lake."""
     return lake()()
 
 
 def make_room() -> GymEnvironment:
+    """Makes an environment of the room in words."""
     return room()()
 
 
 def make_pictured_room() -> GymEnvironment:
+    """Makes an environment of the room in pictures."""
     return pictured_room()()
 
 
 def played(environments: Sequence[GymEnvironment], **columns: Any) -> list[float | None]:
-    """The return of an episode, a tenth off for every action after its end; none where the environment failed."""
+    """Returns the sum of rewards, less a tenth for every action after the end, or None if the environment failed."""
     return [None if episode.failure else episode.total_reward - 0.1 * episode.late_actions for episode in environments]
 
 
 def behaviour(environments: Sequence[GymEnvironment], **columns: Any) -> dict[str, list[float | None]]:
-    """Episodes that reached the goal, their actions, and actions that were none."""
+    """Reports episodes that reached the goal, their actions, and invalid actions."""
     steps = [float(len(episode.step_rewards)) for episode in environments]
     return {
         "reached": [float(episode.success) for episode in environments],
@@ -81,47 +84,50 @@ def behaviour(environments: Sequence[GymEnvironment], **columns: Any) -> dict[st
 
 
 def lake_rows(split: str, size: int, seed: int) -> list[Row]:
-    """The lake has one start: the same row again and again."""
+    """Repeats the same row, as the lake has one start."""
     return [{"prompt": user("at "), "seed": 0} for _ in range(size)]
 
 
 def room_rows(split: str, size: int, seed: int) -> list[Row]:
-    """A place and a direction for every row."""
+    """Makes a seed for every row, which sets place and direction at the start."""
     first = size * seed + (HELD_OUT if split == "test" else 0)
     return [{"prompt": user("see "), "seed": first + number} for number in range(size)]
 
 
 def lake_traces(size: int, seed: int) -> list[Row]:
-    """Random walks that go down or right more often, and see nine holes of ten."""
+    """Plays random walks that go down or right more often, and avoid nine holes out of ten."""
 
-    def move(draw: random.Random, seen: str) -> str:
+    def move(draw: random.Random, observation: str) -> str:
         choice = draw.choices(list(LAKE_MOVES), (1, 3, 3, 1))[0]
-        if int(seen) + LAKE_MOVES[choice] in HOLES and draw.random() < 0.9:
-            return move(draw, seen)
+        if int(observation) + LAKE_MOVES[choice] in HOLES and draw.random() < 0.9:
+            return move(draw, observation)
         return choice
 
     return _traces(lake(), lake_rows("train", size, seed), f"lake {seed}", move)
 
 
 def room_traces(size: int, seed: int) -> list[Row]:
-    """Every move equally likely."""
+    """Plays walks in which every move is equally likely."""
     return _traces(room(), room_rows("train", size, seed), f"room {seed}", _any_move)
 
 
 def pictured_room_traces(size: int, seed: int) -> list[Row]:
-    """The same walks, seen from above."""
+    """Plays the same walks, seen from above."""
     return _traces(pictured_room(), room_rows("train", size, seed), f"room {seed}", _any_move)
 
 
-def _any_move(draw: random.Random, seen: Any) -> str:
+def _any_move(draw: random.Random, observation: Any) -> str:
     return draw.choice(list(ROOM_MOVES))
 
 
 def _traces(
     kind: type[GymEnvironment], rows: list[Row], name: str, move: Callable[[random.Random, Any], str]
 ) -> list[Row]:
+    """Plays episodes with the moves that a function chooses."""
     draw, environment = random.Random(name), kind()
-    return [episode(environment, row, lambda seen: ("act", {"action": move(draw, seen)}), BYE) for row in rows]
+    return [
+        episode(environment, row, lambda observation: ("act", {"action": move(draw, observation)}), BYE) for row in rows
+    ]
 
 
 _NUMBERS = tuple(str(number) for number in range(10, 16))

@@ -1,9 +1,9 @@
-"""Preferences over letters, without a question to get right or with one.
+"""Tasks `letters` and `right-letter`: preferences over letters, without and with a question to get right.
 
-`letters`: six letters out of twelve, of which four are good, four are bad and four do not matter. The reward is good
-minus bad; the pairs for DPO are of a better and a worse answer, with the reward of every token beside them.
+`letters` asks for six letters out of twelve, of which four are good, four are bad and four do not matter. The reward is
+good minus bad. Pairs for DPO are a better and a worse answer, with the reward of every token beside them.
 
-`right-letter`: one letter, and every prompt has one that is right. An answer is well formed when it is one letter.
+`right-letter` asks for one letter, and every prompt has one that is right. An answer of one letter is well formed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import string
 from typing import Any
 
 from ..definition import Row, Shape, Task, WarmUp
-from ..messages import assistant, drawn, final_text, user
+from ..messages import assistant, final_text, hashed_integer, user
 
 GOOD, BAD, OTHER = "abcd", "wxyz", "klmn"
 LENGTH = 6
@@ -21,17 +21,17 @@ SMALL = Shape(width=32, layers=2, heads=4, feed_forward=64, positions=32)
 
 
 def worth(letter: str) -> int:
-    """1 for a good letter, -1 for a bad one, 0 for all else."""
+    """Returns 1 for a good letter, -1 for a bad one, 0 for any other."""
     return (letter in GOOD) - (letter in BAD)
 
 
 def good_minus_bad(completions: list[Any], **columns: Any) -> list[float]:
-    """Good letters minus bad ones, among the first six; every letter after those counts as bad."""
+    """Returns good letters minus bad ones among the first six. Every letter after those counts as bad."""
     return [float(sum(map(worth, text[:LENGTH])) - len(text[LENGTH:])) for text in map(final_text, completions)]
 
 
 def letters_behaviour(completions: list[Any], **columns: Any) -> dict[str, list[float | None]]:
-    """Good letters, bad letters, and answers of the right length."""
+    """Reports good letters, bad letters, and answers of the right length."""
     texts = [final_text(completion) for completion in completions]
     return {
         "good": [float(sum(letter in GOOD for letter in text)) for text in texts],
@@ -41,12 +41,12 @@ def letters_behaviour(completions: list[Any], **columns: Any) -> dict[str, list[
 
 
 def letters_rows(split: str, size: int, seed: int) -> list[Row]:
-    """Prompts, and pairs: chosen has three good letters and one bad one, rejected one good and three bad ones."""
+    """Makes prompts and pairs: chosen has three good letters and a bad one, rejected one good and three bad ones."""
     random_state = random.Random(f"letters {split} {seed}")
-    found = []
+    questions = []
     for _ in range(size):
         better, worse = _mixed(3, 1, random_state), _mixed(1, 3, random_state)
-        found.append(
+        questions.append(
             {
                 "prompt": _topic(random_state),
                 "chosen": assistant(better),
@@ -55,11 +55,11 @@ def letters_rows(split: str, size: int, seed: int) -> list[Row]:
                 "rejected_token_rewards": _token_rewards(worse),
             }
         )
-    return found
+    return questions
 
 
 def letters_traces(size: int, seed: int) -> list[Row]:
-    """All twelve letters alike."""
+    """Makes answers in which all twelve letters are equally likely."""
     random_state = random.Random(f"letters traces {seed}")
     return [
         {
@@ -71,10 +71,12 @@ def letters_traces(size: int, seed: int) -> list[Row]:
 
 
 def _topic(random_state: random.Random) -> list[dict[str, Any]]:
+    """Draws a prompt of three digits."""
     return user("".join(random_state.choices(string.digits, k=3)))
 
 
 def _mixed(good: int, bad: int, random_state: random.Random) -> str:
+    """Draws an answer with so many good and bad letters, in any order."""
     letters = random_state.choices(GOOD, k=good) + random_state.choices(BAD, k=bad)
     letters += random_state.choices(OTHER, k=LENGTH - len(letters))
     random_state.shuffle(letters)
@@ -82,7 +84,7 @@ def _mixed(good: int, bad: int, random_state: random.Random) -> str:
 
 
 def _token_rewards(text: str) -> list[float]:
-    """One number per token of an answer, the end token included."""
+    """Returns a number per token of an answer, the end token included."""
     return [*map(float, map(worth, text)), 0.0]
 
 
@@ -104,22 +106,22 @@ QUESTIONS, CHOICES = "123456", GOOD + BAD + OTHER
 
 
 def right_letter(question: str) -> str:
-    """The answer to a question of `right-letter`."""
-    return CHOICES[drawn(f"right letter {question}", 0, len(CHOICES) - 1)]
+    """Returns the answer to a question of `right-letter`."""
+    return CHOICES[hashed_integer(f"right letter {question}", 0, len(CHOICES) - 1)]
 
 
 def right(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
-    """1 where an answer is the right letter and nothing else."""
+    """Returns 1 where an answer is the right letter and nothing else."""
     return [float(final_text(completion) == letter) for completion, letter in zip(completions, answer, strict=True)]
 
 
 def well_formed(completions: list[Any], **columns: Any) -> list[float]:
-    """1 where an answer is one letter."""
+    """Returns 1 where an answer is one letter."""
     return [float(len(text) == 1 and text in CHOICES) for text in map(final_text, completions)]
 
 
 def right_letter_rows(split: str, size: int, seed: int) -> list[Row]:
-    """The same few questions again and again, in both splits."""
+    """Repeats the same few questions, in both splits."""
     return [
         {"prompt": user(question), "answer": right_letter(question)}
         for question in (QUESTIONS[number % len(QUESTIONS)] for number in range(size))
@@ -127,7 +129,7 @@ def right_letter_rows(split: str, size: int, seed: int) -> list[Row]:
 
 
 def right_letter_traces(size: int, seed: int) -> list[Row]:
-    """Any letter to any question, and sometimes two."""
+    """Makes answers of any letter to any question, and sometimes of two letters."""
     random_state = random.Random(f"right-letter traces {seed}")
     return [
         {

@@ -1,8 +1,8 @@
-"""Two rewards of very different size: a loud one that nobody can learn, a quiet one that is easy.
+"""Task `loud-quiet`: two rewards of very different size, a loud one that cannot be learnt and a quiet one that is easy.
 
-`code qzkt` is to be answered with four letters, `abcd` or `[abcd]`. `loud` is an integer from -3 to 3 that depends on
-prompt and answer like a hash; `quiet` is 1 for the brackets, which the warmed-up model sets in about one of eight
-answers. A method that adds the rewards before it normalises hardly hears the quiet one.
+The answer to `code qzkt` is four letters, `abcd` or `[abcd]`. `loud` is an integer from -3 to 3 that depends on prompt
+and answer like a hash. `quiet` is 1 for the brackets, which the warmed-up model sets in about one of eight answers. A
+method that adds rewards before it normalises them hardly hears the quiet one.
 """
 
 from __future__ import annotations
@@ -13,49 +13,50 @@ import string
 from typing import Any
 
 from ..definition import Row, Shape, Task, WarmUp
-from ..messages import assistant, drawn, final_text, in_split, user
+from ..messages import assistant, final_text, hashed_integer, in_split, user
 
 BRACKETED = 0.12
 """Share of bracketed answers among the traces."""
 
 
 def loud(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
-    """An integer from -3 to 3 that looks random and is always the same for a prompt and an answer."""
+    """Returns an integer from -3 to 3 that looks random and is always the same for a prompt and an answer."""
     return [
-        float(drawn(f"{prompt[-1]['content']}|{final_text(completion)}", -3, 3))
+        float(hashed_integer(f"{prompt[-1]['content']}|{final_text(completion)}", -3, 3))
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
 
 
 def quiet(completions: list[Any], **columns: Any) -> list[float]:
-    """1 where the answer is four letters in brackets."""
+    """Returns 1 where the answer is four letters in brackets."""
     return [float(re.fullmatch(r"\[[a-z]{4}\]", final_text(completion)) is not None) for completion in completions]
 
 
 def rows(split: str, size: int, seed: int) -> list[Row]:
-    """Different prompts, no two of a data set equal."""
+    """Makes prompts of which no two are equal."""
     random_state = random.Random(f"loud-quiet {split} {seed}")
-    found: dict[str, Row] = {}
-    while len(found) < size:
+    questions: dict[str, Row] = {}
+    while len(questions) < size:
         letters = _letters(random_state, split)
-        found[letters] = {"prompt": user(f"code {letters}")}
-    return list(found.values())
+        questions[letters] = {"prompt": user(f"code {letters}")}
+    return list(questions.values())
 
 
 def traces(size: int, seed: int) -> list[Row]:
+    """Makes answers of random letters, some of them in brackets."""
     random_state = random.Random(f"loud-quiet traces {seed}")
-    found = []
+    examples = []
     for _ in range(size):
         answer = _letters(random_state)
         prompt = user(f"code {_letters(random_state, 'train')}")
         if random_state.random() < BRACKETED:
             answer = f"[{answer}]"
-        found.append({"prompt": prompt, "completion": assistant(answer)})
-    return found
+        examples.append({"prompt": prompt, "completion": assistant(answer)})
+    return examples
 
 
 def _letters(random_state: random.Random, split: str = "") -> str:
-    """Any four letters, or four that a split may ask about."""
+    """Draws four letters: any, or such as a split may ask about."""
     while True:
         letters = "".join(random_state.choices(string.ascii_lowercase, k=4))
         if not split or in_split(letters, split):

@@ -1,9 +1,9 @@
-"""Easy and hard questions, and two ways to answer: at once, or after thinking.
+"""Task `modes`: easy and hard questions, and two ways to answer them, at once or after thinking.
 
 The first token of an answer is `<short>`, followed by the answer, or `<think>`, followed by the steps, `</think>` and
-the answer. `easy:3+4` is one step, which the model knows by heart; `hard:3+4*7+2*9` are five, which it gets right only
-when it writes them down (`chains` says why). Warm-up leaves both ways equally likely on both kinds, and on easy
-questions thinking repeats the step, so that it costs as much as on hard ones.
+the answer. `easy:3+4` is one step, which the model knows by heart. `hard:3+4*7+2*9` is five steps, which it gets right
+only by writing them down (`chains` says why). Warm-up leaves both ways equally likely on both kinds. On easy questions
+thinking repeats the step, so that it costs as much as on hard ones.
 """
 
 from __future__ import annotations
@@ -18,61 +18,63 @@ from .chains import Chain
 
 SHORT, THINK, THOUGHT = "<short>", "<think>", "</think>"
 LENGTHS = {"easy": 1, "hard": 5}
-"""Steps of a question of each kind."""
+"""Number of steps of a question, by its kind."""
 
 _ANSWER = re.compile(rf"(?:{SHORT}|{THINK}[^<]*{THOUGHT})(\d)")
 
 
 def correct(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
-    """1 where the digit after `<short>` or after `</think>` is the answer."""
-    found = [_ANSWER.fullmatch(final_text(completion)) for completion in completions]
-    return [float(match is not None and match[1] == right) for match, right in zip(found, answer, strict=True)]
+    """Returns 1 where the digit after `<short>` or after `</think>` is the answer."""
+    matches = [_ANSWER.fullmatch(final_text(completion)) for completion in completions]
+    return [float(match is not None and match[1] == right) for match, right in zip(matches, answer, strict=True)]
 
 
 def behaviour(
     completions: list[Any], kind: list[str], answer: list[str], **columns: Any
 ) -> dict[str, list[float | None]]:
-    """Share of thinking by kind of question, and of right answers by kind and way."""
+    """Reports the share of thinking by kind of question, and of right answers by kind and way of answering."""
     texts = [final_text(completion) for completion in completions]
     right = correct(completions, answer)
-    found: dict[str, list[float | None]] = {}
-    for one in LENGTHS:
-        found[f"think_{one}"] = [
-            float(text.startswith(THINK)) if of == one else None for text, of in zip(texts, kind, strict=True)
+    values: dict[str, list[float | None]] = {}
+    for wanted in LENGTHS:
+        values[f"think_{wanted}"] = [
+            float(text.startswith(THINK)) if row_kind == wanted else None
+            for text, row_kind in zip(texts, kind, strict=True)
         ]
         for way in (SHORT, THINK):
-            found[f"correct_{one}_{way[1:-1]}"] = [
-                value if of == one and text.startswith(way) else None
-                for text, of, value in zip(texts, kind, right, strict=True)
+            values[f"correct_{wanted}_{way[1:-1]}"] = [
+                value if row_kind == wanted and text.startswith(way) else None
+                for text, row_kind, value in zip(texts, kind, right, strict=True)
             ]
-    return found
+    return values
 
 
 def rows(split: str, size: int, seed: int) -> list[Row]:
-    """Easy and hard questions in turn. Hard questions of the two splits differ; there are only a few easy ones."""
+    """Makes easy and hard questions in turn. The splits share no hard question, and there are only a few easy ones."""
     random_state = random.Random(f"modes {split} {seed}")
-    found: list[Row] = []
-    while len(found) < size:
-        kind = ("easy", "hard")[len(found) % 2]
+    questions: list[Row] = []
+    while len(questions) < size:
+        kind = ("easy", "hard")[len(questions) % 2]
         chain = Chain.draw(LENGTHS[kind], random_state)
         if kind == "easy" or in_split(chain.text, split):
-            found.append({"prompt": user(f"{kind}:{chain.text}"), "answer": chain.answer, "kind": kind})
-    return found
+            questions.append({"prompt": user(f"{kind}:{chain.text}"), "answer": chain.answer, "kind": kind})
+    return questions
 
 
 def traces(size: int, seed: int) -> list[Row]:
+    """Makes right answers, half of them at once and half after thinking."""
     random_state = random.Random(f"modes traces {seed}")
-    found: list[Row] = []
-    while len(found) < size:
-        kind = ("easy", "hard")[len(found) % 2]
+    examples: list[Row] = []
+    while len(examples) < size:
+        kind = ("easy", "hard")[len(examples) % 2]
         chain = Chain.draw(LENGTHS[kind], random_state)
         if kind == "hard" and not in_split(chain.text, "train"):
             continue
         steps = "".join(f"{operation}={value}" for operation, value in zip(chain.operations, chain.values, strict=True))
         thought = steps if kind == "hard" else steps * LENGTHS["hard"]
         way = random_state.choice([SHORT, f"{THINK}{thought}{THOUGHT}"])
-        found.append({"prompt": user(f"{kind}:{chain.text}"), "completion": assistant(way + chain.answer)})
-    return found
+        examples.append({"prompt": user(f"{kind}:{chain.text}"), "completion": assistant(way + chain.answer)})
+    return examples
 
 
 MODES = Task(

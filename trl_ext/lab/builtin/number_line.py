@@ -1,8 +1,8 @@
-"""A line of numbers as an environment: from the number one stands on to one that is asked for, one by one.
+"""Task `number-line`: a line of numbers as an environment, from one number to the one that is asked for.
 
-The model sees both, as in `3>7`, and calls a tool to move up or down; every move pays the share of the way by which it
-came nearer, and costs as much when it led away. The warmed-up model goes the right way a little more often than not. A
-reward for the episode as a whole is the way made good in the end, whatever the order of right and wrong moves.
+The model sees both, as in `3>7`, and calls a tool to move up or down by one. A move that leads nearer pays its share of
+the way, and a move that leads away costs as much. The warmed-up model goes the right way a little more often than not.
+A reward for the whole episode is the way made in the end, whatever the order of right and wrong moves.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ THERE, LATE, BYE = "there", "late", "bye"
 
 
 class NumberLine:
-    """From 0 to 9; an episode pays 1 when it arrives.
+    """The environment: numbers from 0 to 9. An episode that arrives pays 1.
 
     Attributes:
         step_rewards: The reward of every move so far.
-        done: Whether it is over: arrived, or eight moves are made, which is a rule of the task.
-        arrived: Whether it is there.
-        late_moves: How many moves were tried when it was over; they count for nothing.
+        done: Whether the goal was reached or eight moves were made, which is a rule of the task.
+        arrived: Whether the goal was reached.
+        late_moves: How many moves came after the end. They count for nothing.
     """
 
     truncated = False
@@ -71,12 +71,12 @@ class NumberLine:
 
 
 def way_made(environments: list[NumberLine], **columns: Any) -> list[float]:
-    """The sum of the rewards of all moves and no more."""
+    """Returns the sum of the rewards of all moves."""
     return [sum(line.step_rewards) for line in environments]
 
 
 def behaviour(environments: list[NumberLine], **columns: Any) -> dict[str, list[float | None]]:
-    """Episodes that arrived, their moves, the share of moves that led nearer, and moves after the end."""
+    """Reports episodes that arrived, their moves, the share of moves that led nearer, and moves after the end."""
     moves = [len(line.step_rewards) for line in environments]
     nearer = [sum(reward > 0 for reward in line.step_rewards) for line in environments]
     return {
@@ -88,22 +88,22 @@ def behaviour(environments: list[NumberLine], **columns: Any) -> dict[str, list[
 
 
 def rows(split: str, size: int, seed: int) -> list[Row]:
-    """Two numbers that are three to six apart."""
+    """Draws two numbers that are three to six apart."""
     random_state = random.Random(f"number line {split} {seed}")
-    found: list[Row] = []
-    while len(found) < size:
+    questions: list[Row] = []
+    while len(questions) < size:
         start, goal = random_state.randrange(NUMBERS), random_state.randrange(NUMBERS)
         if NEAREST <= abs(goal - start) <= FARTHEST:
-            found.append({"prompt": user("at "), "start": start, "goal": goal})
-    return found
+            questions.append({"prompt": user("at "), "start": start, "goal": goal})
+    return questions
 
 
 def traces(size: int, seed: int) -> list[Row]:
-    """Moves that lead nearer more often than away, until it is over."""
+    """Plays episodes whose moves lead nearer more often than away."""
     random_state, line = random.Random(f"number line traces {seed}"), NumberLine()
 
-    def choose(seen: str) -> tuple[str, dict[str, Any]]:
-        at, goal = seen.split(">")
+    def choose(observation: str) -> tuple[str, dict[str, Any]]:
+        at, goal = observation.split(">")
         right = 1 if goal > at else -1
         return "move", {"by": right if random_state.random() < RIGHT_WAY else -right}
 

@@ -1,9 +1,8 @@
-"""Walks as environments: on a line and on a grid, with a reward for every step.
+"""Tasks `line-walk` and `grid-walk`: walks as environments, with a reward for every step.
 
-The model sees where it is and calls a tool to move; what the tool returns is where it is then, or `goal` or `stop` when
-the walk is over. Where the goal is it must find out; the warmed-up model walks at random. Besides what TRL asks of an
-environment, a walk has `step_rewards`, a list with the reward of every move, and `done` and `truncated`, true when it
-has ended at the goal or for lack of moves.
+The model sees where it is and calls a tool to move. The tool returns the new place, or `goal` or `stop` at the end of
+the walk. The model must find out where the goal is. After warm-up it walks at random. Besides what TRL asks of an
+environment, a walk has `step_rewards`, `done` and `truncated`, as every environment for rewards per step.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ GOAL, STOP, BYE = "goal", "stop", "bye"
 
 
 class Walk:
-    """What the walks share. A subclass has moves, methods that return what `_go` returns.
+    """What all walks share. The moves of a subclass are methods that return what `_go` returns.
 
     Attributes:
         step_rewards: The reward of every move so far.
         done: Whether the goal was reached.
-        truncated: Whether the moves ran out before.
-        late_moves: How many moves were tried when the walk was over; they count for nothing.
+        truncated: Whether the moves ran out before that.
+        late_moves: How many moves came after the end. They count for nothing.
     """
 
     most_moves = 8
     wall = 0.0
-    """The reward of a move that leads nowhere."""
+    """The reward of a move into the border."""
 
     def __init__(self) -> None:
         self.step_rewards: list[float] = []
@@ -41,7 +40,7 @@ class Walk:
         self._size: tuple[int, ...] = ()
 
     def reset(self, *, start: Sequence[int], goal: Sequence[int], size: Sequence[int], **columns: Any) -> str:
-        """Begins a walk; every place is a list of one or two numbers."""
+        """Begins a walk. Places and size are lists of one or two numbers."""
         self.step_rewards = []
         self.done = self.truncated = False
         self.late_moves = 0
@@ -49,6 +48,7 @@ class Walk:
         return _spelled(self._place)
 
     def _go(self, *delta: int) -> str:
+        """Makes a move and returns what is seen then."""
         if self.done or self.truncated:
             self.late_moves += 1
             return STOP
@@ -62,7 +62,7 @@ class Walk:
 
 
 class Line(Walk):
-    """A line of places; the reward is 1 at the goal and 0 elsewhere."""
+    """A line of places. The reward is 1 at the goal and 0 elsewhere."""
 
     def move(self, by: int) -> str:
         """
@@ -78,7 +78,7 @@ class Line(Walk):
 
 
 class Grid(Walk):
-    """A grid of places; the reward is 1 at the goal, -0.05 for running into the border and 0 elsewhere."""
+    """A grid of places. The reward is 1 at the goal, -0.05 for running into the border and 0 elsewhere."""
 
     most_moves = 6
     wall = -0.05
@@ -121,12 +121,12 @@ class Grid(Walk):
 
 
 def walked(environments: list[Walk], **columns: Any) -> list[float]:
-    """The sum of the rewards of all moves; a tenth off for every move after the end."""
+    """Returns the sum of the rewards of all moves, less a tenth for every move after the end."""
     return [sum(walk.step_rewards) - 0.1 * walk.late_moves for walk in environments]
 
 
 def behaviour(environments: list[Walk], **columns: Any) -> dict[str, list[float | None]]:
-    """Walks that reached the goal, and their number of moves."""
+    """Reports walks that reached the goal, and numbers of moves."""
     return {
         "reached": [float(walk.done) for walk in environments],
         "moves": [float(len(walk.step_rewards)) for walk in environments],
@@ -135,36 +135,39 @@ def behaviour(environments: list[Walk], **columns: Any) -> dict[str, list[float 
 
 
 def _spelled(place: Sequence[int]) -> str:
+    """Writes a place as its digits."""
     return "".join(map(str, place))
 
 
 def line_rows(split: str, size: int, seed: int) -> list[Row]:
-    """From the left end of five places to the right end, again and again."""
+    """Repeats one walk, from the left end of five places to the right end."""
     return [{"prompt": user("at "), "start": [0], "goal": [4], "size": [5]} for _ in range(size)]
 
 
 def grid_rows(split: str, size: int, seed: int) -> list[Row]:
-    """From any place of a grid of three by three to its upper right corner, at least two moves away."""
+    """Draws starts on a grid of three by three, at least two moves from the goal in the upper right corner."""
     random_state = random.Random(f"grid {split} {seed}")
-    found: list[Row] = []
-    while len(found) < size:
+    questions: list[Row] = []
+    while len(questions) < size:
         start = [random_state.randrange(3), random_state.randrange(3)]
         if sum(start) <= 2:
-            found.append({"prompt": user("at "), "start": start, "goal": [2, 2], "size": [3, 3]})
-    return found
+            questions.append({"prompt": user("at "), "start": start, "goal": [2, 2], "size": [3, 3]})
+    return questions
 
 
 def _random_walks(walk: Walk, moves: Sequence[tuple[str, dict[str, Any]]], rows: list[Row], seed: int) -> list[Row]:
-    """Traces: every move equally likely, until the walk is over."""
+    """Plays walks in which every move is equally likely."""
     random_state = random.Random(f"walks {type(walk).__name__} {seed}")
-    return [episode(walk, row, lambda seen: random_state.choice(moves), BYE) for row in rows]
+    return [episode(walk, row, lambda observation: random_state.choice(moves), BYE) for row in rows]
 
 
 def line_traces(size: int, seed: int) -> list[Row]:
+    """Plays random walks on the line."""
     return _random_walks(Line(), [("move", {"by": 1}), ("move", {"by": -1})], line_rows("train", size, seed), seed)
 
 
 def grid_traces(size: int, seed: int) -> list[Row]:
+    """Plays random walks on the grid."""
     moves: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in ("up", "down", "left", "right")]
     return _random_walks(Grid(), moves, grid_rows("train", size, seed), seed)
 

@@ -1,4 +1,7 @@
-"""`math`: plain torch, any device and type. The reference, and the only one that knows soft-capping on a CPU."""
+"""`math`: attention in plain torch, on any device and in any dtype.
+
+It is the reference for the other backends, and the only one on a CPU that has soft-capping.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,23 @@ from collections.abc import Iterator
 import torch
 
 from ..layout import CascadeLayout
-from . import Backend, merge
+from .interface import Backend, merge
 
-_QUERIES = 512  # rows of the score matrix that exist at a time
+# Queries whose scores exist at any one time. A full matrix of scores would be too large for long rows.
+_QUERY_BLOCK = 512
 
 
 class MathBackend(Backend):
-    """Scores, softmax and its derivative written out. Half types compute in float32."""
+    """Scores, softmax and its derivative written out. Half types are computed in float32.
+
+    In the comments, `n` counts queries, `m` keys, and `r = H / Hkv` the query heads that read one key head.
+    """
 
     name = "math"
 
     def why_not(self, device: torch.device, dtype: torch.dtype, head_dim: int | None, softcap: bool) -> str | None:
-        """Runs everywhere."""
-        return None if dtype.is_floating_point else f"{dtype} is no floating type."
+        """Requires nothing but a floating-point dtype."""
+        return None if dtype.is_floating_point else f"{dtype} is not a floating-point dtype."
 
     def forward(
         self,
@@ -30,15 +37,17 @@ class MathBackend(Backend):
         scale: float,
         softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Backend.forward`."""
-        given, (q, k, v) = q.dtype, _wide(q, k, v)
+        """Merges the attention of all blocks into an empty result. See `Backend.forward`."""
+        dtype, (q, k, v) = q.dtype, _widened(q, k, v)
+        # The log-sum-exp of no keys is -inf, which gives the first merge the full weight.
         out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf)
-        for rows, keys, causal in _calls(layout):
-            scores = _scores(q[rows], k[keys], scale, softcap, causal)[0]  # (Hkv, r, n, m)
-            part_lse = scores.logsumexp(-1)
-            part = torch.einsum("hrnm,mhd->nhrd", (scores - part_lse.unsqueeze(-1)).exp_(), v[keys])
-            merge(out, lse, part.flatten(1, 2), part_lse.permute(2, 0, 1).flatten(1), rows)
-        return out.to(given), lse
+        for rows, keys, causal in _blocks(layout):
+            scores, _ = _scores(q[rows], k[keys], scale, softcap, causal)  # (Hkv, r, n, m)
+            block_lse = scores.logsumexp(-1)
+            p = (scores - block_lse.unsqueeze(-1)).exp_()
+            block_out = torch.einsum("hrnm,mhd->nhrd", p, v[keys])
+            merge(out, lse, block_out.flatten(1, 2), block_lse.permute(2, 0, 1).flatten(1), rows)
+        return out.to(dtype), lse
 
     def backward(
         self,
@@ -52,58 +61,69 @@ class MathBackend(Backend):
         scale: float,
         softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`P = exp(S - lse)`, `dS = P (dP - delta)` with `delta = sum(dout * out)`; exact by the merged `lse`."""
-        given, (dout, q, k, v, out) = q.dtype, _wide(dout, q, k, v, out)
+        """Computes `P = exp(S - lse)` and `dS = P (dP - delta)` for each block, with `delta = sum(dout * out)`.
+
+        As `lse` and `out` are the merged ones, the shares of the blocks add up to the exact gradients.
+        """
+        dtype, (dout, q, k, v, out) = q.dtype, _widened(dout, q, k, v, out)
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        groups = k.shape[1]
-        delta = (dout * out).sum(-1)
-        for rows, keys, causal in _calls(layout):
+        key_heads = k.shape[1]
+        delta = (dout * out).sum(-1)  # (N, H)
+        for rows, keys, causal in _blocks(layout):
             scores, slope = _scores(q[rows], k[keys], scale, softcap, causal)
-            d = dout[rows].unflatten(1, (groups, -1))  # (n, Hkv, r, D)
-            p = (scores - lse[rows].unflatten(1, (groups, -1)).permute(1, 2, 0).unsqueeze(-1)).exp_()
-            dv[keys] += torch.einsum("hrnm,nhrd->mhd", p, d)
-            ds = torch.einsum("nhrd,mhd->hrnm", d, v[keys])
-            ds = (ds - delta[rows].unflatten(1, (groups, -1)).permute(1, 2, 0).unsqueeze(-1)).mul_(p)
+            block_dout = dout[rows].unflatten(1, (key_heads, -1))  # (n, Hkv, r, D)
+            p = (scores - _by_query(lse[rows], key_heads)).exp_()
+            dv[keys] += torch.einsum("hrnm,nhrd->mhd", p, block_dout)
+            dp = torch.einsum("nhrd,mhd->hrnm", block_dout, v[keys])
+            ds = (dp - _by_query(delta[rows], key_heads)).mul_(p)
             if slope is not None:
                 ds.mul_(slope)
             dq[rows] += torch.einsum("hrnm,mhd->nhrd", ds, k[keys]).flatten(1, 2).mul_(scale)
-            dk[keys] += torch.einsum("hrnm,nhrd->mhd", ds, q[rows].unflatten(1, (groups, -1))).mul_(scale)
-        return dq.to(given), dk.to(given), dv.to(given)
+            dk[keys] += torch.einsum("hrnm,nhrd->mhd", ds, q[rows].unflatten(1, (key_heads, -1))).mul_(scale)
+        return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
-def _wide(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _widened(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Converts tensors of half types to float32."""
     return tuple(t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors)
 
 
-def _calls(layout: CascadeLayout) -> Iterator[tuple[slice, slice, bool]]:
-    """Query rows, key rows and whether causal, in blocks of queries."""
-    for start, end in zip(layout.bounds, layout.bounds[1:], strict=False):
-        for at in range(start, end, _QUERIES):
-            to = min(at + _QUERIES, end)
-            yield slice(at, to), slice(start, to), True
+def _by_query(x: torch.Tensor, key_heads: int) -> torch.Tensor:
+    """Brings one value per query and head, (n, H), into the shape of the scores, (Hkv, r, n, 1)."""
+    return x.unflatten(1, (key_heads, -1)).permute(1, 2, 0).unsqueeze(-1)
+
+
+def _blocks(layout: CascadeLayout) -> Iterator[tuple[slice, slice, bool]]:
+    """Yields query rows, key rows and whether the block is causal, in blocks of at most `_QUERY_BLOCK` queries."""
+    for node_start, node_end in zip(layout.bounds, layout.bounds[1:], strict=False):
+        for start in range(node_start, node_end, _QUERY_BLOCK):
+            end = min(start + _QUERY_BLOCK, node_end)
+            # The block sees the whole node before it, so its keys begin with the node.
+            yield slice(start, end), slice(node_start, end), True
     for level in layout.crosses:
         for cross in level:
-            for at in range(cross.q_start, cross.q_end, _QUERIES):
-                yield slice(at, min(at + _QUERIES, cross.q_end)), slice(cross.k_start, cross.k_end), False
+            for start in range(cross.q_start, cross.q_end, _QUERY_BLOCK):
+                end = min(start + _QUERY_BLOCK, cross.q_end)
+                yield slice(start, end), slice(cross.k_start, cross.k_end), False
 
 
 def _scores(
     q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float | None, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scores (Hkv, r, n, m) and, with soft-capping, their derivative by the uncapped ones.
+    """Computes the scores of a block, and with soft-capping their derivative by the uncapped scores.
 
-    A causal block's last query sees all keys; the one before it all but the last, and so on.
+    In a causal block, the last query sees all keys, the one before it all but the last key, and so on.
+
+    Returns:
+        (Hkv, r, n, m) and, with soft-capping, a second tensor of that shape.
     """
     scores = torch.einsum("nhrd,mhd->hrnm", q.unflatten(1, (k.shape[1], -1)), k).mul_(scale)
     slope = None
     if softcap is not None:
-        bent = torch.tanh(scores / softcap)
-        scores, slope = bent * softcap, 1 - bent * bent
+        tanh = torch.tanh(scores / softcap)
+        scores, slope = tanh * softcap, 1 - tanh * tanh
     if causal:
         n, m = scores.shape[-2:]
         hidden = torch.ones(n, m, dtype=torch.bool, device=q.device).triu_(m - n + 1)
         scores = scores.masked_fill(hidden, -torch.inf)
     return scores, slope
-
-
-BACKEND = MathBackend()

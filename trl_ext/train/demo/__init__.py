@@ -1,6 +1,6 @@
-"""The embedded default of `trl_ext train`: a small real model and an arithmetic task, used when a run names neither.
+"""Embedded default of `trl_ext train`: a small real model and an arithmetic task, for runs that name neither.
 
-`settings` has everything that the run needs beyond what the user set; files are made once and kept in a cache folder.
+Its files are made once and kept in a cache folder.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _EXTRAS = {"gguf": "gguf", "reasoning_gym": "reasoning-gym"}
 
 
 def settings(kind: TrainerKind, plugins: list[str], say: Callable[[str], None] = print) -> dict[str, Any]:
-    """TRL settings of the embedded default, with its model and data in place.
+    """Returns TRL's settings of the embedded default, with its model and data in place.
 
     Args:
         kind: The trainer of the run.
         plugins: Names of the plugins, for the name of the output folder.
-        say: Called with a line for a person while files are made.
+        say: Called with a line for the user while files are made.
 
     Raises:
-        ConfigError: The trainer has no embedded default, or packages that it needs are missing.
+        ConfigError: The trainer has no embedded default, or packages are missing.
     """
     if kind == "dpo":
         raise ConfigError(

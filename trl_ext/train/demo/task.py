@@ -1,7 +1,7 @@
-"""The task of the embedded default: sums and differences of two digits, answered with the whole equation.
+"""Task of the embedded default: sums and differences of two digits, answered with the whole equation.
 
-The questions come from `reasoning_gym` (chain_sum). Two rewards: `correctness` reads the last number of a reply,
-`format` wants a reply that is one equation, such as `5 - 3 = 2`, and nothing else.
+The questions come from `reasoning_gym` (chain_sum). There are two rewards. `correctness` reads the last number of a
+reply. `format` is for a reply that is one equation, such as `5 - 3 = 2`, and nothing else.
 """
 
 from __future__ import annotations
@@ -16,33 +16,34 @@ from ...support import cache
 
 PROMPT = "{expression} = ? Reply with the whole equation and nothing else."
 HELD_OUT = 40
+"""Number of held-out questions."""
 VERSION = 2
-"""Part of the name of the cached data; raise it when the questions or the prompt change."""
+"""Part of the name of the cached data. Raise it when the questions or the prompt change."""
 
 _NUMBER = re.compile(r"-?\d+")
 _EQUATION = re.compile(r"\s*\d+ [+-] \d+ = -?\d+\.?\s*")
 
 
 def correctness(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
-    """1 where the last number of a reply is the answer."""
-    found = [_NUMBER.findall(text) for text in map(_text, completions)]
+    """Returns 1 where the last number of a reply is the answer."""
+    numbers = [_NUMBER.findall(text) for text in map(_text, completions)]
     return [
-        float(bool(numbers) and int(numbers[-1]) == int(right)) for numbers, right in zip(found, answer, strict=True)
+        float(bool(written) and int(written[-1]) == int(right)) for written, right in zip(numbers, answer, strict=True)
     ]
 
 
 def format(completions: list[Any], **columns: Any) -> list[float]:
-    """1 where a reply is one equation and nothing else."""
+    """Returns 1 where a reply is one equation and nothing else."""
     return [float(_EQUATION.fullmatch(text) is not None) for text in map(_text, completions)]
 
 
 def questions() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows for training and held-out rows; no question is in both. Always the same."""
+    """Returns rows for training and held-out rows, always the same. No question is in both."""
     from reasoning_gym import create_dataset
 
-    drawn = create_dataset("chain_sum", min_terms=2, max_terms=2, min_digits=1, max_digits=1, size=2000, seed=0)
+    dataset = create_dataset("chain_sum", min_terms=2, max_terms=2, min_digits=1, max_digits=1, size=2000, seed=0)
     rows: dict[str, dict[str, Any]] = {}
-    for entry in drawn:
+    for entry in dataset:
         expression = entry["metadata"]["expression"]
         prompt = [{"role": "user", "content": PROMPT.format(expression=expression)}]
         rows.setdefault(expression, {"prompt": prompt, "answer": entry["answer"]})
@@ -51,7 +52,7 @@ def questions() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def folder(say: Callable[[str], None] = print) -> Path:
-    """A folder with `train.jsonl` and `test.jsonl`, written once into the cache."""
+    """Returns a folder of the cache with `train.jsonl` and `test.jsonl`, which are written once."""
     target = cache.cache_folder() / f"arithmetic-{VERSION}"
 
     def make(work: Path) -> None:

