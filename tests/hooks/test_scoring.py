@@ -69,11 +69,3 @@ def test_a_reward_that_is_gone() -> None:
 def test_lengths_that_the_core_did_not_gather_are_gathered() -> None:
     assert made([[1.0]], [1.0]).lengths.tolist() == [2, 2]
     assert made([[1.0]], [1.0], gathered_lengths=torch.tensor([7, 9])).lengths.tolist() == [7, 9]
-
-
-def test_tokens_that_the_model_wrote() -> None:
-    """All of them without tools; the lists differ in length."""
-    ids = [[7, 8, 9], [], [5]]
-    assert made([[0.0]] * 3, [1.0], completion_ids=ids).written == [[1, 1, 1], [], [1]]
-    mask = [[1, 0, 1], [], [0]]
-    assert made([[0.0]] * 3, [1.0], completion_ids=ids, tool_mask=mask).written == mask
