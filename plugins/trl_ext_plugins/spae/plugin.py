@@ -49,7 +49,7 @@ class SPAE(Plugin):
     class Options:
         """Options of SPAE."""
 
-        alpha: float = option(0.5, ge=0, le=1, help="damping after saturation", source="paper, table 2")
+        alpha: float = option(0.5, ge=0, le=1, help="damping after saturation, 0 to 1", source="paper, table 2")
         xi: float = option(0.5, ge=0, help="weight of the bonus for rising potentials, 0 to 1", source="paper, table 2")
         eps_sat: float = option(
             0.9, gt=0, lt=1, help="potential above which a step is saturated", source="authors' script"
@@ -140,8 +140,8 @@ class SPAE(Plugin):
         ]
         # Every process computes the same from all rows, in the same order.
         rows = round.trainer.gather_objects([(s.potential, count) for s, count in zip(self.steps, counts, strict=True)])
-        potential = pad_sequence([torch.tensor(row[0]).double() for row in rows], True, torch.nan)  # (N, K)
-        tokens = pad_sequence([torch.tensor(row[1]).double() for row in rows], True)  # (N, K + 1)
+        potential = _padded([values for values, _ in rows], torch.nan)  # (N, K)
+        tokens = _padded([count for _, count in rows], 0.0)  # (N, K + 1)
         of_steps = spae_advantages(
             outcome.cpu(),
             self.kept.cpu(),
@@ -249,3 +249,9 @@ class SPAE(Plugin):
                 for name, values in (("potential", potential), ("Acc", steps.acc), ("Conf", steps.conf)):
                     curves.append(Curve(row, name, steps.ends, values))
         return Views(spans, curves)
+
+
+def _padded(rows: Sequence[Sequence[float]], fill: float) -> torch.Tensor:
+    """Returns rows of different lengths as one float64 tensor."""
+    tensors = [torch.tensor(row, dtype=torch.float64) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=fill)

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import trl_ext
 from trl_ext.testing import brevity, digits, tiny_data
 from trl_ext_hooks import Plugin, hookimpl
 from trl_ext_plugins.spae import SPAE
+from trl_ext_plugins.spae.maths import spae_advantages
 
 STUB = "probers_of_spae:prober"
 
@@ -117,6 +119,21 @@ def test_steps_and_potentials_are_there_to_look_at(run: Any, stub: Any) -> None:
     curves = {curve.name: curve for curve in views.curves if curve.row == 0}
     assert list(curves) == ["potential", "Acc", "Conf"] and list(curves["Acc"].values) == list(own.acc)
     assert not [curve for curve in views.curves if curve.row == 2]  # no step, nothing to draw
+
+
+def test_potentials_of_other_processes_stay_exact(run: Any, stub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is normalised is what was measured, in double precision."""
+    seen: list[torch.Tensor] = []
+
+    def spy(*args: Any, **settings: Any) -> torch.Tensor:
+        seen.append(args[2])
+        return spae_advantages(*args, **settings)
+
+    monkeypatch.setattr("trl_ext_plugins.spae.plugin.spae_advantages", spy)
+    trainer = run(prober=STUB)
+    (potential,) = seen
+    for row, steps in enumerate(trainer.spae.steps):
+        assert potential[row, : len(steps.ends)].tolist() == steps.potential
 
 
 # --- declarations -----------------------------------------------------------------------------------------------------

@@ -15,17 +15,11 @@ from trl_ext.testing import digits, tiny_data
 from trl_ext_hooks import Plugin, hookimpl
 from trl_ext_plugins.vl_dac import VLDAC
 
-
-def fixtures_of(path: str) -> Any:
-    spec = importlib.util.spec_from_file_location("vl_dac_helpers", Path(__file__).parents[2] / path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool_call = fixtures_of("conftest.py").tool_call
-
+_spec = importlib.util.spec_from_file_location("shared_fixtures", Path(__file__).parents[2] / "conftest.py")
+assert _spec and _spec.loader
+_shared = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_shared)
+tool_call = _shared.tool_call
 
 SCRIPT = [
     [tool_call("go", pay=1), tool_call("go", pay=0), tool_call("end", pay=2), "bye"],
@@ -41,7 +35,7 @@ SCRIPT = [
 
 
 class Watch(Plugin):
-    """Keeps rounds and micro-batches, and what the policy and the value network are at each step."""
+    """Keeps rounds, micro-batches, and the policy at each step."""
 
     name = "watch"
     trainers = ("grpo",)
@@ -50,10 +44,7 @@ class Watch(Plugin):
         super().__init__(options)
         self.rounds: list[Any] = []
         self.losses: list[Any] = []
-        self.scored: list[Any] = []
-        self.heads: list[list[torch.Tensor]] = []
         self.policies: list[list[torch.Tensor]] = []
-        self.session: Any = None
 
     @hookimpl
     def setup(self, trainer: Any) -> None:
