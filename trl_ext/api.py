@@ -75,7 +75,7 @@ def detach(trainer: Any) -> None:
 
 
 def extend(trainer_class: type[T], *plugins: str | Mapping[str, Any], **options: Mapping[str, Any]) -> type[T]:
-    """A subclass of a TRL trainer whose instances have these plugins. Arguments as in `enable`."""
+    """Makes a subclass of a TRL trainer whose instances have these plugins. Arguments as in `enable`."""
     specs = compose(_resolve(plugins, options))
     check_class(trainer_class, specs)
 
@@ -89,9 +89,9 @@ def extend(trainer_class: type[T], *plugins: str | Mapping[str, Any], **options:
 
 
 def record(trainer: T, rounds: int = 1, folder: str | Path | None = None, max_rows: int = 64) -> T:
-    """Writes the first training rounds of a trainer, with or without plugins, for `trl_ext inspect`; returns it.
+    """Writes the first training rounds of a trainer for `trl_ext inspect`, and returns the trainer.
 
-    Recording changes no number of the run. Plugins come first: record what `attach` or `enable` made.
+    The trainer may have plugins or none. Recording changes no number of the run. Attach plugins first, then record.
 
     Args:
         trainer: A built GRPOTrainer or RLOOTrainer.
@@ -119,7 +119,7 @@ def record(trainer: T, rounds: int = 1, folder: str | Path | None = None, max_ro
 
 
 class Handle:
-    """Plugins enabled for every trainer; see `enable`."""
+    """Plugins that are enabled for every trainer. See `enable`."""
 
     def __init__(self, specs: tuple[PluginSpec, ...]) -> None:
         self.specs = compose(specs)
@@ -141,7 +141,7 @@ class Handle:
 
     @property
     def trainers(self) -> list[Any]:
-        """The living trainers that got the plugins."""
+        """The living trainers that have the plugins."""
         return list(self._trainers)
 
     def disable(self) -> None:
@@ -162,7 +162,7 @@ class Handle:
         self._listeners.append(listener)
 
     def record(self, rounds: int = 1, max_rows: int = 64) -> Handle:
-        """Records every trainer that gets the plugins, each into its output folder; see `trl_ext.record`."""
+        """Records every trainer that gets the plugins, each into its own output folder. See `trl_ext.record`."""
         if not set(self.kinds) & set(ROUNDS):
             raise ConfigError(f"{self!r} serves no trainer with rounds to record; GRPO and RLOO have them.")
 
@@ -197,7 +197,7 @@ class Handle:
 
 
 def _wrap_init(owner: type[Any], handle: Handle) -> Callable[[], None]:
-    """Wraps the constructor of a TRL trainer; returns the undo."""
+    """Wraps the constructor of a TRL trainer, and returns the undo."""
     original = owner.__init__
 
     @functools.wraps(original)

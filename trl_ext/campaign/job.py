@@ -58,7 +58,7 @@ def run(
 
 
 def start(specs: Sequence[PluginSpec], job: LocalJob) -> None:
-    """Calls the owner's hook; trainers that are built meanwhile may have its plugin.
+    """Calls the owner's hook. Trainers that are built meanwhile may have its plugin.
 
     Raises:
         ConfigError: No plugin owns a run, or a plugin refuses the settings.
@@ -80,7 +80,7 @@ def start(specs: Sequence[PluginSpec], job: LocalJob) -> None:
 
 
 def check(specs: Sequence[PluginSpec], args: Any) -> Plan:
-    """Asks the plugins about the settings before anything is loaded; the pairs' columns come later.
+    """Asks the plugins about the settings before anything is loaded. The columns of the pairs are not known yet.
 
     Raises:
         ConfigError: A plugin refuses them.
@@ -89,7 +89,7 @@ def check(specs: Sequence[PluginSpec], args: Any) -> Plan:
 
 
 def from_script(parsed: Parsed) -> LocalJob:
-    """The job behind a command line."""
+    """Makes the job that a command line asks for."""
     from ..trl_internals import arguments, dpo_runs
 
     found = dpo_runs.script_arguments(parsed)
@@ -276,7 +276,7 @@ class LocalJob:
         return bool(self._shared([value])[0])
 
     def _shared(self, values: list[Any]) -> list[Any]:
-        """The main process's values, on every process."""
+        """Returns the main process's values on every process. Collective."""
         from accelerate.utils import broadcast_object_list
 
         broadcast_object_list(values, from_process=0)

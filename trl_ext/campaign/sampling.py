@@ -11,7 +11,9 @@ import torch
 def sampler(
     model: Any, tokenizer: Any, device: torch.device, *, num: int, temperature: float, top_p: float, max_tokens: int
 ) -> Callable[[list[Any], int], list[list[Any]]]:
-    """A function of prompts and a seed: `num` completions of each prompt, as text, or messages for messages.
+    """Returns a function of prompts and a seed that samples `num` completions of each prompt.
+
+    Completions are texts, or messages where the prompts are messages.
 
     Args:
         model: A causal language model.

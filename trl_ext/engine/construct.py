@@ -82,7 +82,7 @@ def _start(trainer: Any, plan: Plan) -> None:
 
 
 def check_class(cls: type[Any], specs: tuple[PluginSpec, ...]) -> TrainerKind:
-    """Refuses a trainer class that the plugins, or this TRL, cannot serve; returns its kind."""
+    """Returns the kind of a trainer class. Refuses one that the plugins or this TRL cannot serve."""
     seams.check_version()
     kind = seams.kind_of(cls)
     if kind is None:

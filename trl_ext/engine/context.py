@@ -22,7 +22,7 @@ from .view import View
 
 @dataclasses.dataclass(frozen=True)
 class Poll:
-    """What one environment tells at one moment; `reward` is None where it tells none."""
+    """What one environment reports at one moment. `reward` is None if it reports none."""
 
     reward: float | None
     done: bool
@@ -61,7 +61,7 @@ class MicroBatch:
 
     Attributes:
         batch: Its tensors by TRL's names.
-        policy: What the policy's forward gave, with its graph; None before that forward.
+        policy: What the policy's forward gave, with its graph. None before that forward.
         hidden_states: What plugins asked for in that forward.
     """
 
@@ -139,7 +139,7 @@ class Context:
 
     @property
     def recording(self) -> bool:
-        """Whether the round under way is recorded. Equal on every process."""
+        """Whether the round under way is recorded. All processes agree."""
         return self.round is not None and self.round.record is not None
 
     def show(self, by: str, state: Scored) -> None:
@@ -148,7 +148,7 @@ class Context:
             self.round.record.after(by, state)
 
     def report(self, values: Mapping[str, tuple[float, float]]) -> None:
-        """Adds (sum, count) pairs over processes and records each ratio. Collective; names may differ by process."""
+        """Adds (sum, count) pairs over processes and records each ratio. Collective. Names may differ by process."""
         totals: dict[str, list[float]] = {}
         for local in self.view.gather_objects([dict(values)]):
             for name, (amount, count) in local.items():

@@ -19,7 +19,7 @@ class View:
 
     Attributes:
         callbacks: The callbacks that plugins added.
-        precompute: Computes values for all pairs of the data; set by the host, which knows that stage.
+        precompute: Computes values for all pairs of the data. The host sets it, because it knows that stage.
     """
 
     precompute: Precompute

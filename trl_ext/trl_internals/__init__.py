@@ -1,6 +1,5 @@
-"""The only part of trl_ext that knows private names of TRL.
+"""TRL's private parts: the only room of trl_ext that knows their names.
 
-`seams` lists what is used of it, with checks; `mixins` hooks trainers up; `access` reads and writes their private
-state;
-`scripts` reuses TRL's command line.
+`seams` lists what is used, with checks. `mixins` wraps a trainer's methods and hands over to a `host`. The other files
+read and write one topic of a trainer each: its state, rewards, generation, losses, forwards, models, runs and scripts.
 """

@@ -24,7 +24,7 @@ class _Parser(TrlParser):
         raise ConfigError(f"{message}\n`trl_ext train --help-trl` lists TRL's options.")
 
     def apply(self, settings: Mapping[str, Any]) -> list[str]:
-        """Makes settings the defaults; returns the names that are not TRL's."""
+        """Makes settings the defaults, and returns the names that are not TRL's."""
         known = {action.dest for action in self._actions}
         self.set_defaults_with_config(**{name: value for name, value in settings.items() if name in known})
         return [name for name in settings if name not in known]
@@ -63,14 +63,14 @@ def parse(kind: TrainerKind, argv: Sequence[str], settings: Mapping[str, Any]) -
 
 
 def resume_value(value: Any) -> str | bool | None:
-    """`true`, `false` and `none` are words on a command line and values in YAML."""
+    """Returns the value of `resume_from_checkpoint`, whose `true`, `false` and `none` are words on a command line."""
     if isinstance(value, str):
         return {"true": True, "false": None, "none": None}.get(value.lower(), value)
     return value or None
 
 
 def load_data(parsed: Parsed) -> Any:
-    """The training rows as TRL's script loads them, or None where none are named."""
+    """Loads the training rows as TRL's script does. Returns None if no data are named."""
     script, _, _, mixture = parsed
     if mixture.datasets:
         from trl import get_dataset

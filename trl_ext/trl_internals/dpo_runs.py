@@ -18,7 +18,7 @@ from .arguments import Parsed
 
 
 def script_arguments(parsed: Parsed) -> dict[str, Any]:
-    """What TRL's DPO script gives its trainer, besides the data."""
+    """Returns what TRL's DPO script gives its trainer, besides the data."""
     from trl import get_peft_config, get_quantization_config
 
     _, training, model, _ = parsed
@@ -38,7 +38,7 @@ def script_arguments(parsed: Parsed) -> dict[str, Any]:
 
 
 def load(path: str, args: Any, **settings: Any) -> Any:
-    """A causal language model, as the trainer would load it."""
+    """Loads a causal language model as the trainer would."""
     from trl.trainer.utils import create_model_from_path
 
     own = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
@@ -46,7 +46,7 @@ def load(path: str, args: Any, **settings: Any) -> Any:
 
 
 def trainer(model: str, args: Any, data: Any, output: Path, settings: dict[str, Any], **objects: Any) -> Any:
-    """A DPO trainer that starts at a model and refers to it.
+    """Builds a DPO trainer that starts at a model and has it as the reference.
 
     The reference of a full fine-tuning is loaded here, because TRL would load one by the name in the model's config.
     With an adapter the model without it is the reference; with precomputed values it is the model before training.
@@ -77,7 +77,7 @@ class _NoStepMore(TrainerCallback):
 
 
 def train(made: Any, checkpoint: str | None) -> None:
-    """Trains, from a checkpoint on if there is one; from one of the last step it takes the weights alone."""
+    """Trains, from a checkpoint if there is one. From a checkpoint of the last step it takes only the weights."""
     if checkpoint is not None:
         made.add_callback(_NoStepMore())
     with contextlib.suppress(_AtTheEndError):
@@ -85,7 +85,7 @@ def train(made: Any, checkpoint: str | None) -> None:
 
 
 def last_checkpoint(folder: Path, state_file: str) -> str | None:
-    """The last complete checkpoint; one that a kill left half written is removed."""
+    """Returns the last complete checkpoint, and removes one that a kill left half written."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for path in found:
         try:
@@ -104,7 +104,7 @@ def is_adapter(path: str | Path) -> bool:
 
 
 def open_model(path: str | Path, args: Any) -> Any:
-    """On the CPU, in the precision of its files; an adapter merged into its base, in float32."""
+    """Loads a model on the CPU in the precision of its files. An adapter is merged into its base in float32."""
     if not is_adapter(path):
         return load(str(path), args, dtype="auto")
     from peft import PeftConfig, PeftModel

@@ -16,7 +16,7 @@ from .trainer_state import mode
 
 
 def adapters_off(trainer: Any, model: Any) -> bool:
-    """Whether a PEFT model computes its reference now: adapters disabled, or the frozen copy `ref` active."""
+    """Tells whether a PEFT model computes its reference now: with adapters disabled, or with the frozen copy `ref`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     base = trainer.accelerator.unwrap_model(model)
@@ -28,7 +28,7 @@ def adapters_off(trainer: Any, model: Any) -> bool:
 
 @contextlib.contextmanager
 def scoring(trainer: Any) -> Iterator[None]:
-    """No gradients and no gradient checkpointing, as TRL scores completions."""
+    """Switches gradients and gradient checkpointing off for the block, as TRL does when it scores completions."""
     from trl.models.utils import disable_gradient_checkpointing
 
     with torch.no_grad(), disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs):
@@ -37,7 +37,7 @@ def scoring(trainer: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def last_hidden_states(trainer: Any, see: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    """Inside the block, `see` gets the last hidden states (B, L, H) of every forward of the policy, detached.
+    """Gives `see` the last hidden states (B, L, H) of every forward of the policy in the block, detached.
 
     TRL calls the backbone as a module, with its fused head and without, and so does generation: the block must be no
     larger than the forward that is meant. Gradient checkpointing runs layers again, and never the backbone.
@@ -70,7 +70,7 @@ _VISION = (
 
 
 def completion_logps(trainer: Any, batch: Mapping[str, Any], model: Any = None) -> torch.Tensor:
-    """(b, T) log-probabilities of a round's completions under a model (the policy as it is now), no gradient."""
+    """Returns (b, T) log-probabilities of a round's completions, without gradient, by default under the policy."""
     rows = (
         trainer.args.per_device_train_batch_size
         if mode(trainer) == "train"
@@ -95,7 +95,7 @@ def add_fused_head(model: Any) -> None:
 
 
 def uses_virtual_tokens(trainer: Any) -> bool:
-    """Whether the policy is a PEFT model that learns prompt tokens, which the fused forward does not see."""
+    """Tells whether the policy is a PEFT model that learns prompt tokens, which the fused forward does not see."""
     configs = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {})
     return any(config.is_prompt_learning for config in configs.values())
 
@@ -106,7 +106,7 @@ _FUSED = ("mean_logits", "is_top1", "log_sum_sq_probs")
 
 @contextlib.contextmanager
 def pair_forwards(trainer: Any, run: PairForward) -> Iterator[None]:
-    """Inside the block, DPO's fused forwards of policy and reference go through `run(call, TRL's own forward)`.
+    """Sends DPO's fused forwards of policy and reference in the block through `run(call, TRL's own forward)`.
 
     DPO calls its models inside one long method, so the forward of the model itself is wrapped; a model that `run` calls
     is called as it was.

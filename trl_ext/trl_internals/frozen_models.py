@@ -12,7 +12,7 @@ from ..errors import ConfigError
 
 
 def load(trainer: Any, path: str) -> Any:
-    """A frozen causal language model with TRL's fused head, in the policy's precision and attention.
+    """Loads a frozen causal language model with TRL's fused head, in the policy's precision and attention.
 
     Args:
         trainer: The DPO trainer that the model is for.
@@ -54,7 +54,7 @@ def load(trainer: Any, path: str) -> Any:
 
 
 def score(trainer: Any, model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
-    """(2n, L-1) log-probabilities of a batch of pairs under a frozen model, 0 outside the completions."""
+    """Returns (2n, L-1) log-probabilities of a batch of pairs under a frozen model, 0 outside the completions."""
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     known = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad(), trainer.accelerator.autocast():

@@ -26,7 +26,7 @@ _OWN = ("prompt_ids", "completion_ids", "completions", "tool_mask", "logprobs")
 
 
 def renders_tool_calls(arguments: Mapping[str, Any]) -> bool:
-    """Whether TRL's tool loop can work with the chat template, asked before the model is loaded.
+    """Tells, before the model is loaded, whether TRL's tool loop can work with the chat template.
 
     Args:
         arguments: The arguments with which a GRPO trainer is about to be built.

@@ -36,7 +36,7 @@ class Split:
 
 
 def split(kind: TrainerKind, argv: Sequence[str], settings: Mapping[str, Any]) -> Split:
-    """Divides a command line and YAML settings as `trl` does; values are checked by name and type only.
+    """Divides a command line and YAML settings as `trl` does. Values are checked by name and type only.
 
     Raises:
         ConfigError: A TRL option has a value of a wrong type.
@@ -53,7 +53,7 @@ def split(kind: TrainerKind, argv: Sequence[str], settings: Mapping[str, Any]) -
 
 
 def _without(argv: Sequence[str], removed: Sequence[str]) -> list[str]:
-    """`argv` less an ordered subsequence of it."""
+    """Returns `argv` without an ordered subsequence of it."""
     kept, left = [], list(removed)
     for argument in argv:
         if left and argument == left[0]:
@@ -64,7 +64,7 @@ def _without(argv: Sequence[str], removed: Sequence[str]) -> list[str]:
 
 
 def _flags(settings: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """YAML settings as accelerate takes them: `cpu: true` is a bare flag, `cpu: false` is nothing."""
+    """Writes YAML settings as accelerate takes them. `cpu: true` is a bare flag, and `cpu: false` is nothing."""
     flags: list[str] = []
     switches = {action.dest for action in _launch_parser()._actions if action.nargs == 0}
     for name in names:
@@ -88,7 +88,7 @@ def _launch_parser() -> argparse.ArgumentParser:
 
 
 def launch_arguments(kind: TrainerKind, launch: Sequence[str], worker: Sequence[str], own: Sequence[str]) -> Any:
-    """Parsed accelerate arguments that start the worker.
+    """Parses the arguments of accelerate that start the worker.
 
     Args:
         kind: The trainer, whose options are named in errors.
@@ -158,7 +158,7 @@ def fit_to_machine(args: Any, accelerator: bool) -> None:
 
 
 def launch(args: Any) -> int:
-    """Runs accelerate's launcher until the workers end; returns an exit code."""
+    """Runs accelerate's launcher until the workers end, and returns an exit code."""
     from accelerate.commands.launch import launch_command
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -176,7 +176,7 @@ def launch(args: Any) -> int:
 
 
 def accelerator_found() -> bool:
-    """Whether PyTorch sees CUDA, XPU, MPS or another accelerator."""
+    """Tells whether PyTorch sees CUDA, XPU, MPS or another accelerator."""
     import torch
 
     return bool(torch.accelerator.is_available())

@@ -14,14 +14,17 @@ from .trainer_state import mode
 
 
 def loss_divisor(trainer: Any, kind: TrainerKind) -> float:
-    """What a mean over a micro-batch must be divided by: GRPO scales for accumulation itself, the others do not."""
+    """Returns what a mean over a micro-batch is divided by.
+
+    GRPO scales for accumulation itself, and the other trainers leave that to transformers.
+    """
     if kind == "grpo" and mode(trainer) == "train":
         return float(trainer.current_gradient_accumulation_steps)
     return 1.0
 
 
 def router_loss(trainer: Any, kind: TrainerKind, aux_loss: torch.Tensor) -> torch.Tensor:
-    """The load-balancing term of a mixture of experts as TRL adds it to the loss of a micro-batch."""
+    """Returns the load-balancing term of a mixture of experts as TRL adds it to the loss of a micro-batch."""
     return trainer.router_aux_loss_coef * aux_loss / loss_divisor(trainer, kind)
 
 
@@ -29,7 +32,7 @@ LossUnit = Literal["tokens", "rows", "micro_batch"]
 
 
 def loss_unit(trainer: Any, kind: TrainerKind) -> LossUnit:
-    """What the trainer's own loss divides by: counted tokens of the round, rows, or what a micro-batch holds."""
+    """Returns what the trainer's own loss divides by: tokens of the round, rows, or what a micro-batch holds."""
     loss_type = trainer.loss_type if kind == "grpo" else "rows"
     if loss_type in ("dapo", "cispo", "vespo"):
         return "tokens"
@@ -37,7 +40,7 @@ def loss_unit(trainer: Any, kind: TrainerKind) -> LossUnit:
 
 
 def adds_to_loss(trainer: Any) -> str | None:
-    """A term that the trainer adds to its loss with a mean of its own, by the setting that asks for it, or None."""
+    """Names a term that the trainer adds to its loss with a mean of its own, and its setting. Returns None if none."""
     if getattr(trainer.args, "entropy_coef", None) or getattr(trainer.args, "use_adaptive_entropy", False):
         return "an entropy bonus (entropy_coef, use_adaptive_entropy)"
     return "the router's auxiliary loss (output_router_logits)" if getattr(trainer, "aux_loss_enabled", False) else None
@@ -54,7 +57,7 @@ def aggregate(
         return (values * mask).sum(dim=1).mean()
     loss_type, training = trainer.loss_type, mode(trainer) == "train"
     if loss_type in ("dapo", "cispo", "vespo"):
-        # the count spans the generation batch of all processes; rescale it to one accumulation window
+        # the count spans the generation batch of all processes, so it is rescaled to one accumulation window
         items = batch["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes
         if training:
             items = items * trainer.current_gradient_accumulation_steps / trainer.args.steps_per_generation

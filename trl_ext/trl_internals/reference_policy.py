@@ -13,7 +13,7 @@ from .seams import trl_version
 
 
 def known(trainer: Any) -> bool:
-    """Whether reference log-probabilities can be had as it is: TRL computes them, or the policy is a PEFT model."""
+    """Tells whether there is a reference already: TRL computes it, or the policy is a PEFT model."""
     return trainer.args.beta != 0.0 or hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
 
 
@@ -26,7 +26,7 @@ def without_adapters(trainer: Any) -> contextlib.AbstractContextManager[Any]:
 
 
 def load(trainer: Any, plugin: str) -> Any:
-    """A frozen copy of the policy from where it was loaded, prepared as TRL prepares its own reference.
+    """Loads a frozen copy of the policy from where it was loaded, prepared as TRL prepares its own reference.
 
     Args:
         trainer: GRPO or RLOO with beta = 0 and a policy that is no PEFT model.
@@ -68,7 +68,7 @@ def load(trainer: Any, plugin: str) -> Any:
 
 
 def _add_head(trainer: Any, model: Any) -> None:
-    """TRL's settings of the last layer; the fused head exists from TRL 1.15 on."""
+    """Applies TRL's settings of the last layer. The fused head exists from TRL 1.15 on."""
     in_float32 = getattr(trainer.args, "cast_lm_head_to_fp32", False)
     if in_float32:
         head = copy.deepcopy(model.get_output_embeddings()).float()  # a copy, because embeddings may share the weight

@@ -14,7 +14,7 @@ def reward_names(trainer: Any) -> tuple[str, ...]:
 
 
 def reward_name(function: Any) -> str:
-    """The name under which TRL reports a reward function, before the trainer is built."""
+    """Returns the name under which TRL will report a reward function."""
     from trl.trainer.utils import get_callable_name, get_config_model_id
 
     if isinstance(function, str):
@@ -45,7 +45,7 @@ def own_columns(trainer: Any) -> Iterator[None]:
 
 
 def use_columns(trainer: Any, names: Sequence[str], weights: torch.Tensor) -> None:
-    """Lets a round have other reward columns than the trainer has reward functions; see `own_columns`."""
+    """Gives a round other reward columns than the trainer has reward functions. See `own_columns`."""
     if tuple(names) == reward_names(trainer) and torch.equal(weights, reward_weights(trainer)):
         return
     trainer.reward_func_names = list(names)

@@ -28,7 +28,7 @@ _users: dict[str, int] = {}  # module -> how many trainers need the wrapper
 
 
 def keep_groups_together(kind: TrainerKind) -> Callable[[], None]:
-    """Makes rounds that carry `GROUP_IDS` keep their groups when TRL shuffles them; others stay as they are.
+    """Makes rounds that carry `GROUP_IDS` keep their groups when TRL shuffles them. Other rounds stay as they are.
 
     Returns:
         The undo. The original function is back when every caller has undone.

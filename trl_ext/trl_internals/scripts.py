@@ -19,7 +19,7 @@ class _Trained(BaseException):
 
 
 def run_script(kind: TrainerKind, parsed: Parsed, save: bool = True) -> None:
-    """TRL's own script: data, rewards, PEFT, training, saving; without `save` it ends when training has ended."""
+    """Runs TRL's own script: data, rewards, PEFT, training and saving. Without `save` it ends after training."""
     if save:
         _script(kind).main(*parsed)
         return
@@ -44,7 +44,7 @@ def run_script(kind: TrainerKind, parsed: Parsed, save: bool = True) -> None:
 
 @contextmanager
 def on_built(kind: TrainerKind, listener: Callable[[Any], None]) -> Iterator[None]:
-    """Inside the block, calls `listener(trainer)` for every trainer of this kind, plugins or not."""
+    """Calls `listener(trainer)` for every trainer of this kind that is built in the block, with plugins or without."""
     owner = trainer_class(kind)
     original = owner.__init__
 
@@ -61,5 +61,5 @@ def on_built(kind: TrainerKind, listener: Callable[[Any], None]) -> Iterator[Non
 
 
 def is_async(function: Any) -> bool:
-    """Whether TRL awaits a reward function: a coroutine function, or an object whose call is one."""
+    """Tells whether TRL awaits a reward function: a coroutine function, or an object whose call is one."""
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)

@@ -41,9 +41,9 @@ class Seam:
         name: Its name in TRL.
         kinds: Trainers that have it.
         parameters: Parameters that the wrapper relies on, in order.
-        users: Hooks and needs that break without it; empty = every run.
+        users: Hooks and needs that break without it. Empty stands for every run.
         module_level: A function that the trainer's module imported, instead of a method.
-        since: The first supported TRL that has it; empty = all.
+        since: The first supported TRL that has it. Empty stands for all of them.
     """
 
     name: str
@@ -124,12 +124,12 @@ def trainer_class(kind: TrainerKind) -> type[Any]:
 
 
 def kind_of(cls: type[Any]) -> TrainerKind | None:
-    """The kind of a trainer class or of its subclass, None for every other class."""
+    """Returns the kind of a trainer class or of its subclass, and None for every other class."""
     return next((kind for kind in _ALL if issubclass(cls, trainer_class(kind))), None)
 
 
 def needed(kind: TrainerKind, users: Iterable[str]) -> list[Seam]:
-    """The seams that a set of hooks and needs rests on."""
+    """Returns the seams that a set of hooks and needs rests on."""
     wanted = set(users)
     return [seam for seam in SEAMS if kind in seam.kinds and (not seam.users or seam.users & wanted)]
 
@@ -174,7 +174,7 @@ def overrides(cls: type[Any], kind: TrainerKind, users: Iterable[str]) -> list[s
 
 
 def fingerprints() -> dict[str, str]:
-    """A digest per seam of its body as a syntax tree, so that an upstream edit is noticed; docstrings do not count."""
+    """Returns a digest of each seam's body as a syntax tree, so that an upstream edit is noticed."""
     result = {}
     for kind in _ALL:
         owner = trainer_class(kind)
@@ -187,7 +187,7 @@ def fingerprints() -> dict[str, str]:
 
 
 def digest(source: str) -> str:
-    """A digest of one function's code, the same under every Python; comments, layout and the docstring do not count."""
+    """Returns a digest of a function's code, equal under every Python. Comments, layout and docstring do not count."""
     node = ast.parse(textwrap.dedent(source)).body[0]
     assert isinstance(node, ast.FunctionDef)
     node.body = node.body[1:] if ast.get_docstring(node) else node.body

@@ -19,18 +19,18 @@ def num_generations(trainer: Any) -> int:
 
 
 def tool_sources(trainer: Any) -> tuple[str, ...]:
-    """Which constructor arguments gave a trainer tools."""
+    """Names the constructor arguments that gave a trainer tools."""
     held = {"tools": "tools", "environment_factory": "environment_factories", "rollout_func": "rollout_func"}
     return tuple(name for name, attribute in held.items() if getattr(trainer, attribute, None))
 
 
 def environments(trainer: Any) -> list[Any] | None:
-    """The environment of each row of the current round; None without any."""
+    """Returns the environment of each row of the current round, or None if there are none."""
     return getattr(trainer, "environments", None)
 
 
 def optimizer_callback(run: Callable[[], None]) -> Any:
-    """A callback that runs after every step of the trainer's optimizer."""
+    """Makes a callback that runs after every step of the trainer's optimizer."""
     from transformers import TrainerCallback
 
     class Stepped(TrainerCallback):
@@ -41,7 +41,7 @@ def optimizer_callback(run: Callable[[], None]) -> Any:
 
 
 def add_metric(trainer: Any, name: str, value: float) -> None:
-    """Adds a value that is already reduced over processes; TRL averages over the logging interval."""
+    """Adds a value that is already reduced over processes. TRL averages over the logging interval."""
     trainer._metrics[mode(trainer)][name].append(value)
 
 
@@ -73,7 +73,7 @@ def replace_logged_advantages(trainer: Any, values: list[float]) -> None:
 
 
 def prompt_text(trainer: Any, prompt: Any) -> str:
-    """A prompt as the trainer gives it to the policy: messages through its chat template, with its arguments."""
+    """Returns a prompt as the trainer gives it to the policy, messages through its chat template."""
     if isinstance(prompt, str):
         return prompt
     return trainer.processing_class.apply_chat_template(
@@ -87,12 +87,12 @@ def prompt_text(trainer: Any, prompt: Any) -> str:
 
 
 def logged_completions(trainer: Any) -> list[Any]:
-    """Completions of the last round, as text or messages."""
+    """Returns the completions of the last round, as text or messages."""
     return list(trainer._logs["completion"])
 
 
 def logged_round(trainer: Any) -> list[dict[str, Any]]:
-    """Rows of the last round: `prompt`, `completion`, `advantage`, and `rewards` by name; none for DPO."""
+    """Returns the rows of the last round: `prompt`, `completion`, `advantage`, and `rewards` by name. DPO has none."""
     logs = getattr(trainer, "_logs", None)
     if not logs or "prompt" not in logs:
         return []

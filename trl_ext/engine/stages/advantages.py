@@ -136,7 +136,7 @@ def _chain(context: Context, round: Round, metrics: dict[str, tuple[float, float
 
 
 def _per_row(round: Round) -> torch.Tensor:
-    """(b,) this process's advantages, token-wise ones averaged over the tokens that the loss counts."""
+    """Returns this process's (b,) advantages. Those per token are averaged over the tokens that the loss counts."""
     if round.advantages.dim() == 1:
         return round.advantages[round.local]
     return masked_mean(round.advantages, round.loss_mask, dim=1)

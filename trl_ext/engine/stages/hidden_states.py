@@ -55,7 +55,7 @@ def during(context: Context, call: LogpsCall, dense: Callable[[], Logps]) -> Log
 
 
 def _mask(context: Context, call: LogpsCall) -> torch.Tensor | None:
-    """The loss mask (B, T) of a forward whose states are wanted, or None."""
+    """Returns the loss mask (B, T) of a forward whose states plugins read, or None for any other forward."""
     if call.role == "policy":
         return None if context.micro_batch is None else context.micro_batch.mask
     state = context.round

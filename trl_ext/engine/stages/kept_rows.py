@@ -52,7 +52,7 @@ def select(context: Context, round: Round, metrics: dict[str, tuple[float, float
 
 
 def weight(batch: Mapping[str, Any], unit: losses.LossUnit) -> torch.Tensor | None:
-    """The factor that takes rows left out of a loss's denominator; None where nothing has to change.
+    """Returns the factor that removes dropped rows from a loss's denominator, or None if nothing has to change.
 
     With N rows in the round of which K are kept, and k of the m rows of this micro-batch:
 

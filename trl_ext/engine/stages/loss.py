@@ -19,7 +19,7 @@ from . import kept_rows
 
 
 def edited(context: Context, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The micro-batch after every plugin's `loss_inputs`; the buffered original stays as it was."""
+    """Returns the micro-batch after every plugin's `loss_inputs`. The buffered original stays as it was."""
     if not context.calls.has("loss_inputs"):
         return inputs
     batch = dict(inputs)
@@ -36,7 +36,7 @@ def edited(context: Context, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def compute(context: Context, inputs: Mapping[str, Any], stock: Callable[[Mapping[str, Any]], Any]) -> Any:
-    """The loss of a micro-batch: TRL's or a plugin's, plus the terms of all plugins."""
+    """Computes the loss of a micro-batch: TRL's or a plugin's, plus the terms of all plugins."""
     batch = edited(context, inputs)
     replaced = context.calls.has("policy_loss")
     keep = (
@@ -93,7 +93,7 @@ def compute(context: Context, inputs: Mapping[str, Any], stock: Callable[[Mappin
 
 
 def _average(context: Context, name: str, result: PolicyLoss, loss: Loss) -> torch.Tensor:
-    """The average that a plugin asks for, scaled for accumulation."""
+    """Averages a loss as its plugin asks, scaled for accumulation."""
     divisor = losses.loss_divisor(context.trainer, context.kind)
     if result.values.dim() == 0:
         if context.calls.has("keep_rows") and "keep_rows" not in context.plan.plugins[name].honours:

@@ -38,7 +38,7 @@ class Collator:
 
     Args:
         inner: The collator as it was.
-        columns: Names to let through besides the token ids; the list may grow.
+        columns: Names to let through besides the token ids. The list may grow.
     """
 
     def __init__(self, inner: Callable[[list[dict[str, Any]]], Any], columns: Sequence[str]) -> None:
@@ -63,7 +63,7 @@ def without_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def batch_of(context: Context, inputs: Mapping[str, Any]) -> Pairs:
-    """The hooks' view of a collated batch."""
+    """Returns a collated batch as hooks see it."""
     carried = inputs.get(KEY)
     if not isinstance(carried, Rows):
         raise PluginError(
@@ -133,13 +133,13 @@ def compute(
     stock: Callable[[Mapping[str, Any]], Any],
     reference: Callable[[Mapping[str, Any]], Any],
 ) -> Any:
-    """The loss of a micro-batch of pairs.
+    """Computes the loss of a micro-batch of pairs.
 
     Args:
         context: The plugins.
         inputs: The collated batch.
         stock: TRL's loss of a batch.
-        reference: TRL's forward of the reference on a batch; its result is caught on the way.
+        reference: TRL's forward of the reference on a batch. Its result is caught on the way.
     """
     batch = loss.edited(context, without_rows(inputs))
     with context.in_loss(batch):

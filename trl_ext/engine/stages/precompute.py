@@ -17,7 +17,7 @@ from . import pairs as stage
 
 
 def add_columns(context: Context, name: str, score: Callable[[Pairs], torch.Tensor], key: str) -> None:
-    """Adds `chosen_NAME` and `rejected_NAME` to the trainer's data; see `TrainerView.precompute_pairs`."""
+    """Adds `chosen_NAME` and `rejected_NAME` to the trainer's data. See `TrainerView.precompute_pairs`."""
     trainer = context.trainer
     training, evaluation = trainer.train_dataset, trainer.eval_dataset
 
@@ -72,7 +72,10 @@ def _with_columns(
 
 
 def _digest(data: Any, *settings: Any) -> str:
-    """A name for values of these token ids; the data's own fingerprint changes with every setting of the trainer."""
+    """Returns a name for values of these token ids.
+
+    The data's own fingerprint will not do, because it changes with every setting of the trainer.
+    """
     found = hashlib.sha256(repr(settings).encode())
     for batch in data.select_columns(list(stage.IDS)).with_format("arrow").iter(1000):
         for column in batch.columns:
@@ -85,7 +88,7 @@ def _digest(data: Any, *settings: Any) -> str:
 def _score(
     context: Context, data: Any, title: str, score: Callable[[Pairs], torch.Tensor]
 ) -> list[tuple[list[float], list[float]]]:
-    """The values of every row's chosen and rejected tokens, in the order of the data, on all processes."""
+    """Returns the values of every row's chosen and rejected tokens, in the order of the data, on all processes."""
     from torch.utils.data import DataLoader
     from tqdm.auto import tqdm
 
@@ -112,6 +115,6 @@ def _score(
 
 
 def _completion(kept: torch.Tensor, length: int, truncation: str) -> list[float]:
-    """One value per completion token, NaN where truncation cut it off."""
+    """Returns one value per completion token, NaN where truncation cut the token off."""
     missing = [float("nan")] * (length - len(kept))
     return [*missing, *kept.tolist()] if truncation == "keep_end" else [*kept.tolist(), *missing]

@@ -14,7 +14,7 @@ from . import turns
 
 
 def select_rows(context: Context, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lets plugins replace the rows of a training round; they see those of all processes."""
+    """Lets plugins replace the rows of a training round. They see the rows of all processes."""
     if not context.calls.has("select_rows") or trainer_state.mode(context.trainer) != "train":
         return rows
     everything = context.view.gather_objects(list(rows))

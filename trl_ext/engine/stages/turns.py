@@ -61,7 +61,7 @@ def poll(environment: Any) -> Poll:
 
 
 def between(polls: Sequence[Sequence[Poll]], device: torch.device) -> Turns | None:
-    """Turns J + 1 readings of b environments into J turns; returns None where there are no environments."""
+    """Makes J turns of J + 1 readings of b environments. Returns None if there are no environments."""
     if not polls:
         return None
     rows = list(zip(*polls, strict=True))  # b rows of J + 1 readings
