@@ -51,7 +51,7 @@ def two(**second: Any) -> dict[str, Any]:
         (
             two(plugins={"gdpo": {"conditions": [{"target": "lenght", "given": "short"}]}}),
             {},
-            ["arm 'other'", "a condition names the reward 'lenght', and the run has digits, short"],
+            ["arm 'other'", "no reward function is called 'lenght'. Known: digits, short. Correct gdpo.conditions."],
         ),
     ],
     ids=str,
