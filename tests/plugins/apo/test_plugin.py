@@ -34,6 +34,7 @@ def test_a_run_without_an_owner(model: str, tmp_path: Path) -> None:
         ({"loss_type": ["apo_zero"]}, r"Anchored Preference Optimization \(arXiv 2408.06266\), another method"),
         ({"loss_type": ["sigmoid", "apo_down"]}, "Anchored"),
         ({"sync_ref_model": True}, "sync_ref_model=False"),
+        ({"fsdp": True}, "apo: every process must hold all parameters, and FSDP splits them"),
         ({"disable_dropout": False}, "disable_dropout=True"),
         ({"eval_strategy": "steps", "eval_steps": 1}, "eval_strategy"),
     ],
