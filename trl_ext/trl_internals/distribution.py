@@ -20,11 +20,15 @@ def splits_parameters(args: Any) -> str | None:
     return next(_splits(args), None)
 
 
+def uses_deepspeed(args: Any) -> bool:
+    """Returns whether DeepSpeed trains the policy, at any stage."""
+    return getattr(args, "deepspeed_plugin", None) is not None
+
+
 def _splits(args: Any) -> Iterator[str]:
     """Yields everything that splits parameters."""
     # transformers makes the plugin from `deepspeed` and from the environment, stage included
-    deepspeed = getattr(args, "deepspeed_plugin", None)
-    if deepspeed is not None and str(deepspeed.zero_stage) == "3":
+    if uses_deepspeed(args) and str(args.deepspeed_plugin.zero_stage) == "3":
         yield "DeepSpeed ZeRO stage 3"
     if getattr(args, "fsdp", None) or _is_on("ACCELERATE_USE_FSDP"):
         yield "FSDP"

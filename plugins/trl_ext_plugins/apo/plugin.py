@@ -48,7 +48,6 @@ class APO(Plugin):
         "iterative DPO, each round started beyond the last (Accelerated, not TRL's Anchored apo_zero and apo_down)"
     )
     trainers = ("dpo",)
-    needs = ("whole_parameters",)  # samples are drawn, and starts computed, with models that this process loads
 
     @dataclass(frozen=True)
     class Options:
