@@ -52,7 +52,7 @@ def test_deepspeed_is_refused_before_anything_is_loaded(model: str, tmp_path: Pa
     """Accelerate refuses it to the second trainer of a process, after a whole round."""
     args = tiny_args("dpo", tmp_path / "run")
     args.deepspeed_plugin = types.SimpleNamespace(zero_stage=stage)  # made by transformers where DeepSpeed is there
-    with pytest.raises(trl_ext.ConfigError, match="'apo' trains several times .* DeepSpeed .* use DDP or FSDP"):
+    with pytest.raises(trl_ext.ConfigError, match=r"'apo' trains several times .* DeepSpeed .* use DDP or FSDP"):
         trl_ext.run("apo", model="/no/such/model", args=args, train_dataset=tiny_data("grpo"), apo=OPTIONS)
 
 
