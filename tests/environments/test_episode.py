@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from typing import Any
 
 import gymnasium
 import numpy
 import pytest
+import torch
 
 from trl_ext import ConfigError
 from trl_ext.environments import GymEnvironment, episode_return, gym, minigrid_text, success
@@ -74,8 +76,11 @@ def test_a_function_for_observations_that_fails(games: Any, caplog: pytest.LogCa
     assert episode.truncated and episode.failure and "seed 4" in caplog.text
 
 
-def test_one_number_in_an_array_is_a_reward(games: Any) -> None:
-    kind = gym(lambda: games.Answering(numpy.array([0.5]), numpy.array([True]), numpy.bool_(False)))
+@pytest.mark.parametrize(
+    "reward", [numpy.array([0.5]), [0.5], torch.tensor([[0.5]], requires_grad=True), Fraction(1, 2)], ids=repr
+)
+def test_one_number_in_an_array_is_a_reward(reward: Any, games: Any) -> None:
+    kind = gym(lambda: games.Answering(reward, numpy.array([True]), numpy.bool_(False)))
     assert played(kind, "0").step_rewards == [0.5] and played(kind, "0").done
     assert kind.__name__ == "Answering", "a lambda has no name of its own"
 

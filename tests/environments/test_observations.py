@@ -7,6 +7,7 @@ from typing import Any
 import gymnasium
 import numpy
 import pytest
+import torch
 
 from trl_ext import ConfigError
 from trl_ext.environments import gym, minigrid_text, minigrid_view
@@ -27,9 +28,16 @@ def test_observations_by_default() -> None:
 def test_observations_that_are_not_arrays() -> None:
     spaces = gymnasium.spaces
     box = describe(spaces.Box(-1, 1, (2,)))
-    assert box([0.1, 0.25]) == box((0.1, 0.25)) == box(numpy.array([0.1, 0.25])) == "[0.1, 0.25]"
+    assert (
+        box([0.1, 0.25])
+        == box((0.1, 0.25))
+        == box(torch.tensor([0.1, 0.25], requires_grad=True))
+        == box(numpy.array([0.1, 0.25]))
+        == "[0.1, 0.25]"
+    )
     assert describe(spaces.Box(0, 1, ()))(0.5) == "[0.5]"
     assert describe(spaces.MultiDiscrete([9000, 2]))([1234, 1]) == "[1234, 1]", "whole numbers are not rounded"
+    assert describe(spaces.Tuple([spaces.Discrete(3)] * 2))(numpy.array([2, 1])) == "0: 2\n1: 1"
     assert describe(spaces.Discrete(3))(numpy.array([2])) == describe(spaces.Discrete(3))(2.0) == "2"
 
 
@@ -39,6 +47,7 @@ def test_observations_that_are_not_arrays() -> None:
         (gymnasium.spaces.Box(-1, 1, (2,)), None, r"None does not hold numbers.*Box.*`observe`"),
         (gymnasium.spaces.Box(-1, 1, (2,)), [0.1, "b"], r"'b'\] does not hold numbers"),
         (gymnasium.spaces.Box(-1, 1, (2,)), [[1], [1, 2]], r"is not an array, and the space is Box"),
+        (gymnasium.spaces.Box(-1, 1, (2,)), [0.5], r"\[0\.5\] has 1 numbers, and the space is Box"),
         (gymnasium.spaces.Discrete(3), 1.5, r"1\.5 is not a whole number, and the space is Discrete\(3\)"),
         (gymnasium.spaces.Discrete(3), float("nan"), r"nan is not a whole number"),
         (gymnasium.spaces.Text(3), None, r"None is not a text"),

@@ -95,7 +95,7 @@ def _array(space: Any, text: str) -> Any:
     if not numpy.isfinite(action).all():
         raise ValueError("the numbers must be finite")
     if _is_whole(space) and not numpy.array_equal(action, given):
-        raise ValueError(f"the numbers must be whole ones of the type {space.dtype}")
+        raise ValueError(f"the numbers must be whole and fit {space.dtype}")
     return action
 
 

@@ -93,13 +93,17 @@ def _text(space: Any, observation: Any) -> str:
 def _numbers(space: Any, observation: Any) -> str:
     """Writes numbers, whether the environment gives an array, a list or one number."""
     numbers = _array(space, observation).flatten().tolist()
+    if len(numbers) != _size(space):
+        raise _misfit(space, observation, f"has {len(numbers)} numbers")
     return "[" + ", ".join(str(int(n)) if isinstance(n, int) else f"{n:.3g}" for n in numbers) + "]"
 
 
 def _array(space: Any, observation: Any) -> Any:
     """Returns an observation as an array of numbers."""
     try:
-        array = installed("numpy").asarray(observation)
+        # a tensor may need a gradient, of which an array knows nothing
+        detached = observation.detach() if hasattr(observation, "detach") else observation
+        array = installed("numpy").asarray(detached)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UnreadableObservation(
             f"{reprlib.repr(observation)} is not an array, and the space is {space}: {error}"
@@ -124,7 +128,9 @@ def _lines(space: Any, writers: Mapping[Any, Callable[[Any], str]], observation:
                 f"there is no {missing[0]!r}, which the space {space} declares; the parts are "
                 f"{', '.join(map(repr, observation)) or 'none'}. {_HELP}"
             )
-    elif not isinstance(observation, Sequence) or len(observation) != len(writers):
+    elif not (isinstance(observation, Sequence) or getattr(observation, "shape", ())) or len(observation) != len(
+        writers
+    ):
         raise UnreadableObservation(
             f"{reprlib.repr(observation)} does not have {len(writers)} parts as in {space}. {_HELP}"
         )

@@ -157,12 +157,12 @@ def _one(value: Any, name: str) -> float:
     """Returns the one number or truth value that the environment gave, maybe in an array."""
     problem = f"`{name}` was {reprlib.repr(value)}, expected one number"
     try:
-        array = installed("numpy").asarray(value)
-        # numbers of other types, such as fractions, are objects for numpy
-        if array.size == 1 and array.dtype.kind in "biufO":
-            return float(array.item())
+        # arrays and tensors of any library have `item`, which fails unless they hold one number
+        number = value.item() if hasattr(value, "item") else installed("numpy").asarray(value).item()
+        if not isinstance(number, str | bytes):
+            return float(number)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise WrongAnswer(f"{problem} ({error})") from error
+        raise WrongAnswer(problem) from error
     raise WrongAnswer(problem)
 
 
