@@ -77,9 +77,7 @@ def _whole(space: Any, observation: Any) -> str:
     """Writes the observation of a Discrete space."""
     number = _array(space, observation)
     if number.size != 1 or not float(number.item()).is_integer():
-        raise UnreadableObservation(
-            f"{reprlib.repr(observation)} is not a whole number, and the space is {space}. {_HELP}"
-        )
+        raise _misfit(space, observation, "is not a whole number")
     return str(int(number.item()))
 
 
@@ -105,13 +103,9 @@ def _array(space: Any, observation: Any) -> Any:
         detached = observation.detach() if hasattr(observation, "detach") else observation
         array = installed("numpy").asarray(detached)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise UnreadableObservation(
-            f"{reprlib.repr(observation)} is not an array, and the space is {space}: {error}"
-        ) from error
+        raise _misfit(space, observation, f"is not an array ({error})") from error
     if array.dtype.kind not in "biuf":
-        raise UnreadableObservation(
-            f"{reprlib.repr(observation)} does not hold numbers, and the space is {space}. {_HELP}"
-        )
+        raise _misfit(space, observation, "does not hold numbers")
     return array
 
 
@@ -119,22 +113,22 @@ def _lines(space: Any, writers: Mapping[Any, Callable[[Any], str]], observation:
     """Writes a line for every part of a Dict or a Tuple."""
     if type(space).__name__ == "Dict":
         if not isinstance(observation, Mapping):
-            raise UnreadableObservation(
-                f"{reprlib.repr(observation)} is not a mapping, and the space is {space}. {_HELP}"
-            )
+            raise _misfit(space, observation, "is not a mapping")
         missing = [name for name in writers if name not in observation]
         if missing:
             raise UnreadableObservation(
                 f"there is no {missing[0]!r}, which the space {space} declares; the parts are "
                 f"{', '.join(map(repr, observation)) or 'none'}. {_HELP}"
             )
-    elif not (isinstance(observation, Sequence) or getattr(observation, "shape", ())) or len(observation) != len(
-        writers
-    ):
-        raise UnreadableObservation(
-            f"{reprlib.repr(observation)} does not have {len(writers)} parts as in {space}. {_HELP}"
-        )
+    elif not _has_parts(observation, len(writers)):
+        raise _misfit(space, observation, f"does not have {len(writers)} parts")
     return "\n".join(f"{name}: {write(observation[name])}" for name, write in writers.items())
+
+
+def _has_parts(observation: Any, count: int) -> bool:
+    """Returns whether an observation is a sequence or an array of so many parts."""
+    is_array = bool(getattr(observation, "shape", None))
+    return (is_array or isinstance(observation, Sequence)) and len(observation) == count
 
 
 def _size(space: Any) -> int:
