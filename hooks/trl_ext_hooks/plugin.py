@@ -27,6 +27,8 @@ CLAIMS: dict[str, str] = {
 
 NEEDS: dict[str, str] = {
     "whole_groups": "every micro-batch holds whole groups. A batch size that would split one is refused",
+    "whole_parameters": "every process holds all parameters, so that it may call the policy alone, as it likes. "
+    "FSDP, DeepSpeed stage 3 and tensor parallelism are refused",
     "grouped_order": "rows of a group stay next to each other in the micro-batches, as far as the sizes allow",
     "old_logps": "`old_per_token_logps` in every micro-batch, computed once per round where TRL leaves it out",
     "ref_logps": "`ref_per_token_logps` in every micro-batch. With beta = 0 they come from the policy without its "

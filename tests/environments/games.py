@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from typing import Any
 
@@ -51,6 +52,22 @@ class Dying(Counting):
 class Exiting(Counting):
     def happens(self) -> None:
         os._exit(3)
+
+
+class Leaving(Counting):
+    def happens(self) -> None:
+        sys.exit(2)
+
+
+class Answering(Counting):
+    """Gives back what it is told, with an observation and `info`."""
+
+    def __init__(self, *answer: Any) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def step(self, action: int) -> Any:
+        return (0, *self.answer, {})
 
 
 class Hanging(Counting):

@@ -45,3 +45,36 @@ def test_named_actions_and_functions() -> None:
     episode.reset(seed=0)
     assert episode.act("2") == "4" and episode.act("x").startswith("invalid action: 'x': invalid literal")
     assert episode.act("-1") == "invalid action: '-1' is not in Discrete(4)"
+
+
+@pytest.mark.parametrize(
+    ("space", "bad", "reason"),
+    [
+        (gymnasium.spaces.MultiDiscrete([2, 3]), "[0.9, 1.9]", "must be whole and fit int64"),
+        (gymnasium.spaces.MultiBinary(2), "[0.5, 1]", "must be whole and"),
+        (gymnasium.spaces.Box(0, 5, (2,), numpy.int32), "[0.5, 1]", "must be whole and"),
+        (gymnasium.spaces.Box(0, 255, (1,), numpy.uint8), "[-1]", "must be whole and"),
+        (gymnasium.spaces.Box(0, 255, (1,), numpy.uint8), "[300]", "must be whole and"),
+        (gymnasium.spaces.Box(-numpy.inf, numpy.inf, (1,)), "[Infinity]", "must be finite"),
+        (gymnasium.spaces.Box(-numpy.inf, numpy.inf, (1,)), "[1e300]", "must be finite"),
+        (gymnasium.spaces.MultiDiscrete([2, 3]), "[NaN, 1]", "must be finite|must be whole"),
+        (gymnasium.spaces.MultiDiscrete([2, 3]), '["0", "1"]', "not numbers"),
+        (gymnasium.spaces.Box(-1, 1, (1,)), "[" * 100_000, "nested too deeply"),
+    ],
+    ids=lambda value: value[:12] if isinstance(value, str) else "",
+)
+def test_numbers_that_do_not_fit_are_invalid_actions(space: Any, bad: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        action_reader(Spaces(space, None, {}, None), None).read(bad)
+
+
+def test_whole_numbers_may_be_written_with_a_point() -> None:
+    action = action_reader(Spaces(gymnasium.spaces.MultiDiscrete([2, 3]), None, {}, None), None).read("[1.0, 2.0]")
+    assert action.tolist() == [1, 2] and action.dtype == numpy.int64
+
+
+def test_a_function_for_actions_that_fails(caplog: pytest.LogCaptureFixture) -> None:
+    """TRL would take it for a wrong call of the model and go on, and the action would cost nothing."""
+    episode = played(gym("FrozenLake-v1", actions={"left": 0}.__getitem__), "right")
+    assert episode.failure == "`actions` raised KeyError: 'right' for 'right'" and episode.truncated
+    assert "FrozenLake-v1 failed at step 1" in caplog.text

@@ -36,9 +36,15 @@ def test_the_tool_has_a_schema_and_reset_is_none(lake: type[GymEnvironment]) -> 
         (lambda: gym("FrozenLake-v1", slippery=1), r"unexpected keyword argument 'slippery'"),
         (lambda: gym("FrozenLake-v1", slippery=1, step_seconds=9), r"unexpected keyword argument 'slippery'"),
         (lambda: gym("FrozenLake-v1", actions=["a"]), r"`actions` is a list of 1 words, .* Discrete\(4\)"),
-        (lambda: gym("FrozenLake-v1", actions={"a": 4}), r"maps 'a' to 4, which is not in the action space"),
+        (
+            lambda: gym("FrozenLake-v1", actions={"a": 4}),
+            r"^FrozenLake-v1: `actions` maps 'a' to 4, which is not in",
+        ),
         (lambda: gym("FrozenLake-v1", actions=["a", "A", "b", "c"]), r"differ in more than case"),
-        (lambda: gym("minigrid:MiniGrid-Empty-5x5-v0"), r"trl_ext\.environments\.minigrid_text"),
+        (
+            lambda: gym("minigrid:MiniGrid-Empty-5x5-v0"),
+            r"^MiniGrid-Empty-5x5-v0: .*environments\.minigrid_text",
+        ),
         (lambda: gym("FrozenLake-v1", max_steps=0), r"`max_steps` must be 1 or more"),
         (lambda: gym("FrozenLake-v1", step_seconds=0), r"`step_seconds` must be positive"),
         (lambda: gym("FrozenLake-v1", render="human"), r"`render` is \"image\" or nothing"),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from fractions import Fraction
 from typing import Any
 
 import gymnasium
+import numpy
 import pytest
+import torch
 
 from trl_ext import ConfigError
 from trl_ext.environments import GymEnvironment, episode_return, gym, minigrid_text, success
@@ -70,6 +74,65 @@ def test_a_function_for_observations_that_fails(games: Any, caplog: pytest.LogCa
     assert episode.act("0") == "1"
     assert "`observe` raised ZeroDivisionError" in episode.act("0")
     assert episode.truncated and episode.failure and "seed 4" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "reward", [numpy.array([0.5]), [0.5], torch.tensor([[0.5]], requires_grad=True), Fraction(1, 2)], ids=repr
+)
+def test_one_number_in_an_array_is_a_reward(reward: Any, games: Any) -> None:
+    kind = gym(lambda: games.Answering(reward, numpy.array([True]), numpy.bool_(False)))
+    assert played(kind, "0").step_rewards == [0.5] and played(kind, "0").done
+    assert kind.__name__ == "Answering", "a lambda has no name of its own"
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ((numpy.array([1.0, 2.0]), False, False), r"`reward` was array\(\[1\., 2\.\]\), expected one number"),
+        ((None, False, False), r"`reward` was None, expected one number"),
+        (("1", False, False), r"`reward` was '1', expected one number"),
+        ((1.0, "no", False), r"`terminated` was 'no', expected one number"),
+        ((1.0, False, [True, False]), r"`truncated` was \[True, False\], expected one number"),
+        ((1.0, False), r"`step` returned tuple of 4, expected the 5 values observation, reward, terminated"),
+    ],
+    ids=str,
+)
+def test_a_step_that_is_not_of_gymnasium(
+    games: Any, answer: tuple[Any, ...], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    episode = played(gym(lambda: games.Answering(*answer)), "0")
+    assert episode.truncated and re.search(reason, episode.failure)
+    assert "Answering failed at step 1" in caplog.text
+
+
+def test_a_reset_that_is_not_of_gymnasium(games: Any) -> None:
+    """Unpacking two numbers would take the first for the observation."""
+
+    class Old(games.Counting):
+        observation_space = gymnasium.spaces.Box(-1, 1, (2,))
+
+        def reset(self, **arguments: Any) -> Any:
+            return numpy.zeros(2)
+
+    with pytest.raises(RuntimeError, match=r"^Old: .*`reset` returned ndarray of 2, expected the 2 values"):
+        gym(Old)().reset(seed=0)
+
+
+def test_an_observation_that_cannot_be_shown(games: Any, caplog: pytest.LogCaptureFixture) -> None:
+    class Losing(games.Counting):
+        def reset(self, **arguments: Any) -> Any:
+            return (None if arguments["seed"] == 1 else 3), {}
+
+        def step(self, action: int) -> Any:
+            return None, 1.0, False, False, {}
+
+    with pytest.raises(RuntimeError, match=r"^Losing: the observation after reset with seed 1 cannot be shown: None "):
+        gym(Losing)().reset(seed=1)
+    episode = played(gym(Losing), "0", seed=3)
+    assert episode.failure.startswith("the observation cannot be shown: None does not hold numbers")
+    assert episode.truncated and "Losing failed at step 1" in caplog.text
+    with pytest.raises(RuntimeError, match=r"^Losing: .*`observe` returned 3, expected a text"):
+        gym(Losing, observe=lambda count: count)().reset(seed=3)
 
 
 def test_pictures(games: Any) -> None:

@@ -39,6 +39,16 @@ def test_a_crash_costs_an_episode_and_not_the_run(games: Any, game: str, reason:
     assert episode.reset(seed=2) == "2" and episode.act("0") == "3"
 
 
+@pytest.mark.parametrize("seconds", [None, 20.0])
+def test_an_environment_that_leaves_ends_the_episode(
+    games: Any, seconds: float | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    episode: Any = gym(games.Leaving, step_seconds=seconds)()
+    episode.reset(seed=1)
+    assert "SystemExit: it called sys.exit(2)" in episode.act("0") and "Leaving failed at step 1" in caplog.text
+    assert episode.truncated and episode.reset(seed=2) == "2"
+
+
 def test_an_environment_that_hangs_is_stopped(games: Any) -> None:
     episode: Any = gym(games.Hanging, step_seconds=1.0)()
     episode.reset(seed=1)

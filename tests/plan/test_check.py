@@ -46,6 +46,19 @@ def test_what_configure_refuses(requirement: Any, expected: str, build: Any, plu
         build(cls=unloadable("grpo"))
 
 
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "dpo"])
+def test_split_parameters_are_refused_where_a_plugin_needs_whole_ones(
+    kind: str, build: Any, plugin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cls = checking(needs=("whole_parameters",), trainers=(kind,))
+    with trl_ext.enable(plugin(cls)):
+        assert build(kind)._trl_ext.plan.needs == {"whole_parameters": ("checking",)}
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        text = "checking: every process must hold all parameters, and FSDP splits them; use DDP or DeepSpeed stage 2"
+        with refused(ConfigError, text):
+            build(kind, cls=unloadable(kind))
+
+
 def test_all_refusals_come_together(build: Any, plugin: Any) -> None:
     cls = checking(Refuse("one.", "Fix."), Refuse("two.", "Fix."), needs=("column:steps", "reward:format"))
     texts = ["- checking: one. Fix.\n", "- checking: two. Fix.\n", "no column 'steps'", "called 'format'"]

@@ -71,6 +71,13 @@ def test_data_without_the_column_that_a_plugin_needs(work, config, tmp_path):
     assert "curious: the training data has no column 'difficulty'; it has prompt, answer, index" in text
 
 
+def test_split_parameters_where_a_plugin_needs_whole_ones(work, config, monkeypatch):
+    """As accelerate's launcher says to the worker."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    text = work("--plugin", "spae", "--config", config())
+    assert "spae: every process must hold all parameters, and FSDP splits them; use DDP or DeepSpeed stage 2" in text
+
+
 def test_data_without_prompts(work, config, tmp_path):
     folder = write_rows(tmp_path / "questions", train=[{"question": "1+1", "answer": "2"}] * 4)
     text = work("--config", config(dataset_name=folder))

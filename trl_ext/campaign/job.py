@@ -21,6 +21,7 @@ from ..plan.check import make_plan
 from ..plan.compose import Plan
 from ..plan.ownership import owner, run_under_way
 from ..support.files import write_atomically
+from ..trl_internals import distribution
 
 if TYPE_CHECKING:
     from ..trl_internals.arguments import Parsed
@@ -83,9 +84,16 @@ def check(specs: Sequence[PluginSpec], args: Any) -> Plan:
     """Asks the plugins about the settings before anything is loaded. The columns of the pairs are not known yet.
 
     Raises:
-        ConfigError: A plugin refuses them.
+        ConfigError: A plugin refuses them, or they cannot hold for several trainings.
     """
-    return make_plan(specs, Config("dpo", args, (), None, ()))
+    plan = make_plan(specs, Config("dpo", args, (), None, ()))
+    spec = owner(specs)
+    if spec is not None and distribution.uses_deepspeed(args):
+        raise ConfigError(
+            f"plugin {spec.name!r} trains several times in one process, and accelerate gives DeepSpeed to the first "
+            f"training only; use DDP or FSDP"
+        )
+    return plan
 
 
 def from_script(parsed: Parsed) -> LocalJob:

@@ -6,6 +6,7 @@ import contextlib
 import math
 import tempfile
 import time
+import weakref
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,32 +34,54 @@ class DivergedError(Exception):
 class Watch(TrainerCallback):
     """Reports progress, stops a run that has diverged, and keeps rows of the first and the last round.
 
+    What the record of the run needs is kept as plain values, so that a trainer goes when its training has ended.
+
     Args:
         tell: Where to report.
         several: Whether the run trains several times and reports its progress itself.
+
+    Attributes:
+        state: The state of the last trainer.
+        parameters: The number of parameters of its model.
+        model: The name or path of its model.
     """
 
     def __init__(self, tell: Tell, several: bool = False) -> None:
         self.tell = tell
         self.several = several
-        self.trainer: Any = None
-        self.calls: Counter[str] = Counter()
+        self.state: Any = None
+        self.parameters = 0
+        self.model = ""
+        self._trainer: weakref.ref[Any] | None = None
+        self._counts: list[Counter[tuple[str, str]]] = []
         self.names: set[str] = set()
         self.diverged: str | None = None
         self.first: list[dict[str, Any]] = []
         self.last: list[dict[str, Any]] = []
 
+    @property
+    def trainer(self) -> Any:
+        """The trainer that is watched. Watching does not keep it alive."""
+        return None if self._trainer is None else self._trainer()
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """How often each hook of each plugin was called by all trainers so far."""
+        return {f"{plugin}.{hook}": count for (plugin, hook), count in sum(self._counts, Counter()).items()}
+
     def follow(self, trainer: Any) -> None:
         """Watches a trainer, instead of the one before."""
-        self.count_calls()
-        self.trainer = trainer
+        self._trainer = weakref.ref(trainer)
+        self.state = trainer.state
+        self.parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+        self.model = trainer.model.config.name_or_path
+        host = vars(trainer).get("_trl_ext")
+        if host is not None:
+            self._counts.append(host.calls)
         trainer.add_callback(self)
 
-    def count_calls(self) -> None:
-        """Adds how often hooks were called by the trainer that is watched now."""
-        session = None if self.trainer is None else vars(self.trainer).get("_trl_ext")
-        if session is not None:
-            self.calls.update({f"{plugin}.{hook}": count for (plugin, hook), count in session.calls.items()})
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.state = state
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.last = sample(trainer_state.logged_round(self.trainer))
@@ -126,20 +149,18 @@ def train(run: Run, tell: Tell) -> None:
             trainer = on_task.build_trainer(run.task, run.kind, parsed, run.sizes, say)
             watch.follow(trainer)
             trainer.train()
-        trainer = watch.trainer
-        watch.count_calls()
-        history = trainer.state.log_history if campaign is None else campaign.history
-        model = trainer.model.config.name_or_path if campaign is None else campaign.model
+        history = watch.state.log_history if campaign is None else campaign.history
+        model = watch.model if campaign is None else campaign.model
         store.save(
             run,
             {
                 "status": "finished" if watch.diverged is None else "diverged",
                 "error": watch.diverged,
-                "steps": trainer.state.global_step if campaign is None else len(history),
+                "steps": watch.state.global_step if campaign is None else len(history),
                 "seconds": round(time.time() - began, 1),
                 "model": parsed[2].model_name_or_path or Path(model).name,
-                "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-                "hooks_fired": dict(watch.calls),
+                "parameters": watch.parameters,
+                "hooks_fired": watch.calls,
                 "versions": versions.versions(),
                 "identity": run.identity,
                 "history": history,

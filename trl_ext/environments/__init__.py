@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from .adapter import gym
 from .episode import GymEnvironment
-from .observations import minigrid_text
+from .observations import minigrid_text, minigrid_view
 from .rewards import episode_return, success
 
-__all__ = ["GymEnvironment", "episode_return", "gym", "minigrid_text", "success"]
+__all__ = ["GymEnvironment", "episode_return", "gym", "minigrid_text", "minigrid_view", "success"]

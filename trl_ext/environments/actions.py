@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError
-from .player import Spaces, installed
+from .player import Spaces, installed, what_raised
 
 Actions = Mapping[str, Any] | Sequence[str] | Callable[[str], Any]
+
+
+class ActionReaderFailure(Exception):
+    """The function that reads actions raised something else than ValueError. The text says what."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,15 +61,42 @@ def action_reader(spaces: Spaces, actions: Actions | None) -> ActionReader:
         numbers = {str(number): number for number in range(int(space.start), int(space.start + space.n))}
         return _words(spaces.names or numbers, space)
     if kind in ("Box", "MultiDiscrete", "MultiBinary"):
-        numpy = installed("numpy")
-        form = f"a JSON list of numbers of the shape {list(space.shape)}"
-        return ActionReader(_checked(lambda text: numpy.asarray(json.loads(text), space.dtype), space), (), form)
+        number = "whole number" if _is_whole(space) else "number"
+        form = f"a JSON list of {number}s of the shape {list(space.shape)}" if space.shape else f"a {number}"
+        return ActionReader(_checked(functools.partial(_array, space), space), (), form)
     if kind == "Text":
         return ActionReader(_checked(str, space), (), f"a text of at most {space.max_length} characters")
     raise ConfigError(
         f"the action space is {space}, for which there is no text by default. Give `actions`: a mapping of words to "
         f"actions, or a function that turns a text into an action and raises ValueError where it cannot."
     )
+
+
+def _is_whole(space: Any) -> bool:
+    """Returns whether an array of a space holds whole numbers."""
+    return bool(space.dtype.kind in "biu")
+
+
+def _array(space: Any, text: str) -> Any:
+    """Reads JSON as an array of the type of a space, which holds exactly the numbers of the text.
+
+    Raises:
+        ValueError: The text is something else, or its numbers do not fit the type.
+    """
+    numpy = installed("numpy")
+    try:
+        given = numpy.asarray(json.loads(text))
+    except RecursionError as error:
+        raise ValueError("the JSON is nested too deeply") from error
+    if given.dtype.kind not in "biuf":
+        raise ValueError("these are not numbers")
+    with numpy.errstate(invalid="ignore", over="ignore"):
+        action = given.astype(space.dtype)
+    if not numpy.isfinite(action).all():
+        raise ValueError("the numbers must be finite")
+    if _is_whole(space) and not numpy.array_equal(action, given):
+        raise ValueError(f"the numbers must be whole and fit {space.dtype}")
+    return action
 
 
 def _words(named: Mapping[str, Any], space: Any) -> ActionReader:
@@ -94,6 +126,8 @@ def _checked(read: Callable[[str], Any], space: Any) -> Callable[[str], Any]:
             action = read(text)
         except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"{text!r}: {error}") from error
+        except (Exception, SystemExit) as error:  # a function of the user may raise anything
+            raise ActionReaderFailure(f"`actions` raised {what_raised(error)} for {text!r}") from error
         if not space.contains(action):
             raise ValueError(f"{text!r} is not in {space}")
         return action

@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..trl_internals import seams
 from .actions import Actions, action_reader
 from .episode import Game, GymEnvironment, ToolResult
-from .observations import describe
+from .observations import describe, describe_texts
 from .player import EnvironmentFailure, LocalPlayer, Player, installed, make
 from .player_process import PlayerProcess
 
@@ -41,7 +41,7 @@ def gym(
         actions: Words for actions, or a function that reads one, as `actions.action_reader` takes them. By
             default the environment's names, numbers, or JSON.
         observe: A function from an observation to a text, or its dotted path. By default what
-            `observations.describe` returns, or no text if there are images.
+            `observations.describe` returns. If there are images, only the texts of the observation, such as a mission.
         render: `"image"` if the tool returns what `env.render()` draws, as an image.
         image_size: Width and height to which pictures are scaled. By default they stay as they are.
         max_steps: Actions after which an episode is truncated, invalid ones included. By default the environment's
@@ -63,7 +63,8 @@ def gym(
     if render and not callable(env):
         options.setdefault("render_mode", "rgb_array")
     make_env: Callable[[], Any] = env if callable(env) else functools.partial(make, env, options)
-    name = getattr(env, "__name__", "environment") if callable(env) else env.rpartition(":")[2]
+    named = getattr(env, "__name__", "<lambda>") if callable(env) else env.rpartition(":")[2]
+    name = "environment" if named == "<lambda>" else named
     player: Callable[[], Player] = (
         functools.partial(LocalPlayer, make_env, bool(render))
         if step_seconds is None
@@ -73,13 +74,20 @@ def gym(
         spaces = player().spaces()
     except EnvironmentFailure as error:
         raise ConfigError(f"{name}: {error}") from error
+    if named == "<lambda>":
+        name = spaces.name
     if isinstance(observe, str):
         observe = _imported(observe)
+    try:
+        reader = action_reader(spaces, actions)
+        observe = observe or (describe_texts if render else describe)(spaces.observations)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
     game = Game(
         name=name,
         player=player,
-        actions=action_reader(spaces, actions),
-        observe=observe or (None if render else describe(spaces.observations)),
+        actions=reader,
+        observe=observe,
         picture=functools.partial(_image, size=image_size) if render else None,
         max_steps=spaces.max_steps if max_steps is None else max_steps,
         invalid_reward=invalid_reward,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from ..errors import ConfigError
-from .actions import ActionReader
-from .player import EnvironmentFailure, Outcome, Player
+from .actions import ActionReader, ActionReaderFailure
+from .observations import UnreadableObservation
+from .player import EnvironmentFailure, Outcome, Player, what_raised
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +131,13 @@ class GymEnvironment(metaclass=GymEnvironmentKind):
                     f"{self._game.name}: reset with seed {seed} failed twice: {error}. Repair the environment, or "
                     f"leave out the row."
                 ) from error
-        return self._result(*self._present(outcome))
+        try:
+            image, text = self._present(outcome)
+        except UnreadableObservation as error:
+            raise RuntimeError(
+                f"{self._game.name}: the observation after reset with seed {seed} cannot be shown: {error}"
+            ) from error
+        return self._result(image, text)
 
     def _act(self, *positional: Any, **named: Any) -> ToolResult:
         game = self._game
@@ -138,6 +146,8 @@ class GymEnvironment(metaclass=GymEnvironmentKind):
             return game.over
         try:
             action = game.actions.read(_argument(positional, named))
+        except ActionReaderFailure as error:  # TRL would take it for a mistake of the model and go on
+            return self._fail(str(error), 0.0)
         except ValueError as error:
             self.invalid_actions += 1
             self.step_rewards.append(game.invalid_reward)
@@ -151,8 +161,8 @@ class GymEnvironment(metaclass=GymEnvironmentKind):
             return self._fail(f"the reward was {outcome.reward}", math.nan)
         try:
             image, text = self._present(outcome)
-        except Exception as error:  # raised by a function of the user, which TRL would take for a mistake of the model
-            return self._fail(f"`observe` raised {type(error).__name__}: {error}", 0.0)
+        except UnreadableObservation as error:  # TRL would take it for a mistake of the model and go on
+            return self._fail(f"the observation cannot be shown: {error}", 0.0)
         self.step_rewards.append(outcome.reward)
         self.done, self.truncated = outcome.terminated, outcome.truncated and not outcome.terminated
         self._success = outcome.success
@@ -179,10 +189,22 @@ class GymEnvironment(metaclass=GymEnvironmentKind):
         return self._with_ending(f"the environment failed: {reason}")
 
     def _present(self, outcome: Outcome) -> tuple[Any, str]:
-        """Turns an outcome into the image and the text that the model gets."""
+        """Turns an outcome into the image and the text that the model gets.
+
+        Raises:
+            UnreadableObservation: It cannot be turned into them. The text says why.
+        """
         game = self._game
-        image = None if game.picture is None else game.picture(outcome.picture)
-        return image, "" if game.observe is None else game.observe(outcome.observation)
+        try:
+            image = None if game.picture is None else game.picture(outcome.picture)
+            text = "" if game.observe is None else game.observe(outcome.observation)
+        except UnreadableObservation:
+            raise
+        except (Exception, SystemExit) as error:  # a function of the user may raise anything
+            raise UnreadableObservation(f"`observe` raised {what_raised(error)}") from error
+        if not isinstance(text, str):
+            raise UnreadableObservation(f"`observe` returned {reprlib.repr(text)}, expected a text")
+        return image, text
 
     def _result(self, image: Any, text: str) -> ToolResult:
         """Makes the result of a tool from an image and a text."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import enum
 import importlib
-from collections.abc import Callable, Mapping
+import reprlib
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any, Protocol
 
 from ..errors import ConfigError
@@ -16,6 +17,10 @@ _SUCCESS_KEYS = ("is_success", "success")
 
 class EnvironmentFailure(Exception):
     """The environment raised, hung or died. The text says which."""
+
+
+class WrongAnswer(ValueError):
+    """The environment gave back something else than Gymnasium expects. The text says what."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +44,14 @@ class Spaces:
         observations: The observation space.
         names: The environment's own names of its actions.
         max_steps: The environment's own limit of steps.
+        name: What the environment is called: its ID, or else its class.
     """
 
     actions: Any
     observations: Any
     names: Mapping[str, Any]
     max_steps: int | None
+    name: str = "environment"
 
 
 class Player(Protocol):
@@ -90,14 +97,21 @@ class LocalPlayer:
     def _try(self, play: Callable[[], Any]) -> Any:
         try:
             return play()
-        except Exception as error:  # an environment may raise anything
+        except (Exception, SystemExit) as error:  # an environment may raise anything
             self._env = None  # its state is unknown now
             raise as_failure(error) from error
 
 
-def as_failure(error: Exception) -> EnvironmentFailure:
+def as_failure(error: Exception | SystemExit) -> EnvironmentFailure:
     """Turns an exception of an environment into a failure. Our own errors are told without their type."""
-    return EnvironmentFailure(str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}")
+    return EnvironmentFailure(str(error) if isinstance(error, ConfigError | WrongAnswer) else what_raised(error))
+
+
+def what_raised(error: BaseException) -> str:
+    """Returns an exception of foreign code as a text."""
+    if isinstance(error, SystemExit):
+        return f"SystemExit: it called sys.exit({'' if error.code is None else repr(error.code)})"
+    return f"{type(error).__name__}: {error}"
 
 
 def read_spaces(env: Any) -> Spaces:
@@ -107,21 +121,49 @@ def read_spaces(env: Any) -> Spaces:
     names = {name: member.value for name, member in members.items()}
     # MiniGrid keeps its limit on the environment itself
     max_steps = getattr(env.spec, "max_episode_steps", None) or getattr(env.unwrapped, "max_steps", None)
-    return Spaces(env.action_space, env.observation_space, names, max_steps)
+    name = getattr(env.spec, "id", None) or type(env.unwrapped).__name__
+    return Spaces(env.action_space, env.observation_space, names, max_steps, name)
 
 
 def reset(env: Any, seed: int, pictures: bool) -> Outcome:
     """Begins an episode from a seed."""
-    observation, _ = env.reset(seed=seed)
+    observation, _ = _parts(env.reset(seed=seed), "reset", "observation, info")
     return Outcome(observation, render(env) if pictures else None)
 
 
 def step(env: Any, action: Any, pictures: bool) -> Outcome:
     """Takes an action."""
-    observation, reward, terminated, truncated, info = env.step(action)
-    success = next((bool(info[key]) for key in _SUCCESS_KEYS if key in info), None)
+    parts = _parts(env.step(action), "step", "observation, reward, terminated, truncated, info")
+    observation, reward, terminated, truncated, info = parts
+    success = next((bool(_one(info[key], key)) for key in _SUCCESS_KEYS if info.get(key) is not None), None)
     picture = render(env) if pictures else None
-    return Outcome(observation, picture, float(reward), bool(terminated), bool(truncated), success)
+    ends = [bool(_one(value, name)) for value, name in ((terminated, "terminated"), (truncated, "truncated"))]
+    return Outcome(observation, picture, _one(reward, "reward"), ends[0], ends[1], success)
+
+
+def _parts(answer: Any, method: str, expected: str) -> Sequence[Any]:
+    """Returns what a method gave back, if that has as many parts as Gymnasium expects, the last one a mapping."""
+    count = expected.count(",") + 1
+    if not isinstance(answer, tuple | list) or len(answer) != count or not isinstance(answer[-1], Mapping):
+        size = f" of {len(answer)}" if isinstance(answer, Sized) else ""
+        raise WrongAnswer(
+            f"`{method}` returned {type(answer).__name__}{size}, expected the {count} values {expected} of Gymnasium, "
+            f"with a mapping as `info`"
+        )
+    return answer
+
+
+def _one(value: Any, name: str) -> float:
+    """Returns the one number or truth value that the environment gave, maybe in an array."""
+    problem = f"`{name}` was {reprlib.repr(value)}, expected one number"
+    try:
+        # arrays and tensors of any library have `item`, which fails unless they hold one number
+        number = value.item() if hasattr(value, "item") else installed("numpy").asarray(value).item()
+        if not isinstance(number, str | bytes):
+            return float(number)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise WrongAnswer(problem) from error
+    raise WrongAnswer(problem)
 
 
 def render(env: Any) -> Any:

@@ -134,7 +134,7 @@ def serve(connection: Connection) -> None:
             connection.send(answer)
     except (EOFError, BrokenPipeError):
         return
-    except Exception as error:  # an environment may raise anything
+    except (Exception, SystemExit) as error:  # an environment may raise anything
         connection.send(player.as_failure(error))
 
 

@@ -13,6 +13,7 @@ from trl_ext_hooks import NEEDS, Config, Need, Plugin, Recommend, Refuse, Requir
 from ..catalog import options
 from ..catalog.declaration import PluginSpec, build_manager, instances
 from ..errors import ConfigError, PluginError, near
+from ..trl_internals.distribution import splits_parameters
 from .compose import Plan, check_kind, compose
 from .settings import dropped_settings, setting_of, tokenwise_refusals
 from .stages import TOOL_SOURCES
@@ -158,6 +159,11 @@ def _check_need(need: str, names: list[str], config: Config) -> list[str]:
     """
     who, args = " and ".join(names), config.args
     kind, _, target = need.partition(":")
+    if need == "whole_parameters":
+        split = splits_parameters(args)
+        if split is None:
+            return []
+        return [f"{who}: every process must hold all parameters, and {split} splits them; use DDP or DeepSpeed stage 2"]
     if config.kind == "dpo" and kind != "column":
         return [f"{who}: the DPO trainer cannot provide {need!r}; use GRPO or RLOO"]
     if kind == "column" and config.columns is not None and target not in config.columns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
@@ -28,15 +29,20 @@ class Progress(TrainerCallback):
         self.request = request
         self.parsed = parsed
         self.lines = lines
-        self.trainer: Any = None
+        self._trainer: weakref.ref[Any] | None = None
         self._train_began = time.time()
         self._first_step = 0
         self._seconds_in_steps = 0.0
         self._step_began = 0.0
 
+    @property
+    def trainer(self) -> Any:
+        """The trainer that is followed. Following does not keep it alive: a run may have several, one after another."""
+        return None if self._trainer is None else self._trainer()
+
     def follow(self, trainer: Any) -> None:
         """Replaces the progress reports of a trainer that was just built."""
-        self.trainer = trainer
+        self._trainer = weakref.ref(trainer)
         if self.lines:
             trainer.remove_callback(PrinterCallback)
             trainer.remove_callback(ProgressCallback)

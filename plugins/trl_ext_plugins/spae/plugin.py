@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from trl_ext.shared_prefix import ProbeCost
 from trl_ext_hooks import (
     ColumnName,
-    Config,
     Curve,
+    Need,
     Plugin,
     Recommend,
     Refuse,
@@ -100,14 +100,13 @@ class SPAE(Plugin):
         self._warned: set[str] = set()
 
     @hookimpl
-    def configure(self, config: Config) -> Iterator[Requirement]:
-        args, prober = config.args, self.options.prober
+    def configure(self) -> Iterator[Requirement]:
+        prober = self.options.prober
         yield Recommend("loss_type", "dapo", "paper: a mean over tokens")
         yield Recommend("epsilon_high", 0.28, "paper: DAPO's clipping")
-        deepspeed = getattr(args, "hf_deepspeed_config", None)
-        if prober is None and (getattr(args, "fsdp", None) or (deepspeed is not None and deepspeed.is_zero3())):
-            yield Refuse("probes need all parameters on each process.", "Use DDP or DeepSpeed stage 2.")
-        if prober is not None:
+        if prober is None:
+            yield Need("whole_parameters")  # processes have different numbers of probes
+        else:
             try:
                 load(prober)
             except JudgeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,15 @@ def test_settings_are_refused_before_anything_is_loaded(
     with pytest.raises(trl_ext.ConfigError, match=expected):
         go(model, tmp_path / "run", **settings)
     assert not (tmp_path / "run" / "round-1").exists()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_is_refused_before_anything_is_loaded(model: str, tmp_path: Path, stage: int) -> None:
+    """Accelerate refuses it to the second trainer of a process, after a whole round."""
+    args = tiny_args("dpo", tmp_path / "run")
+    args.deepspeed_plugin = types.SimpleNamespace(zero_stage=stage)  # made by transformers where DeepSpeed is there
+    with pytest.raises(trl_ext.ConfigError, match=r"'apo' trains several times .* DeepSpeed .* use DDP or FSDP"):
+        trl_ext.run("apo", model="/no/such/model", args=args, train_dataset=tiny_data("grpo"), apo=OPTIONS)
 
 
 @pytest.mark.parametrize("command", [["plugins"], ["show", "apo"]])

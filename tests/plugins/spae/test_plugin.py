@@ -11,6 +11,8 @@ import torch
 import yaml
 
 import trl_ext
+from tests.refusals import refused, unloadable
+from trl_ext import ConfigError
 from trl_ext.testing import brevity, digits, tiny_data
 from trl_ext_hooks import Plugin, hookimpl
 from trl_ext_plugins.spae import SPAE
@@ -205,3 +207,14 @@ def test_the_recipe_is_a_trl_file_with_known_options() -> None:
     (spec,) = find.resolve(recipe.pop("plugins"))
     assert spec.cls is SPAE
     assert make_parser().set_defaults_with_config(**recipe) == []
+
+
+def test_split_parameters_are_refused_before_the_model_is_loaded(
+    build: Any, stub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless something else than the policy answers the probes."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with trl_ext.enable("spae"), refused(ConfigError, "spae: every process must hold all parameters, and FSDP splits"):
+        build(cls=unloadable("grpo"))
+    with trl_ext.enable("spae", spae={"prober": STUB}), pytest.raises(Exception, match="no/such/model"):
+        build(cls=unloadable("grpo"))

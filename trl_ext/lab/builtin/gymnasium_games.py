@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ...environments import GymEnvironment, gym, minigrid_text
+from ...environments import GymEnvironment, gym, minigrid_view
 from ..definition import Row, Shape, Task, WarmUp
 from ..messages import episode, user
 
@@ -32,7 +32,7 @@ def lake() -> type[GymEnvironment]:
 def room() -> type[GymEnvironment]:
     """Makes the room in words: three by three fields, a start anywhere, the goal in the lower right corner."""
     return gym(
-        "minigrid:MiniGrid-Empty-Random-5x5-v0", actions=ROOM_MOVES, observe=minigrid_text, max_steps=10, over=OVER
+        "minigrid:MiniGrid-Empty-Random-5x5-v0", actions=ROOM_MOVES, observe=minigrid_view, max_steps=10, over=OVER
     )
 
 
@@ -45,9 +45,15 @@ def pictured_room() -> type[GymEnvironment]:
         render="image",
         tile_size=8,
         highlight=False,
+        observe=no_text,
         max_steps=10,
         over=OVER,
     )
+
+
+def no_text(observation: Any) -> str:
+    """Leaves out the mission, which is the same in every episode of the room."""
+    return ""
 
 
 def make_lake() -> GymEnvironment:
