@@ -16,7 +16,7 @@ from ..plan.compose import Plan, check_kind
 from ..plan.ownership import check_owned
 from ..plan.show import print_plan
 from ..plan.stages import TOOL_SOURCES
-from ..trl_internals import generation, rewards, seams, trainer_state
+from ..trl_internals import generation, rewards, seams, steps, trainer_state
 from .attach import has_plugins, put_in_front
 
 
@@ -47,6 +47,7 @@ def construct(
     config, plan = None, None
     if bound.get("args") is not None:  # without arguments TRL makes its own, and the plan waits for them
         config = _config_of_arguments(kind, bound)
+        steps.check_rows(kind, config.args, bound.get("train_dataset"), type(trainer))
         plan = make_plan(specs, config, plugins)
         if "tools" in plan.needs and not generation.renders_tool_calls(bound):
             raise ConfigError(
@@ -72,6 +73,7 @@ def attach_to(trainer: Any, specs: tuple[PluginSpec, ...]) -> None:
             f"plugin {late[0]!r} supplies constructor arguments, so it cannot be attached to an existing trainer. Use "
             f"trl_ext.enable or trl_ext.extend."
         )
+    steps.check_rows(kind, trainer.args, trainer.train_dataset, type(trainer))
     _start(trainer, make_plan(specs, _config_of_trainer(trainer, kind)))
 
 

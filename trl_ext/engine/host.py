@@ -17,7 +17,7 @@ from trl_ext_hooks import Generation, Logps, LogpsCall, Plugin, Refuse
 from ..errors import ConfigError, PluginError
 from ..plan.compose import Plan
 from ..support.random_state import untouched_random_state
-from ..trl_internals import forwards, losses, reference_policy, rewards, row_order, seams, trainer_state
+from ..trl_internals import forwards, losses, reference_policy, rewards, row_order, seams, steps, trainer_state
 from . import checkpoint
 from .context import Context
 from .observer import Recorder
@@ -86,6 +86,7 @@ class PluginHost:
             release = weakref.finalize(trainer, row_order.keep_groups_together(context.kind))
             release.atexit = False
             context.undo.append(release)
+        context.view.add_callback(steps.StepsCheck())
         refusals: list[str] = []
         with untouched_random_state():
             if "ref_logps" in context.plan.needs and not reference_policy.known(trainer):
