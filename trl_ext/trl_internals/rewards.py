@@ -25,6 +25,22 @@ def reward_name(function: Any) -> str:
     return get_callable_name(function)
 
 
+ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+"""What the trainer passes to every reward function, besides columns of the data."""
+NOT_PASSED = ("prompt", "completion", "completion_ids")
+"""Columns of the data that the trainer does not pass, since it passes its own values."""
+
+
+def of_trl(names: Sequence[str]) -> dict[str, Any]:
+    """Returns the reward functions of TRL among the names that its scripts take, as the scripts use them."""
+    import trl.rewards
+
+    functions = {name: getattr(trl.rewards, name) for name in names if hasattr(trl.rewards, name)}
+    if "get_soft_overlong_punishment" in functions:  # the scripts take what it returns
+        functions["get_soft_overlong_punishment"] = trl.rewards.get_soft_overlong_punishment(1280, 256)
+    return functions
+
+
 def reward_weights(trainer: Any) -> torch.Tensor:
     return trainer.reward_weights.to(trainer.accelerator.device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -57,6 +58,20 @@ def rows_of_a_round(kind: TrainerKind, args: Any) -> int:
     if kind != "dpo":
         return int(args.generation_batch_size) // int(args.num_generations)
     return int(args.train_batch_size) * int(args.world_size) if args.dataloader_drop_last else 1
+
+
+def planned_steps(kind: TrainerKind, args: Any, rows: int | None) -> int:
+    """Returns how many steps a run will have, as its reward functions see it in the trainer's state.
+
+    Args:
+        kind: GRPO or RLOO.
+        args: TRL's arguments.
+        rows: How many rows the training data has. None for a stream, which needs `max_steps`.
+    """
+    if args.max_steps > 0 or rows is None:
+        return max(1, int(args.max_steps))
+    batches = rows // rows_of_a_round(kind, args) * args.num_iterations * args.steps_per_generation
+    return math.ceil(args.num_train_epochs * max(1, batches // args.gradient_accumulation_steps))
 
 
 class StepsCheck(TrainerCallback):
