@@ -51,7 +51,9 @@ def check(
     try:
         splits = trl_arguments.load_splits(parsed)
     except Exception as error:  # whatever the data library raises, with its text
-        raise ConfigError(f"the training data cannot be loaded: {type(error).__name__}: {error}") from error
+        reasons = [error, error.__cause__] if error.__cause__ is not None else [error]
+        texts = [f"{type(reason).__name__}: {reason}" for reason in reasons]
+        raise ConfigError(f"the training data cannot be loaded: {' '.join(texts)}") from error
     if splits is None:
         return
     owned = owner(specs) is not None
