@@ -100,6 +100,8 @@ class PluginHost:
                     refusals.append(f"  - {name}: {refusal.what} {refusal.fix}")
         if refusals:
             raise ConfigError("this run cannot work:\n" + "\n".join(refusals))
+        with untouched_random_state():
+            checkpoint.try_out(context, first=True)
 
     def teardown(self) -> None:
         """Undoes `setup`, all of it, whatever a part of it raises."""
@@ -152,6 +154,7 @@ class PluginHost:
                 f"{type(self.context.trainer).__name__} does not pass through the methods that call them, so training "
                 f"would go on without the method. A subclass that overrides TRL's private methods must call super()."
             )
+        checkpoint.try_out(self.context, first=False)
         self._fired = True
 
     def save(self, folder: str) -> None:
