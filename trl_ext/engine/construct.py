@@ -16,7 +16,7 @@ from ..plan.compose import Plan, check_kind
 from ..plan.ownership import check_owned
 from ..plan.show import print_plan
 from ..plan.stages import TOOL_SOURCES
-from ..trl_internals import generation, rewards, seams, steps, trainer_state
+from ..trl_internals import arguments, generation, rewards, seams, steps, trainer_state
 from .attach import has_plugins, put_in_front
 
 
@@ -48,6 +48,7 @@ def construct(
     if bound.get("args") is not None:  # without arguments TRL makes its own, and the plan waits for them
         config = _config_of_arguments(kind, bound)
         steps.check_rows(kind, config.args, bound.get("train_dataset"), type(trainer))
+        _check_columns(kind, type(trainer), bound, config)
         plan = make_plan(specs, config, plugins)
         if "tools" in plan.needs and not generation.renders_tool_calls(bound):
             raise ConfigError(
@@ -100,6 +101,24 @@ def check_class(cls: type[Any], specs: tuple[PluginSpec, ...]) -> TrainerKind:
 def users(specs: tuple[PluginSpec, ...]) -> set[str]:
     """Returns the hooks and needs of plugins, which decide what of TRL must be there."""
     return {use for spec in specs for use in spec.uses}
+
+
+def _check_columns(kind: TrainerKind, cls: type[Any], bound: Mapping[str, Any], config: Config) -> None:
+    """Refuses a column of the data with the name of an argument of reward functions, where TRL's trainer calls one.
+
+    Raises:
+        ConfigError: With the column.
+    """
+    if kind == "dpo" or cls._calculate_rewards is not seams.trainer_class(kind)._calculate_rewards:
+        return
+    functions = bound.get("reward_funcs") or ()
+    functions = functions if isinstance(functions, list | tuple) else [functions]
+    column = rewards.taken_twice(arguments.kept_columns(kind, config.args, config.columns or ()))
+    if column is not None and any(rewards.is_called(function) for function in functions):
+        raise ConfigError(
+            f"the training data has a column {column!r}, and reward functions get an argument of that name from the "
+            f"trainer. Rename the column."
+        )
 
 
 def _config_of_arguments(kind: TrainerKind, bound: Mapping[str, Any]) -> Config:

@@ -143,11 +143,10 @@ def _check_arguments(
     available = passed | (set(kept) - set(trl_rewards.NOT_PASSED)) | _found(specs)
     for path, function in functions.items():
         named, required = parameters(function)
-        # TRL hands a column of these names over beside its own argument, which Python refuses
-        twice = [name for name in kept if name in ("prompts", "completions")]
-        # and replaces one of these
+        twice = trl_rewards.taken_twice(kept)
+        # the trainer replaces a column of one of these names
         hidden = [name for name in kept if name in named & {"trainer_state", "log_extra", "log_metric", "environments"}]
-        for name in (*twice, *hidden):
+        for name in [twice, *hidden] if twice else hidden:
             raise ConfigError(
                 f"the {part} data has a column {name!r}, and reward functions such as {path!r} get an argument of that "
                 f"name from the trainer. Rename the column. {SKIP}"

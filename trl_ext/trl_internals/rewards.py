@@ -31,6 +31,19 @@ NOT_PASSED = ("prompt", "completion", "completion_ids")
 """Columns of the data that the trainer does not pass, since it passes its own values."""
 
 
+def taken_twice(columns: Sequence[str]) -> str | None:
+    """Returns a column that reward functions would get beside the trainer's own argument of that name, or None.
+
+    Python refuses such a call, in the first round.
+    """
+    return next((name for name in columns if name in ("prompts", "completions")), None)
+
+
+def is_called(function: Any) -> bool:
+    """Tells whether a reward is a function, which gets the columns of the data, and not a model or the name of one."""
+    return not isinstance(function, str | torch.nn.Module)
+
+
 def of_trl(names: Sequence[str]) -> dict[str, Any]:
     """Returns the reward functions of TRL among the names that its scripts take, as the scripts use them."""
     import trl.rewards
