@@ -93,7 +93,7 @@ def test_grpo_with_two_plugins_and_resume(script, config, record, tmp_path):
     assert content["versions"]["trl"] and content["versions"]["torch"] and content["versions"]["python"]
     assert content["trainer"] == "grpo" and content["processes"] == 1 and content["steps"] == 2
     assert content["command"].startswith("trl_ext train --plugin gdpo counter.py")
-    assert content["first"]["calls"] == 2.0  # after the evaluation of 16 prompts
+    assert content["first"]["calls"] == 3.0  # after two batches of evaluation
     assert content["first"]["step"] == 1 and content["last"]["counter/rounds"] == 2.0
     assert set(content["comparison"]["before"]) == {"vowels", "short", "total reward", "length"}
 

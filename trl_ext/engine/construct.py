@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from trl_ext_hooks import Config, TrainerKind
@@ -48,7 +48,9 @@ def construct(
     if bound.get("args") is not None:  # without arguments TRL makes its own, and the plan waits for them
         config = _config_of_arguments(kind, bound)
         steps.check_rows(kind, config.args, bound.get("train_dataset"), type(trainer))
-        _check_columns(kind, type(trainer), bound, config)
+        functions = _functions(bound)
+        if kind != "dpo" and rewards.calls_them(kind, type(trainer), functions):
+            rewards.check_columns(arguments.kept_columns(kind, config.args, config.columns or ()))
         plan = make_plan(specs, config, plugins)
         if "tools" in plan.needs and not generation.renders_tool_calls(bound):
             raise ConfigError(
@@ -103,27 +105,13 @@ def users(specs: tuple[PluginSpec, ...]) -> set[str]:
     return {use for spec in specs for use in spec.uses}
 
 
-def _check_columns(kind: TrainerKind, cls: type[Any], bound: Mapping[str, Any], config: Config) -> None:
-    """Refuses a column of the data with the name of an argument of reward functions, where TRL's trainer calls one.
-
-    Raises:
-        ConfigError: With the column.
-    """
-    if kind == "dpo" or cls._calculate_rewards is not seams.trainer_class(kind)._calculate_rewards:
-        return
+def _functions(bound: Mapping[str, Any]) -> Sequence[Any]:
     functions = bound.get("reward_funcs") or ()
-    functions = functions if isinstance(functions, list | tuple) else [functions]
-    column = rewards.taken_twice(arguments.kept_columns(kind, config.args, config.columns or ()))
-    if column is not None and any(rewards.is_called(function) for function in functions):
-        raise ConfigError(
-            f"the training data has a column {column!r}, and reward functions get an argument of that name from the "
-            f"trainer. Rename the column."
-        )
+    return functions if isinstance(functions, list | tuple) else [functions]
 
 
 def _config_of_arguments(kind: TrainerKind, bound: Mapping[str, Any]) -> Config:
-    functions = bound.get("reward_funcs") or ()
-    functions = functions if isinstance(functions, list | tuple) else [functions]
+    functions = _functions(bound)
     names = None if bound.get("environment_factory") is not None else tuple(map(rewards.reward_name, functions))
     sources = tuple(name for name in TOOL_SOURCES if bound.get(name))
     return Config(kind, bound["args"], names, _columns(bound.get("train_dataset")), (), sources)

@@ -8,6 +8,11 @@ from typing import Any
 
 import torch
 
+from trl_ext_hooks import TrainerKind
+
+from ..errors import ConfigError
+from .seams import trainer_class
+
 
 def reward_names(trainer: Any) -> tuple[str, ...]:
     return tuple(getattr(trainer, "reward_func_names", ()))
@@ -39,9 +44,29 @@ def taken_twice(columns: Sequence[str]) -> str | None:
     return next((name for name in columns if name in ("prompts", "completions")), None)
 
 
-def is_called(function: Any) -> bool:
-    """Tells whether a reward is a function, which gets the columns of the data, and not a model or the name of one."""
-    return not isinstance(function, str | torch.nn.Module)
+def calls_them(kind: TrainerKind, cls: type[Any], functions: Sequence[Any]) -> bool:
+    """Tells whether a trainer class calls one of these rewards as TRL does, with the columns of the data."""
+    if cls._calculate_rewards is not trainer_class(kind)._calculate_rewards:
+        return False
+    # a reward model, or the name of one, gets texts only
+    return any(not isinstance(function, str | torch.nn.Module) for function in functions)
+
+
+def check_columns(columns: Sequence[str]) -> None:
+    """Refuses a column with the name of an argument of reward functions.
+
+    Args:
+        columns: The columns of the data that reach reward functions.
+
+    Raises:
+        ConfigError: With the column.
+    """
+    column = taken_twice(columns)
+    if column is not None:
+        raise ConfigError(
+            f"the training data has a column {column!r}, and reward functions get an argument of that name from the "
+            f"trainer. Rename the column."
+        )
 
 
 def of_trl(names: Sequence[str]) -> dict[str, Any]:
