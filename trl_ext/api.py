@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import warnings
@@ -19,8 +20,10 @@ from .errors import CompatError, ConfigError
 from .inspection.file_format import FOLDER
 from .inspection.recorder import Recorder
 from .plan.compose import Plan, common_trainers, compose
+from .plan.ownership import owner
 from .plan.stages import ROUNDS
 from .trl_internals import seams
+from .trl_internals.other_trainers import Watch
 
 T = TypeVar("T")
 _active: Handle | None = None
@@ -124,6 +127,7 @@ class Handle:
     def __init__(self, specs: tuple[PluginSpec, ...]) -> None:
         self.specs = compose(specs)
         self.kinds = common_trainers(specs)
+        self._watch = Watch(" and ".join(spec.name for spec in self.specs))
         self._trainers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._undo: list[Callable[[], None]] = []
         self._listeners: list[Callable[[Any], None]] = []
@@ -137,6 +141,8 @@ class Handle:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:  # which says enough
+            self._watch.served = True
         self.disable()
 
     @property
@@ -145,8 +151,12 @@ class Handle:
         return list(self._trainers)
 
     def disable(self) -> None:
-        """Restores TRL's classes and every trainer built meanwhile. Calling it again does nothing."""
+        """Restores TRL's classes and every trainer built meanwhile. Calling it again does nothing.
+
+        Warns if no trainer took the plugins.
+        """
         global _active
+        self._say_if_unused()
         while self._undo:
             self._undo[-1]()
             self._undo.pop()
@@ -187,8 +197,22 @@ class Handle:
                 problems.append(error)
         if len(problems) == len(self.kinds):  # a trainer that cannot be served is refused when it is built
             raise problems[0]
-        for kind in declaration.KINDS:
-            self._undo.append(_wrap_init(seams.trainer_class(kind), self))
+        classes = [seams.trainer_class(kind) for kind in declaration.KINDS]
+        self._watch.begin(classes)
+        self._undo.append(self._watch.end)
+        atexit.register(self._say_if_unused)  # for a handle that is never disabled
+        self._undo.append(lambda: atexit.unregister(self._say_if_unused))
+        for cls in classes:
+            self._undo.append(_wrap_init(cls, self))
+
+    def _say_if_unused(self) -> None:
+        if self._undo and not self._watch.served and owner(self.specs) is None:
+            warnings.warn(
+                f"trl_ext: no trainer of this process took {self._watch.plugins}. Plugins act on a GRPOTrainer, "
+                f"RLOOTrainer or DPOTrainer, or a subclass, that is built while they are enabled; for a trainer that "
+                f"exists already use trl_ext.attach.",
+                stacklevel=3,
+            )
 
     def _built(self, trainer: Any) -> None:
         self._trainers.add(trainer)
@@ -202,7 +226,8 @@ def _wrap_init(owner: type[Any], handle: Handle) -> Callable[[], None]:
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        construct(handle.specs, original, self, args, kwargs)
+        with handle._watch.serving(self):
+            construct(handle.specs, original, self, args, kwargs)
         handle._built(self)
 
     owner.__init__ = __init__

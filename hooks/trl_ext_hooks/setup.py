@@ -177,7 +177,9 @@ def state_dict() -> Mapping[str, Any] | None:
     """Returns what must survive a restart: tensors, numbers, strings, lists and dicts of them.
 
     Runs for every checkpoint, on the main process, so the state must be the same on every process. None saves nothing.
-    Plain attributes need neither this hook nor `load_state_dict`: name them in `Plugin.state`. All trainers.
+    A run that saves checkpoints also calls it after `setup` and after its first step, to see that the state can be
+    read back, so the hook must change nothing. Plain attributes need neither this hook nor `load_state_dict`: name
+    them in `Plugin.state`. All trainers.
 
     ```python
     from trl_ext_hooks.toolkit.prompt_memory import PromptMemory

@@ -132,7 +132,7 @@ class TRPA(Plugin):
         """Options of TRPA. Its `beta` is the factor of the log-ratios, not the trainer's KL factor, which must be 0."""
 
         beta: float = option(0.1, gt=0, help="factor of a pair's log-ratio gap; 0.05 .. 1", source="main_TRPA.sh")
-        anisotropy: float = option(2.5, gt=0, help="extra factor where level 1 wins; 1 .. 4", source="main_TRPA.sh")
+        anisotropy: float = option(2.5, ge=0, help="extra factor where level 1 wins; 1 .. 4", source="main_TRPA.sh")
         tr_kl_coef: float = option(
             0.001,
             ge=0,

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 
 import trl_ext
@@ -13,7 +14,7 @@ from tests.refusals import refused
 from tests.sample_plugins import Good
 from trl_ext import OptionError
 from trl_ext.catalog import find
-from trl_ext.catalog.options import parse_set
+from trl_ext.catalog.options import coerce, parse_set
 from trl_ext_hooks import option
 
 
@@ -114,3 +115,25 @@ def test_assignments() -> None:
     }
     with refused(OptionError, "--set a.x=[1: the value is not valid YAML"):
         parse_set(["a.x=[1"])
+
+
+@pytest.mark.parametrize(
+    ("hint", "value", "expected"),
+    [
+        (float, np.float32(0.5), 0.5),
+        (float, np.float64(0.5), 0.5),
+        (float, np.int64(2), 2.0),
+        (int, np.int64(2), 2),
+        (int, np.float64(2.0), 2),
+        (tuple[int, ...], [np.int32(1)], (1,)),
+    ],
+)
+def test_numbers_of_numpy_become_plain(hint: Any, value: Any, expected: Any) -> None:
+    read = coerce(value, hint)
+    assert read == expected and type(read) is type(expected)
+
+
+@pytest.mark.parametrize(("hint", "value"), [(int, np.bool_(True)), (int, np.float64(2.5))])
+def test_numbers_of_numpy_that_do_not_fit(hint: Any, value: Any) -> None:
+    with pytest.raises(ValueError, match="valid"):
+        coerce(value, hint)

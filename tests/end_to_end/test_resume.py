@@ -149,7 +149,7 @@ def test_the_file_holds_versions_options_and_state(build: Any, plugin: Any) -> N
     assert list(saved) == ["plugins"] and set(saved["plugins"]) == {"gdpo", "memory"}
     assert saved["plugins"]["gdpo"]["version"] == trl_ext.__version__
     assert saved["plugins"]["gdpo"]["state"] is None
-    assert saved["plugins"]["memory"]["options"] == {"growth": 0.5, "steps": (1, 2)}
+    assert saved["plugins"]["memory"]["options"] == {"growth": "0.5", "steps": "[1, 2]"}
     assert saved["plugins"]["memory"]["state"]["rounds"] == 1
 
 

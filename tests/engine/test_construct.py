@@ -13,6 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import trl_ext
 from trl_ext import ConfigError
+from trl_ext.testing import tiny_data
 
 
 def test_attach_needs_a_trl_trainer() -> None:
@@ -39,7 +40,7 @@ assert not hasattr(GRPOTrainer.__init__, "__wrapped__")
 
 
 def test_trl_makes_its_own_arguments_when_none_are_given(model: str, monkeypatch: Any, tmp_path: Any) -> None:
-    from trl_ext.testing import digits, tiny_data
+    from trl_ext.testing import digits
 
     monkeypatch.chdir(tmp_path)
     default = functools.partial(GRPOConfig, use_cpu=True, bf16=False)
@@ -49,12 +50,13 @@ def test_trl_makes_its_own_arguments_when_none_are_given(model: str, monkeypatch
         assert trainer._trl_ext.plan.kind == "grpo"
 
 
-def test_experimental_and_user_trainers_of_other_kinds_are_left_alone() -> None:
+def test_the_constructor_of_all_trainers_is_given_back() -> None:
     from transformers import Trainer
 
     function = Trainer.__init__
     with trl_ext.enable("gdpo"):
-        assert Trainer.__init__ is function
+        assert Trainer.__init__ is not function
+    assert Trainer.__init__ is function
 
 
 def test_options_by_name_reach_a_plugin_from_a_file(tmp_path: Any, build: Callable[..., Any]) -> None:
@@ -69,3 +71,26 @@ def test_options_by_name_reach_a_plugin_from_a_file(tmp_path: Any, build: Callab
     )
     with trl_ext.enable(str(file), mine={"size": 3}) as handle:
         assert [spec.options.size for spec in handle.specs] == [3]
+
+
+@pytest.mark.parametrize("name", ["prompts", "completions"])
+def test_a_column_named_like_an_argument_of_reward_functions(name: str, build: Callable[..., Any]) -> None:
+    data = tiny_data().add_column(name, ["x"] * 16)
+    with trl_ext.enable("gdpo"):
+        with pytest.raises(ConfigError, match=f"the training data has a column {name!r}.* Rename the column"):
+            build(model="/no/such/model", data=data)
+        build(data=data.rename_column(name, "other"))
+        build(data=data, remove_unused_columns=True)  # which drops it
+
+
+class OwnRewards(GRPOTrainer):
+    """Calls reward functions in its own way."""
+
+    def _calculate_rewards(self, inputs: Any, *args: Any) -> Any:
+        inputs = [{key: value for key, value in row.items() if key != "prompts"} for row in inputs]
+        return super()._calculate_rewards(inputs, *args)
+
+
+def test_a_trainer_that_calls_reward_functions_in_its_own_way(build: Callable[..., Any]) -> None:
+    with trl_ext.enable("gdpo"):
+        build(cls=OwnRewards, data=tiny_data().add_column("prompts", ["x"] * 16), max_steps=1).train()

@@ -7,13 +7,28 @@ import pytest
 import yaml
 
 REWARDS = """
+import asyncio
+
+
 def vowels(completions, answer, **columns):
     assert len(answer) == len(completions)
     return [sum(letter in "aeiou" for letter in c[0]["content"]) / 8 for c in completions]
 
 
-async def short(completion_ids, **columns):
-    return [1.0 / (1 + len(ids)) for ids in completion_ids]
+CALLS, LIMIT = 0, asyncio.Semaphore(1)
+
+
+async def short(completion_ids, log_metric, **columns):
+    global CALLS
+    CALLS += 1
+    log_metric("calls", float(CALLS))
+
+    async def one(ids):
+        async with LIMIT:
+            await asyncio.sleep(0)
+        return 1.0 / (1 + len(ids))
+
+    return list(await asyncio.gather(*(one(ids) for ids in completion_ids)))
 """
 
 PLUGIN = """
@@ -78,6 +93,7 @@ def test_grpo_with_two_plugins_and_resume(script, config, record, tmp_path):
     assert content["versions"]["trl"] and content["versions"]["torch"] and content["versions"]["python"]
     assert content["trainer"] == "grpo" and content["processes"] == 1 and content["steps"] == 2
     assert content["command"].startswith("trl_ext train --plugin gdpo counter.py")
+    assert content["first"]["calls"] == 3.0  # after two batches of evaluation
     assert content["first"]["step"] == 1 and content["last"]["counter/rounds"] == 2.0
     assert set(content["comparison"]["before"]) == {"vowels", "short", "total reward", "length"}
 

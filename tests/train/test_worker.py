@@ -1,11 +1,8 @@
 """Mistakes that need the data or the reward functions: told by the worker, before a model is loaded."""
 
-import sys
-import types
-
 import pytest
 
-from trl_ext.train import worker
+from trl_ext.train import reward_check, worker
 from trl_ext.trl_internals import arguments
 
 from .conftest import write_rows
@@ -23,7 +20,18 @@ def no_model(monkeypatch):
 
 
 @pytest.fixture
-def work(monkeypatch, capsys, no_model, handed_over):
+def same_process(monkeypatch):
+    """Saves the seconds that a new interpreter takes to load torch."""
+
+    def run(folder):
+        reward_check.main([str(folder)])
+        return "ended with exit code 0"
+
+    monkeypatch.setattr(reward_check, "_run", run)
+
+
+@pytest.fixture
+def work(monkeypatch, capsys, no_model, same_process, handed_over):
     """`work(*argv)` runs the worker in this process and returns what it says on its error stream."""
     monkeypatch.delenv("TRL_EXT_FAILURES", raising=False)
 
@@ -36,25 +44,11 @@ def work(monkeypatch, capsys, no_model, handed_over):
     return run
 
 
-@pytest.fixture
-def rewards(monkeypatch):
-    """`rewards(function)` publishes a reward function and returns its dotted path."""
-    module = types.ModuleType("rewards_of_a_test")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-
-    def publish(function) -> str:
-        setattr(module, function.__name__, function)
-        return f"{module.__name__}.{function.__name__}"
-
-    return publish
-
-
-def test_reward_function_of_wrong_length(work, config, rewards):
-    def single(completions, **columns):
-        return [1.0]
-
-    text = work("--config", config(reward_funcs=[rewards(single)]))
-    assert "'rewards_of_a_test.single' returned 1 rewards for 2 completions, expected 2" in text
+def test_reward_function_of_wrong_length(work, config, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "rewards_of_a_worker.py").write_text("def single(completions, **columns):\n    return [1.0]\n")
+    path = config(reward_funcs=["rewards_of_a_worker.single"])
+    assert "'rewards_of_a_worker.single' returned 1 rewards for 8 completions, expected 8" in work("--config", path)
 
 
 def test_data_without_the_column_that_a_plugin_needs(work, config, tmp_path):
@@ -88,7 +82,7 @@ def test_data_that_cannot_be_loaded(work, config, tmp_path):
     text = work("--config", config(dataset_name=str(tmp_path / "nothing")))
     assert "the training data cannot be loaded: " in text
     text = work("--config", config(dataset_train_split="training"))
-    assert "the training data cannot be loaded: " in text and "training" in text
+    assert "the data cannot be used: there is no split 'training'; there is 'train', 'test'" in text
 
 
 def test_a_batch_that_trl_refuses(work, config):

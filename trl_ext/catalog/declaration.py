@@ -64,7 +64,19 @@ class PluginSpec:
     @property
     def option_values(self) -> dict[str, Any]:
         """The options as plain values."""
-        return dataclasses.asdict(self.options)
+        values: dict[str, Any] = _plain(self.options)
+        return values
+
+
+def _plain(value: Any) -> Any:
+    """Returns dataclasses as mappings. Unlike `dataclasses.asdict` it copies nothing, for options may hold anything."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_plain(entry) for entry in value)
+    return value
 
 
 def build_manager(plugins: Sequence[Plugin] | Sequence[type[Plugin]]) -> pluggy.PluginManager:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -216,12 +217,14 @@ def fits(bound: str, hint: Any) -> bool:
 
 
 def _number(value: Any) -> Any:
-    """Reads a text as a number, for YAML takes 1e-4 for a text."""
-    return float(value) if isinstance(value, str) else value
+    """Reads a text as a number, for YAML takes 1e-4 for a text, and makes numbers of numpy plain."""
+    foreign = isinstance(value, numbers.Real) and not isinstance(value, bool | int)
+    return float(value) if foreign or isinstance(value, str) else value
 
 
 def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    foreign = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return int(value) if foreign or (isinstance(value, float) and value.is_integer()) else value
 
 
 def _plain_dict(value: Any) -> Any:

@@ -136,7 +136,7 @@ def _try(
 
     owner = ownership.owner(specs)
     if recipe.task is None:
-        preflight.check(kind, parsed, say, columns=("prompt",) if owner else None)
+        preflight.check(kind, parsed, specs, say)
         return parsed, None
     if owner is not None:
         job.check(specs, parsed[1])

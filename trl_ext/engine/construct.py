@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from trl_ext_hooks import Config, TrainerKind
@@ -16,7 +16,7 @@ from ..plan.compose import Plan, check_kind
 from ..plan.ownership import check_owned
 from ..plan.show import print_plan
 from ..plan.stages import TOOL_SOURCES
-from ..trl_internals import generation, rewards, seams, trainer_state
+from ..trl_internals import arguments, generation, rewards, seams, steps, trainer_state
 from .attach import has_plugins, put_in_front
 
 
@@ -47,6 +47,10 @@ def construct(
     config, plan = None, None
     if bound.get("args") is not None:  # without arguments TRL makes its own, and the plan waits for them
         config = _config_of_arguments(kind, bound)
+        steps.check_rows(kind, config.args, bound.get("train_dataset"), type(trainer))
+        functions = _functions(bound)
+        if kind != "dpo" and rewards.calls_them(kind, type(trainer), functions):
+            rewards.check_columns(arguments.kept_columns(kind, config.args, config.columns or ()))
         plan = make_plan(specs, config, plugins)
         if "tools" in plan.needs and not generation.renders_tool_calls(bound):
             raise ConfigError(
@@ -72,6 +76,7 @@ def attach_to(trainer: Any, specs: tuple[PluginSpec, ...]) -> None:
             f"plugin {late[0]!r} supplies constructor arguments, so it cannot be attached to an existing trainer. Use "
             f"trl_ext.enable or trl_ext.extend."
         )
+    steps.check_rows(kind, trainer.args, trainer.train_dataset, type(trainer))
     _start(trainer, make_plan(specs, _config_of_trainer(trainer, kind)))
 
 
@@ -100,9 +105,13 @@ def users(specs: tuple[PluginSpec, ...]) -> set[str]:
     return {use for spec in specs for use in spec.uses}
 
 
-def _config_of_arguments(kind: TrainerKind, bound: Mapping[str, Any]) -> Config:
+def _functions(bound: Mapping[str, Any]) -> Sequence[Any]:
     functions = bound.get("reward_funcs") or ()
-    functions = functions if isinstance(functions, list | tuple) else [functions]
+    return functions if isinstance(functions, list | tuple) else [functions]
+
+
+def _config_of_arguments(kind: TrainerKind, bound: Mapping[str, Any]) -> Config:
+    functions = _functions(bound)
     names = None if bound.get("environment_factory") is not None else tuple(map(rewards.reward_name, functions))
     sources = tuple(name for name in TOOL_SOURCES if bound.get(name))
     return Config(kind, bound["args"], names, _columns(bound.get("train_dataset")), (), sources)

@@ -17,7 +17,7 @@ from trl_ext_hooks import Generation, Logps, LogpsCall, Plugin, Refuse
 from ..errors import ConfigError, PluginError
 from ..plan.compose import Plan
 from ..support.random_state import untouched_random_state
-from ..trl_internals import forwards, losses, reference_policy, rewards, row_order, seams, trainer_state
+from ..trl_internals import forwards, losses, reference_policy, rewards, row_order, seams, steps, trainer_state
 from . import checkpoint
 from .context import Context
 from .observer import Recorder
@@ -86,6 +86,7 @@ class PluginHost:
             release = weakref.finalize(trainer, row_order.keep_groups_together(context.kind))
             release.atexit = False
             context.undo.append(release)
+        context.view.add_callback(steps.StepsCheck())
         refusals: list[str] = []
         with untouched_random_state():
             if "ref_logps" in context.plan.needs and not reference_policy.known(trainer):
@@ -99,6 +100,8 @@ class PluginHost:
                     refusals.append(f"  - {name}: {refusal.what} {refusal.fix}")
         if refusals:
             raise ConfigError("this run cannot work:\n" + "\n".join(refusals))
+        with untouched_random_state():
+            checkpoint.try_out(context, first=True)
 
     def teardown(self) -> None:
         """Undoes `setup`, all of it, whatever a part of it raises."""
@@ -151,6 +154,7 @@ class PluginHost:
                 f"{type(self.context.trainer).__name__} does not pass through the methods that call them, so training "
                 f"would go on without the method. A subclass that overrides TRL's private methods must call super()."
             )
+        checkpoint.try_out(self.context, first=False)
         self._fired = True
 
     def save(self, folder: str) -> None:

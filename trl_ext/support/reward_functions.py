@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -38,6 +39,24 @@ def reward_functions(paths: Sequence[str]) -> dict[str, Callable[..., Any]]:
     return functions
 
 
+def is_async(function: Any) -> bool:
+    """Tells whether TRL awaits a reward function: a coroutine function, or an object whose call is one."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def parameters(function: Callable[..., Any]) -> tuple[set[str], set[str]]:
+    """Returns the parameters that a reward function names, and those of them that have no default.
+
+    Both are empty where Python cannot tell, as for callables written in C.
+    """
+    try:
+        signature = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return set(), set()
+    named = [entry for entry in signature if entry.kind not in (entry.VAR_POSITIONAL, entry.VAR_KEYWORD)]
+    return {entry.name for entry in named}, {entry.name for entry in named if entry.default is entry.empty}
+
+
 def check_result(path: str, result: Any, expected: int) -> list[float | None]:
     """Returns the rewards that a function returned, None where it does not apply.
 
@@ -59,6 +78,8 @@ def check_result(path: str, result: Any, expected: int) -> list[float | None]:
     rewards: list[float | None] = []
     for value in values:
         try:
+            if isinstance(value, str | bytes):
+                raise TypeError("a text is no reward, also where it spells a number")
             rewards.append(None if value is None else float(value))
         except (TypeError, ValueError):
             raise ConfigError(

@@ -104,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no_reward_check",
         action="store_true",
-        help="do not try the reward functions on two rows before the model is loaded",
+        help="do not try the reward functions, in a process of their own, before the model is loaded",
     )
     parser.add_argument(
         "--inspect",

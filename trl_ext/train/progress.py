@@ -8,8 +8,10 @@ from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
+from ..engine.attach import host_of
 from ..support.tables import duration
 from ..trl_internals.arguments import Parsed
+from ..trl_internals.steps import StepsCheck
 from . import log_metrics, summary
 from .command_line import Request
 
@@ -46,6 +48,8 @@ class Progress(TrainerCallback):
         if self.lines:
             trainer.remove_callback(PrinterCallback)
             trainer.remove_callback(ProgressCallback)
+        if host_of(trainer) is None:  # plugins bring this check along
+            trainer.add_callback(StepsCheck())
         trainer.add_callback(self)
         if self.parsed[1].resume_from_checkpoint is not None:
             _resume(trainer, self.parsed[1].resume_from_checkpoint)

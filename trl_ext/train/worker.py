@@ -48,10 +48,7 @@ def _train(argv: list[str]) -> None:
         parsed = arguments.parse(request.kind, request.arguments, request.settings)
         owner = ownership.owner(request.specs)
         if is_first:
-            fields = {name for spec in request.specs for name in spec.cls.fields}
-            columns = ("prompt",) if owner else None  # a plugin that owns the run makes its own pairs
-            rewards = request.check_rewards
-            preflight.check(request.kind, parsed, _warn, rewards=rewards, columns=columns, fields=fields)
+            preflight.check(request.kind, parsed, request.specs, _warn, rewards=request.check_rewards)
         progress = Progress(request, parsed, lines=not request.bars)
 
         def built(trainer: Any) -> None:

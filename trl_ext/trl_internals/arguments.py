@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
 from trl import TrlParser
@@ -12,6 +12,7 @@ from trl import TrlParser
 from trl_ext_hooks import TrainerKind
 
 from ..errors import ConfigError
+from .seams import trainer_class
 
 Parsed = tuple[Any, Any, Any, Any]
 """Script, training, model and dataset arguments, as TRL's `main` functions take them."""
@@ -71,14 +72,31 @@ def resume_value(value: Any) -> str | bool | None:
 
 def load_data(parsed: Parsed) -> Any:
     """Loads the training rows as TRL's script does. Returns None if no data are named."""
+    splits = load_splits(parsed)
+    return None if splits is None else splits[parsed[0].dataset_train_split]
+
+
+def load_splits(parsed: Parsed) -> Any:
+    """Loads all splits of the data by name as TRL's script does. Returns None if no data are named."""
     script, _, _, mixture = parsed
     if mixture.datasets:
         from trl import get_dataset
 
-        return get_dataset(mixture)[script.dataset_train_split]
+        return get_dataset(mixture)
     if script.dataset_name:
         from datasets import load_dataset
 
-        data = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
-        return data[script.dataset_train_split]
+        return load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
     return None
+
+
+def kept_columns(kind: TrainerKind, args: Any, columns: Sequence[str]) -> list[str]:
+    """Returns the columns of the data that reach the trainer's reward functions; `remove_unused_columns` drops others.
+
+    The trainer class is asked, without a trainer.
+    """
+    if not args.remove_unused_columns:
+        return list(columns)
+    asked = SimpleNamespace(_signature_columns=None)
+    trainer_class(kind)._set_signature_columns_if_needed(asked)
+    return [name for name in columns if name in asked._signature_columns]

@@ -8,6 +8,11 @@ from typing import Any
 
 import torch
 
+from trl_ext_hooks import TrainerKind
+
+from ..errors import ConfigError
+from .seams import trainer_class
+
 
 def reward_names(trainer: Any) -> tuple[str, ...]:
     return tuple(getattr(trainer, "reward_func_names", ()))
@@ -23,6 +28,55 @@ def reward_name(function: Any) -> str:
     if isinstance(function, torch.nn.Module) and config is not None:
         return get_config_model_id(config).split("/")[-1]
     return get_callable_name(function)
+
+
+ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+"""What the trainer passes to every reward function, besides columns of the data."""
+NOT_PASSED = ("prompt", "completion", "completion_ids")
+"""Columns of the data that the trainer does not pass, since it passes its own values."""
+
+
+def taken_twice(columns: Sequence[str]) -> str | None:
+    """Returns a column that reward functions would get beside the trainer's own argument of that name, or None.
+
+    Python refuses such a call, in the first round.
+    """
+    return next((name for name in columns if name in ("prompts", "completions")), None)
+
+
+def calls_them(kind: TrainerKind, cls: type[Any], functions: Sequence[Any]) -> bool:
+    """Tells whether a trainer class calls one of these rewards as TRL does, with the columns of the data."""
+    if cls._calculate_rewards is not trainer_class(kind)._calculate_rewards:
+        return False
+    # a reward model, or the name of one, gets texts only
+    return any(not isinstance(function, str | torch.nn.Module) for function in functions)
+
+
+def check_columns(columns: Sequence[str]) -> None:
+    """Refuses a column with the name of an argument of reward functions.
+
+    Args:
+        columns: The columns of the data that reach reward functions.
+
+    Raises:
+        ConfigError: With the column.
+    """
+    column = taken_twice(columns)
+    if column is not None:
+        raise ConfigError(
+            f"the training data has a column {column!r}, and reward functions get an argument of that name from the "
+            f"trainer. Rename the column."
+        )
+
+
+def of_trl(names: Sequence[str]) -> dict[str, Any]:
+    """Returns the reward functions of TRL among the names that its scripts take, as the scripts use them."""
+    import trl.rewards
+
+    functions = {name: getattr(trl.rewards, name) for name in names if hasattr(trl.rewards, name)}
+    if "get_soft_overlong_punishment" in functions:  # the scripts take what it returns
+        functions["get_soft_overlong_punishment"] = trl.rewards.get_soft_overlong_punishment(1280, 256)
+    return functions
 
 
 def reward_weights(trainer: Any) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
@@ -58,8 +57,3 @@ def on_built(kind: TrainerKind, listener: Callable[[Any], None]) -> Iterator[Non
         yield
     finally:
         owner.__init__ = original
-
-
-def is_async(function: Any) -> bool:
-    """Tells whether TRL awaits a reward function: a coroutine function, or an object whose call is one."""
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)

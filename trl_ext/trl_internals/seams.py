@@ -128,6 +128,17 @@ def kind_of(cls: type[Any]) -> TrainerKind | None:
     return next((kind for kind in _ALL if issubclass(cls, trainer_class(kind))), None)
 
 
+def stands_for(cls: type[Any]) -> TrainerKind | None:
+    """Returns the kind whose name in TRL leads, or once led, to a class or to a base of it; None for other classes."""
+    import trl
+
+    for kind, (module, name) in _MODULES.items():
+        named = (trainer_class(kind), getattr(trl, name))
+        if any(base in named or (base.__module__, base.__qualname__) == (module, name) for base in cls.__mro__):
+            return kind
+    return None
+
+
 def needed(kind: TrainerKind, users: Iterable[str]) -> list[Seam]:
     """Returns the seams that a set of hooks and needs rests on."""
     wanted = set(users)

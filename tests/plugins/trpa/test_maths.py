@@ -105,6 +105,17 @@ def test_two_rows_of_one_token_are_dpo() -> None:
     torch.testing.assert_close(found[0], -torch.nn.functional.logsigmoid(0.1 * margin))
 
 
+def test_an_anisotropy_of_0_leaves_out_the_pairs_that_level_1_wins() -> None:
+    """The authors' script takes it."""
+    assert TRPA.Options(anisotropy=0.0).anisotropy == 0
+    levels, groups = torch.tensor([1.0, 2, 3]), torch.zeros(3, dtype=torch.long)
+    rho = torch.tensor([0.3, -0.2, 0.5], requires_grad=True)
+    pairs = preference_pairs(levels, groups)
+    preference_losses(rho, pairs, pair_factors(levels, pairs, 0.1, 0.0)).sum().backward()
+    gradient = 0.1 * torch.sigmoid(torch.tensor(-0.1 * (-0.2 - 0.5))).item()
+    assert rho.grad is not None and rho.grad.tolist() == pytest.approx([0.0, -gradient, gradient])
+
+
 def test_at_the_reference_every_pair_is_ln_2() -> None:
     levels, groups = torch.tensor([1.0, 1, 2, 4, 3]).double(), torch.zeros(5, dtype=torch.long)
     rho = torch.zeros(5, dtype=torch.float64, requires_grad=True)

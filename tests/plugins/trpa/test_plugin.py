@@ -161,7 +161,7 @@ def test_something_else_than_a_level(value: float, build: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"beta": 0.0}, {"anisotropy": 0.0}, {"tr_kl_coef": -1.0}, {"levels": [{}]}, {"levels": [{"x": "y"}]}]
+    "options", [{"beta": 0.0}, {"anisotropy": -1.0}, {"tr_kl_coef": -1.0}, {"levels": [{}]}, {"levels": [{"x": "y"}]}]
 )
 def test_impossible_options(options: dict[str, Any]) -> None:
     with pytest.raises(trl_ext.OptionError, match=next(iter(options))):

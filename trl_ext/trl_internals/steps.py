@@ -1,0 +1,100 @@
+"""Steps of a training: how many rows of the data one takes, and whether there were any."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from trl_ext_hooks import TrainerKind
+
+from ..errors import ConfigError
+from . import seams
+
+
+def check_rows(kind: TrainerKind, args: Any, data: Any, cls: type[Any] | None = None) -> None:
+    """Refuses data that are too few for a single step. TRL would end after none and call that a success.
+
+    Args:
+        kind: The trainer.
+        args: TRL's arguments.
+        data: The training data. A stream has no length, and `StepsCheck` looks at the end of its training.
+        cls: The class of the trainer, TRL's own by default. One that reads the data in its own way is not checked.
+
+    Raises:
+        ConfigError: With the settings that make a round as large as it is.
+    """
+    own = seams.trainer_class(kind)
+    readers = ("_get_train_sampler", "get_train_dataloader")
+    if cls is not None and any(getattr(cls, name) is not getattr(own, name) for name in readers):
+        return
+    try:
+        rows = len(data)
+    except TypeError:
+        return
+    needed = rows_of_a_round(kind, args)
+    if rows >= needed:
+        return
+    if needed == 1:
+        raise ConfigError("the training data has no rows.")
+    factors = f"per_device_train_batch_size={args.per_device_train_batch_size}, {args.world_size} process(es)"
+    if kind == "dpo":
+        raise ConfigError(
+            f"the training data has {rows} rows, and with dataloader_drop_last=True a step takes {needed} ({factors}), "
+            f"so nothing would be trained. Add rows, set dataloader_drop_last=False, or lower the batch size."
+        )
+    raise ConfigError(
+        f"the training data has {rows} prompts, and a round takes {needed}: {args.generation_batch_size} completions, "
+        f"{args.num_generations} per prompt. So nothing would be trained. Add prompts, or lower one of the factors of "
+        f"these completions: {factors}, and steps_per_generation={args.steps_per_generation}, which is "
+        f"gradient_accumulation_steps by default."
+    )
+
+
+def rows_of_a_round(kind: TrainerKind, args: Any) -> int:
+    """Returns how many rows of the data must be there for the first step."""
+    if kind != "dpo":
+        return int(args.generation_batch_size) // int(args.num_generations)
+    return int(args.train_batch_size) * int(args.world_size) if args.dataloader_drop_last else 1
+
+
+def planned_steps(kind: TrainerKind, args: Any, rows: int | None) -> int:
+    """Returns how many steps a run will have, as its reward functions see it in the trainer's state.
+
+    Args:
+        kind: GRPO or RLOO.
+        args: TRL's arguments.
+        rows: How many rows the training data has. None for a stream, which needs `max_steps`.
+    """
+    if args.max_steps > 0 or rows is None:
+        return max(1, int(args.max_steps))
+    batches = rows // rows_of_a_round(kind, args) * args.num_iterations * args.steps_per_generation
+    return math.ceil(args.num_train_epochs * max(1, batches // args.gradient_accumulation_steps))
+
+
+class StepsCheck(TrainerCallback):
+    """Refuses to call a training without a step a success."""
+
+    def __init__(self) -> None:
+        self._first = 0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._first = state.global_step
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step > self._first:
+            return
+        if state.global_step >= state.max_steps:
+            warnings.warn(
+                f"trl_ext: nothing was trained, since this run has {state.max_steps} steps and began after step "
+                f"{state.global_step}.",
+                stacklevel=2,
+            )
+            return
+        raise ConfigError(
+            f"training ended after step {state.global_step} of {state.max_steps} without training anything: the data "
+            f"gave no batch, or a callback stopped it. Data need as many rows as a step takes; GRPO and RLOO take "
+            f"generation_batch_size / num_generations prompts."
+        )
