@@ -87,7 +87,7 @@ class Context:
         micro_batch: The micro-batch inside its loss, else None.
         reference: A frozen copy of the policy, where a plugin needs one and TRL has none.
         recorder: Who records rounds, if anybody does.
-        columns: Columns of the data that plugins on pairs need.
+        columns: Columns of the data that plugins need.
         undo: What has to be undone when the plugins are taken off.
     """
 

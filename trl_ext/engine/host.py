@@ -76,8 +76,11 @@ class PluginHost:
             ConfigError: With what they refuse now that the trainer is there.
         """
         context, trainer = self.context, self.context.trainer
+        context.columns = context.plan.columns()
+        if context.columns:
+            trainer_state.forget_columns(trainer)
+            context.undo.append(lambda: trainer_state.forget_columns(trainer))
         if context.calls.has(*pairs.HOOKS):
-            context.columns = context.plan.columns()
             collator = trainer.data_collator
             trainer_state.set_collator(trainer, pairs.Collator(collator, context.columns))
             context.undo.append(lambda: trainer_state.set_collator(trainer, collator))

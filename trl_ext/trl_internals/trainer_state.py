@@ -106,6 +106,11 @@ def logged_round(trainer: Any) -> list[dict[str, Any]]:
 def set_collator(trainer: Any, collator: Any) -> None:
     """Exchanges the collator, and lets TRL find out anew which columns it drops."""
     trainer.data_collator = collator
+    forget_columns(trainer)
+
+
+def forget_columns(trainer: Any) -> None:
+    """Lets TRL find out anew which columns it keeps with `remove_unused_columns`."""
     trainer._signature_columns = None
 
 
