@@ -27,6 +27,7 @@ from trl_ext_hooks import (
     hookimpl,
     option,
 )
+from trl_ext_hooks.toolkit.answers import answer_requirements, row_answer
 from trl_ext_hooks.toolkit.judges import JudgeError, load
 
 from .maths import outcome_advantages, saturated_before, spae_advantages, step_of_tokens
@@ -102,6 +103,7 @@ class SPAE(Plugin):
     @hookimpl
     def configure(self, config: Config) -> Iterator[Requirement]:
         args, prober = config.args, self.options.prober
+        yield from answer_requirements(config, self.options.answer_column, "spae.answer_column")
         yield Recommend("loss_type", "dapo", "paper: a mean over tokens")
         yield Recommend("epsilon_high", 0.28, "paper: DAPO's clipping")
         deepspeed = getattr(args, "hf_deepspeed_config", None)
@@ -172,8 +174,8 @@ class SPAE(Plugin):
         probes: list[Probe] = []
         suffix = self._find.reader.ids(self.options.probe)
         for row in asked:
-            answer, ids = round.rows[row].get(column), round.completion_ids[row]
-            target = () if answer is None else tuple(self._find.reader.ids(str(answer).strip()))
+            answer, ids = row_answer(round.rows[row], column), round.completion_ids[row]
+            target = () if answer is None else tuple(self._find.reader.ids(answer))
             if not target:
                 self._warn(f"spae: rows without an answer in the column {column!r} are not probed.")
                 continue
