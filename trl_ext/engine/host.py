@@ -166,8 +166,9 @@ class PluginHost:
 
     def round(self, rows: list[dict[str, Any]], stock: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         """Runs TRL's round on the selected rows, and returns it as the loss shall see it."""
-        with self.context.new_round():
+        with self.context.new_round() as state:
             selected = rollout.select_rows(self.context, rows)
+            state.data_rows = [dict(row) for row in selected]
             # plugins may change the reward columns, which TRL reads from the trainer until its round ends
             with rewards.own_columns(self.context.trainer):
                 output = stock(selected)

@@ -24,6 +24,11 @@ def tool_sources(trainer: Any) -> tuple[str, ...]:
     return tuple(name for name, attribute in held.items() if getattr(trainer, attribute, None))
 
 
+def tool_iterations(trainer: Any) -> int:
+    """How often TRL's tool loop may execute the calls of a row; 0 where a trainer has no tools, and so no loop."""
+    return int(trainer.max_tool_calling_iterations) if getattr(trainer, "tools", None) else 0
+
+
 def environments(trainer: Any) -> list[Any] | None:
     """The environment of each row of the current round; None without any."""
     return getattr(trainer, "environments", None)
