@@ -12,8 +12,10 @@ from typing import Any
 from ..plugin import UsageError
 from ..setup import Config, Refuse
 
-_LONG, _WORDY = 100, 12
-"""Characters and words from which a text is taken for more than an answer."""
+_LONG = 100
+"""More characters than this are taken for more than an answer."""
+_WORDY = 12
+"""So many words are taken for more than an answer."""
 
 
 def answer_text(value: Any) -> str | None:
@@ -26,12 +28,15 @@ def answer_text(value: Any) -> str | None:
         ValueError: The value is no final answer: a list or another structure, a number with a fraction, which can be
             written in several ways, or a whole solution.
     """
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        if math.isnan(value):
-            return None
-        if not math.isfinite(value) or value != int(value):
-            raise ValueError(f"{value!r}, a number that can be written in several ways")
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return str(int(value))
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        number = float(value)
+        if math.isnan(number):
+            return None
+        if not number.is_integer():
+            raise ValueError(f"{value!r}, a number that can be written in several ways")
+        return str(int(number))
     if value is None:
         return None
     if not isinstance(value, str):
