@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 import re
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
@@ -28,15 +27,16 @@ def answer_text(value: Any) -> str | None:
         ValueError: The value is no final answer: a list or another structure, a number with a fraction, which can be
             written in several ways, or a whole solution.
     """
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return str(int(value))
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        number = float(value)
-        if math.isnan(number):
+    if getattr(value, "ndim", None) == 0:  # numbers of numpy and torch, which data sets can be asked for
+        value = value.item()
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float):
+        if math.isnan(value):
             return None
-        if not number.is_integer():
+        if not value.is_integer():
             raise ValueError(f"{value!r}, a number that can be written in several ways")
-        return str(int(number))
+        return str(int(value))
     if value is None:
         return None
     if not isinstance(value, str):

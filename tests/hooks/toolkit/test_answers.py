@@ -38,6 +38,8 @@ MATH = "The sum is $1+2=3$, so the answer is $\\boxed{3}$."
         (72.0, "72"),  # as a column of whole numbers with a hole is stored
         (np.int64(7), "7"),
         (np.float32(7), "7"),
+        (torch.tensor(7), "7"),
+        (np.str_("72"), "72"),
         (None, None),
         ("", None),
         (" ", None),
@@ -60,7 +62,8 @@ def test_answers_as_text(value: Any, expected: str | None) -> None:
         (float("inf"), "inf, a number that can be written in several ways"),
         (True, "True, which is of the type bool"),
         (decimal.Decimal(1), "which is of the type Decimal"),
-        (torch.tensor(3), "which is of the type Tensor"),
+        (torch.tensor([3]), "tensor([3]), which is of the type Tensor"),
+        (np.array(["a"]), "which is of the type ndarray"),
         (GSM8K, "'Natalia sold 48/2 = <<48/2=24>>24  ... >72 clips.\\n#### 72', which is a whole solution"),
         (MATH, "which is a whole solution"),
         ("\\boxed{1} or \\boxed{2}", "which is a whole solution"),

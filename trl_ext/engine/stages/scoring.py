@@ -11,6 +11,7 @@ import torch
 from trl_ext_hooks import Rewards, Rollout, Scored
 
 from ...errors import ConfigError, PluginError, TrlExtError
+from ...support.reward_functions import infinite_rewards
 from ...trl_internals import rewards, trainer_state
 from ..calls import as_mapping
 from ..context import Context
@@ -61,16 +62,12 @@ def _check_finite(values: torch.Tensor, sources: Sequence[str], error: type[TrlE
     Raises:
         error: Naming the first source, one per column, of an infinite reward. Equal on every process.
     """
-    infinite = values.isinf()
-    if not infinite.any():
+    if not values.isinf().any():
         return
-    column = int(infinite.any(dim=0).nonzero()[0])
-    bad = values[infinite[:, column], column]
-    raise error(
-        f"{sources[column]} returned {bad[0].item()} for {len(bad)} of {len(values)} completions. One infinite reward "
-        f"spoils the advantages of its whole group. Return a finite number below 3e38 instead, such as a lower bound, "
-        f"or None where the reward does not apply."
-    )
+    for source, column in zip(sources, values.T.tolist(), strict=True):
+        complaint = infinite_rewards(source, column)
+        if complaint:
+            raise error(complaint)
 
 
 def _rollout(
