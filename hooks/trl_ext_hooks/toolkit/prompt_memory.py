@@ -85,7 +85,7 @@ class PromptMemory:
             what = "the data has images, and the text of a prompt may belong to several of them."
             yield Refuse(what, f"Set {option}{other}.")
         elif "environment_factory" in config.tool_sources and not columns - {"environment"}:
-            what = "the environment owns the data, so no row tells tasks apart."
+            what = "the environment owns the data, or their columns are unknown, so no row tells tasks apart."
             yield Refuse(what, f"Give the trainer data with a column for {option}{other}.")
         elif _mixed(config):
             what = "rows of the data are equal, so what makes their tasks differ is in the environment or rollout_func."
