@@ -2,13 +2,14 @@
 
 from .toolkit.groups import GroupStats, group_normalize, group_pairs, group_stats
 from .toolkit.losses import clipped_surrogate, masked_mean, scale_gradient
-from .toolkit.messages import count_tag, count_tool_messages
+from .toolkit.messages import count_executed_calls, count_tag, count_tool_messages
 from .toolkit.tokens import align_tokens, predicting
 
 __all__ = [
     "GroupStats",
     "align_tokens",
     "clipped_surrogate",
+    "count_executed_calls",
     "count_tag",
     "count_tool_messages",
     "group_normalize",

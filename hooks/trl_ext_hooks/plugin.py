@@ -36,7 +36,7 @@ NEEDS: dict[str, str] = {
     "tools": "rollouts that can call tools: `tools`, `environment_factory` or `rollout_func` of the trainer",
     "token_advantages": "a loss of TRL that takes one advantage per token. Settings that need one per row are refused",
     "turns": "`Rollout.turns`: rewards and ends of episodes that environments report turn by turn",
-    "column:NAME": "the column NAME in the training data",
+    "column:NAME": "the column NAME in the training data, which is kept also with `remove_unused_columns`",
     "reward:NAME": "a reward function of that name",
 }
 """What the core can provide or check for a plugin."""

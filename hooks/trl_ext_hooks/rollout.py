@@ -78,6 +78,9 @@ class Rollout(Logs):
         offset: Index of this process's first row among the N.
         trainer: The trainer.
         turns: What the environments reported turn by turn, with the need `turns`. None where there are none.
+        tool_iterations: How often TRL's tool loop may execute the calls of a row. 0 where it does not run.
+        data_rows: The dataset rows as they were before the rollout, without the fields that a `rollout_func` adds to
+            `rows`. None in a rollout that was made by hand.
     """
 
     mode: Mode
@@ -92,6 +95,8 @@ class Rollout(Logs):
     offset: int
     trainer: TrainerView
     turns: Turns | None = field(default=None, kw_only=True)
+    tool_iterations: int = field(default=0, kw_only=True)
+    data_rows: list[dict[str, Any]] | None = field(default=None, kw_only=True)
 
     @property
     def local(self) -> slice:
@@ -105,14 +110,15 @@ class Rollout(Logs):
 
     @property
     def tool_calls(self) -> torch.Tensor:
-        """Counts the executed tool calls of each rollout, that is its messages with the role `tool`: (b,) int64.
+        """Counts the tool calls of each rollout that TRL executed: (b,) int64.
 
+        These are its messages with the role `tool`, and calls whose results TRL took back because they did not fit.
         Rollouts that are plain text hold no messages. `trl_ext_hooks.toolkit.tool_calls.CallCounter` counts theirs.
         """
         # it imports torch, which this package does not
-        from .toolkit.messages import count_tool_messages
+        from .toolkit.messages import count_executed_calls
 
-        return count_tool_messages(self.completions).to(self.trainer.device)
+        return count_executed_calls(self.completions, self.tool_iterations).to(self.trainer.device)
 
 
 Generate = Callable[[list[Any]], Generation]

@@ -31,8 +31,9 @@ class Scored(Rollout):
     Attributes:
         fields: What `annotate` of any plugin returned, by name: b local values.
         gathered: The tensors among them, of all processes: (N, ...).
-        rewards: (N, F) float32 of all processes. NaN = this reward does not apply to the row.
-        reward_names: The F names.
+        rewards: (N, F) float32 of all processes. NaN = this reward does not apply to the row. The core refuses infinite
+            rewards and names the reward function.
+        reward_names: The F names, each of them once: where two functions are called `match`, the second is `match_2`.
         reward_weights: (F,).
     """
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .basics import TrainerKind
@@ -27,6 +27,7 @@ class Config:
         plugins: Names of all plugins of the run, in the order in which they act.
         tool_sources: What lets rollouts call tools: those of `tools`, `environment_factory` and `rollout_func` that
             the trainer receives.
+        data: The training data. None where their rows cannot be read before training, as in a stream.
     """
 
     kind: TrainerKind
@@ -35,6 +36,23 @@ class Config:
     columns: tuple[str, ...] | None
     plugins: tuple[str, ...]
     tool_sources: tuple[str, ...] = ()
+    data: Any = field(default=None, repr=False, compare=False)
+
+    def first_rows(self, *columns: str, count: int = 1000) -> list[dict[str, Any]]:
+        """Returns the first rows of the training data, for checks of what they hold.
+
+        They are read as they are stored, so that no image is decoded. Where rows cannot be read before training, there
+        are none.
+
+        Args:
+            columns: The columns to read. Those that the data lack are left out.
+            count: Rows at most.
+        """
+        known = [name for name in columns if name in (self.columns or ())]
+        if self.data is None or not known:
+            return []
+        rows: list[dict[str, Any]] = self.data.select_columns(known).with_format("arrow")[:count].to_pylist()
+        return rows
 
 
 @dataclass(frozen=True)

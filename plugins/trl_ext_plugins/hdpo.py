@@ -12,7 +12,7 @@ code differ, in the denominator, the code is followed. The paper itself was not 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +31,7 @@ from trl_ext_hooks import (
     Rewards,
     Round,
     Scored,
+    Warn,
     hookimpl,
     option,
 )
@@ -128,7 +129,7 @@ class HDPO(Plugin):
             None, help="reward function that judges the answer; default: the first one", source="ours"
         )
         format_reward: RewardName | None = option(
-            None, help="reward function that judges the form, if there is one", source="ours"
+            None, help="reward function that judges the form; default: the other one of two", source="ours"
         )
         correct_threshold: float = option(
             0.0, help="an answer is right when its reward is above this", source="authors' reward manager"
@@ -158,6 +159,7 @@ class HDPO(Plugin):
             if self.options.format_reward == first:
                 what = f"format_reward is {first!r}, the first reward function, which judges the answer by default."
                 yield Refuse(what, "Set hdpo.correct_reward.")
+        yield from self.check_weights(config)
         yield Require("loss_type", CLIPPED, "the tool loss is the clipped surrogate, as the accuracy loss must be")
         yield Require("top_entropy_quantile", (1.0,), "the tool loss counts every token of a rollout")
         yield Require("off_policy_mask_threshold", (None,), "the mask is made of the accuracy advantages only")
@@ -165,6 +167,30 @@ class HDPO(Plugin):
         yield Require("scale_rewards", ("group",), why)
         yield Require("multi_objective_aggregation", ("sum_then_normalize",), "HDPO has its own two channels")
         yield Recommend("delta", 3.0, "authors' code: dual clip")
+
+    def form(self, names: Sequence[str]) -> str | None:
+        """Returns the reward that judges the form: the named one, or else the other one of two rewards."""
+        options = self.options
+        if options.format_reward is not None or len(names) != 2 or options.w_fmt == 0:
+            return options.format_reward
+        return names[0] if options.correct_reward == names[1] else names[1]
+
+    def check_weights(self, config: Config) -> Iterator[Requirement]:
+        """Yields what is unclear about the weights of rewards that are neither the answer's nor the form's."""
+        names, options, keep = config.reward_names or (), self.options, "hdpo.w_ans=1 and hdpo.w_fmt=0"
+        form = self.form(names)
+        if form is not None and options.format_reward is None:
+            yield Warn(
+                f"{form!r} counts {options.w_fmt:g}, as the reward of the form (hdpo.format_reward); {keep} keep the "
+                f"trainer's weights"
+            )
+        correct = options.correct_reward or (names[0] if names else None)
+        others = [name for name in names if name not in (correct, form)]
+        if others and options.w_ans != 1 and config.args.reward_weights is None:
+            yield Refuse(
+                f"{others[0]!r} would count 1, and the reward of the answer {options.w_ans:g}.",
+                f"Set hdpo.format_reward if it judges the form, or reward_weights, or {keep} for equal weights.",
+            )
 
     @hookimpl
     def rewards(self, scored: Scored) -> Rewards:
@@ -180,8 +206,9 @@ class HDPO(Plugin):
         scored.log("signal", self.tool != 0)
         weights = scored.reward_weights.clone()
         weights[scored.reward_index(options.correct_reward)] *= options.w_ans
-        if options.format_reward:
-            weights[scored.reward_index(options.format_reward)] *= options.w_fmt
+        form = self.form(scored.reward_names)
+        if form is not None:
+            weights[scored.reward_index(form)] *= options.w_fmt
         return Rewards(scored.rewards, scored.reward_names, weights)
 
     @hookimpl

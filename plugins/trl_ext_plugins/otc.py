@@ -145,7 +145,7 @@ class OTC(Plugin):
         )
         correct_threshold: float = option(0.0, help="an answer is right when its reward is above this", source="ours")
         id_column: ColumnName | None = option(
-            None, help="column that tells prompts apart; default: the content of `prompt`", source="ours"
+            None, help="column that tells tasks apart; default: all columns of the row", source="ours"
         )
 
     options: Options
@@ -163,7 +163,7 @@ class OTC(Plugin):
         counter = self.options.counter
         yield from counter.requirements(config, self.name)
         if self.remembers:
-            yield from self.memory.requirements(config, "otc.id_column")
+            yield from self.memory.requirements(config, "otc.id_column", "otc.n_scope=local")
         if not self.most_calls(config.args):
             limit = "max_tool_calling_iterations is not set" if config.kind == "grpo" else "RLOO has no limit of calls"
             yield Refuse(f"{limit}, so c is unknown.", "Set otc.c to the most calls of a rollout, such as 4.")

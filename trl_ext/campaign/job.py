@@ -198,7 +198,7 @@ class LocalJob:
     ) -> Callable[[list[dict[str, Any]], list[Any]], list[float]]:
         import trl.rewards
 
-        from ..support.reward_functions import check_result, reward_functions
+        from ..support.reward_functions import check_result, infinite_rewards, reward_functions
 
         unknown = [name for name in functions if "." not in name and name not in _TRL_REWARDS]
         if unknown:
@@ -222,6 +222,9 @@ class LocalJob:
                 if asyncio.iscoroutine(result):
                     result = asyncio.run(result)
                 values = check_result(name, result, len(rows))
+                complaint = infinite_rewards(f"reward function {name!r}", values)
+                if complaint:
+                    raise ConfigError(complaint)
                 for i, value in enumerate(values):
                     if value is not None and not math.isnan(value):
                         totals[i] = scale * value + (0.0 if math.isnan(totals[i]) else totals[i])

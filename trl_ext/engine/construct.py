@@ -112,16 +112,26 @@ def _functions(bound: Mapping[str, Any]) -> Sequence[Any]:
 
 def _config_of_arguments(kind: TrainerKind, bound: Mapping[str, Any]) -> Config:
     functions = _functions(bound)
-    names = None if bound.get("environment_factory") is not None else tuple(map(rewards.reward_name, functions))
+    by_environment = bound.get("environment_factory") is not None
+    names = None if by_environment else rewards.distinct(map(rewards.reward_name, functions))
     sources = tuple(name for name in TOOL_SOURCES if bound.get(name))
-    return Config(kind, bound["args"], names, _columns(bound.get("train_dataset")), (), sources)
+    data = bound.get("train_dataset")
+    return Config(kind, bound["args"], names, _columns(data), (), sources, _readable(data))
 
 
 def _config_of_trainer(trainer: Any, kind: TrainerKind) -> Config:
     names, columns = rewards.reward_names(trainer), _columns(trainer.train_dataset)
-    return Config(kind, trainer.args, names, columns, (), trainer_state.tool_sources(trainer))
+    sources, data = trainer_state.tool_sources(trainer), _readable(trainer.train_dataset)
+    return Config(kind, trainer.args, names, columns, (), sources, data)
 
 
 def _columns(dataset: Any) -> tuple[str, ...] | None:
     names = getattr(dataset, "column_names", None)
     return tuple(names) if isinstance(names, list) else None
+
+
+def _readable(data: Any) -> Any:
+    """Returns data whose stored rows are what the trainer gets; None for a stream, or where rows are transformed."""
+    from datasets import Dataset
+
+    return data if isinstance(data, Dataset) and data.format["type"] != "custom" else None

@@ -34,6 +34,7 @@ class RoundState:
     """What the stages of one round hand on to each other.
 
     Attributes:
+        data_rows: The dataset rows before the rollout; TRL writes what a `rollout_func` returns into the rows.
         tool_mask: Per completion token 1 = written by the model, 0 = tool result.
         polls: Readings of the environments while a generation runs, else None.
         turns: The readings as turns, when the generation has ended.
@@ -44,6 +45,7 @@ class RoundState:
         record: The record of the round, where it is recorded.
     """
 
+    data_rows: list[dict[str, Any]] | None = None
     tool_mask: list[list[int]] | None = None
     polls: list[list[Poll]] | None = None
     turns: Turns | None = None
@@ -87,7 +89,7 @@ class Context:
         micro_batch: The micro-batch inside its loss, else None.
         reference: A frozen copy of the policy, where a plugin needs one and TRL has none.
         recorder: Who records rounds, if anybody does.
-        columns: Columns of the data that plugins on pairs need.
+        columns: Columns of the data that plugins need.
         undo: What has to be undone when the plugins are taken off.
     """
 

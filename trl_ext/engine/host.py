@@ -76,8 +76,11 @@ class PluginHost:
             ConfigError: With what they refuse now that the trainer is there.
         """
         context, trainer = self.context, self.context.trainer
+        context.columns = context.plan.columns()
+        if context.columns:
+            trainer_state.forget_columns(trainer)
+            context.undo.append(lambda: trainer_state.forget_columns(trainer))
         if context.calls.has(*pairs.HOOKS):
-            context.columns = context.plan.columns()
             collator = trainer.data_collator
             trainer_state.set_collator(trainer, pairs.Collator(collator, context.columns))
             context.undo.append(lambda: trainer_state.set_collator(trainer, collator))
@@ -167,8 +170,9 @@ class PluginHost:
 
     def round(self, rows: list[dict[str, Any]], stock: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         """Runs TRL's round on the selected rows, and returns it as the loss shall see it."""
-        with self.context.new_round():
+        with self.context.new_round() as state:
             selected = rollout.select_rows(self.context, rows)
+            state.data_rows = [dict(row) for row in selected]
             # plugins may change the reward columns, which TRL reads from the trainer until its round ends
             with rewards.own_columns(self.context.trainer):
                 output = stock(selected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -120,6 +121,9 @@ def make_plan(specs: Sequence[PluginSpec], config: Config, plugins: Mapping[str,
             fix = f". Correct {' and '.join(dict.fromkeys(named_by[need]))}."
             problems = [refusal.removesuffix(".") + fix for refusal in problems]
         refusals += problems
+    weights = getattr(config.args, "reward_weights", None) or ()
+    if not all(map(math.isfinite, weights)):
+        refusals.append(f"reward_weights={weights!r} must be finite numbers")
     if refusals:
         raise ConfigError("this run cannot work:\n" + "\n".join(f"  - {refusal}" for refusal in refusals))
     return Plan(

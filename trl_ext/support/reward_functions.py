@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -86,3 +87,20 @@ def check_result(path: str, result: Any, expected: int) -> list[float | None]:
                 f"reward function {path!r} returned {value!r}, expected a number, or None where it does not apply."
             ) from None
     return rewards
+
+
+def infinite_rewards(source: str, rewards: Sequence[float | None]) -> str | None:
+    """Returns the error about infinite rewards, if there are some.
+
+    Args:
+        source: Who returned them, as the beginning of a sentence.
+        rewards: One per completion; None and NaN, which mean that a reward does not apply, are fine.
+    """
+    infinite = [value for value in rewards if value is not None and math.isinf(value)]
+    if not infinite:
+        return None
+    return (
+        f"{source} returned {infinite[0]} for {len(infinite)} of {len(rewards)} completions. One infinite reward "
+        f"spoils its whole group. Return a finite number below 3e38 instead, such as a lower bound, or None where "
+        f"the reward does not apply."
+    )

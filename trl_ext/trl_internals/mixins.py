@@ -19,9 +19,10 @@ else:
 
 
 class TrainerMixin(_Base):
-    """What all trainers share: the end of a step, and state in checkpoints."""
+    """What all trainers share: the end of a step, state in checkpoints, and columns of the data that plugins need."""
 
     _trl_ext: Host
+    _signature_columns: list[str] | None
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         result = super().training_step(*args, **kwargs)
@@ -36,6 +37,11 @@ class TrainerMixin(_Base):
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         self._trl_ext.load(checkpoint)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        known = self._signature_columns or []
+        self._signature_columns = [*known, *(name for name in self._trl_ext.columns if name not in known)]
 
 
 class RoundMixin(TrainerMixin):
@@ -105,8 +111,6 @@ class RoundMixin(TrainerMixin):
 class PairMixin(TrainerMixin):
     """DPO: losses on pairs."""
 
-    _signature_columns: list[str] | None
-
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:
         stock, reference = super()._compute_loss, super().compute_ref_log_probs
         return self._trl_ext.pair_loss(
@@ -117,11 +121,6 @@ class PairMixin(TrainerMixin):
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
         return super().compute_ref_log_probs(model, self._trl_ext.without_rows(inputs))
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        known = self._signature_columns or []
-        self._signature_columns = [*known, *(name for name in self._trl_ext.columns if name not in known)]
 
 
 MIXINS: dict[TrainerKind, type[Any]] = {"grpo": RoundMixin, "rloo": RoundMixin, "dpo": PairMixin}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,25 @@ from .seams import trainer_class
 
 
 def reward_names(trainer: Any) -> tuple[str, ...]:
-    return tuple(getattr(trainer, "reward_func_names", ()))
+    """The names of a trainer's reward functions, each of them once; see `distinct`."""
+    return distinct(getattr(trainer, "reward_func_names", ()))
+
+
+def distinct(names: Iterable[str]) -> tuple[str, ...]:
+    """Numbers names that occur again: `match`, `match` become `match`, `match_2`.
+
+    TRL names a `functools.partial` after its function and an object after its class. Under one name its metrics of two
+    reward functions are mixed, and nobody can ask for the second one.
+    """
+    given = tuple(names)
+    result: list[str] = []
+    for name in given:
+        unique, number = name, 1
+        while unique in result or (number > 1 and unique in given):
+            number += 1
+            unique = f"{name}_{number}"
+        result.append(unique)
+    return tuple(result)
 
 
 def reward_name(function: Any) -> str:
@@ -100,7 +118,7 @@ def own_columns(trainer: Any) -> Iterator[None]:
 
 def use_columns(trainer: Any, names: Sequence[str], weights: torch.Tensor) -> None:
     """Gives a round other reward columns than the trainer has reward functions. See `own_columns`."""
-    if tuple(names) == reward_names(trainer) and torch.equal(weights, reward_weights(trainer)):
+    if list(names) == list(trainer.reward_func_names) and torch.equal(weights, reward_weights(trainer)):
         return
     trainer.reward_func_names = list(names)
     trainer.reward_weights = weights

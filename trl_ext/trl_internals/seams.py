@@ -84,6 +84,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam("add_fused_lm_head", ("dpo",), ("model",), _PAIR_FORWARDS, module_level=True, since="1.15"),
     Seam("compute_ref_log_probs", ("dpo",), ("model", "inputs"), _PAIR_FORWARDS | {"pair_batch"}),
     Seam("_set_signature_columns_if_needed", ("dpo",), (), _PAIR_FORWARDS | {"pair_batch"}),
+    Seam("_set_signature_columns_if_needed", _ROUND, (), frozenset({"column:NAME"})),
     Seam(
         "_compute_loss", _ALL, ("model", "inputs"), _LOSS | _PAIR_FORWARDS | {"loss_inputs", "keep_rows", "pair_batch"}
     ),
@@ -141,7 +142,7 @@ def stands_for(cls: type[Any]) -> TrainerKind | None:
 
 def needed(kind: TrainerKind, users: Iterable[str]) -> list[Seam]:
     """Returns the seams that a set of hooks and needs rests on."""
-    wanted = set(users)
+    wanted = {f"{use.partition(':')[0]}:NAME" if ":" in use else use for use in users}
     return [seam for seam in SEAMS if kind in seam.kinds and (not seam.users or seam.users & wanted)]
 
 

@@ -24,6 +24,11 @@ def tool_sources(trainer: Any) -> tuple[str, ...]:
     return tuple(name for name, attribute in held.items() if getattr(trainer, attribute, None))
 
 
+def tool_iterations(trainer: Any) -> int:
+    """How often TRL's tool loop may execute the calls of a row; 0 where a trainer has no tools, and so no loop."""
+    return int(trainer.max_tool_calling_iterations) if getattr(trainer, "tools", None) else 0
+
+
 def environments(trainer: Any) -> list[Any] | None:
     """Returns the environment of each row of the current round, or None if there are none."""
     return getattr(trainer, "environments", None)
@@ -106,6 +111,11 @@ def logged_round(trainer: Any) -> list[dict[str, Any]]:
 def set_collator(trainer: Any, collator: Any) -> None:
     """Exchanges the collator, and lets TRL find out anew which columns it drops."""
     trainer.data_collator = collator
+    forget_columns(trainer)
+
+
+def forget_columns(trainer: Any) -> None:
+    """Lets TRL find out anew which columns it keeps with `remove_unused_columns`."""
     trainer._signature_columns = None
 
 

@@ -9,11 +9,10 @@ import torch
 
 
 def count_tool_messages(completions: Sequence[Any]) -> torch.Tensor:
-    """Counts the executed tool calls of each completion: its messages with the role `tool`.
+    """Counts the messages with the role `tool` in each completion.
 
-    A failed call is answered by a message too and counts. A call that the model wrote and nobody executed (turn limit,
-    or a result that would not have fitted) has no message and does not count. Parallel calls in one turn count one
-    each.
+    They are the executed calls whose results the completion holds. A failed call is answered by a message too. Parallel
+    calls in one turn count one each. `count_executed_calls` also counts calls whose results were taken back.
 
     Args:
         completions: b lists of messages; a plain text holds no messages and counts 0.
@@ -21,11 +20,34 @@ def count_tool_messages(completions: Sequence[Any]) -> torch.Tensor:
     Returns:
         (b,) int64.
     """
-    counts = [
-        0 if isinstance(completion, str) else sum(message.get("role") == "tool" for message in completion)
-        for completion in completions
-    ]
+    return torch.tensor([_results(completion) for completion in completions], dtype=torch.int64)
+
+
+def count_executed_calls(completions: Sequence[Any], iterations: int) -> torch.Tensor:
+    """Counts the calls that TRL's tool loop executed for each completion.
+
+    In its iteration j the loop executes all calls of the j-th message that calls. Where their results would not fit, it
+    takes the messages with the results back, but the calls were executed and count. Calls that the model wrote after
+    the last iteration were not executed.
+
+    Args:
+        completions: b lists of messages; a plain text holds no messages and counts 0.
+        iterations: Iterations that the loop may make; 0 where no loop runs. Then only results count.
+
+    Returns:
+        (b,) int64.
+    """
+    counts = []
+    for completion in completions:
+        messages = () if isinstance(completion, str) else completion
+        calls = [len(message["tool_calls"]) for message in messages if message.get("tool_calls")]
+        counts.append(max(sum(calls[:iterations]), _results(completion)))
     return torch.tensor(counts, dtype=torch.int64)
+
+
+def _results(completion: Any) -> int:
+    """Returns the number of messages with the role `tool`."""
+    return 0 if isinstance(completion, str) else sum(message.get("role") == "tool" for message in completion)
 
 
 def count_tag(texts: Sequence[str], tag: str) -> torch.Tensor:

@@ -18,7 +18,7 @@ from .messages import count_tag
 class CallCounter:
     """Counts the tool calls of rollouts: executed calls, unless `tag` or `field` says otherwise.
 
-    Executed calls are messages with the role `tool` (`Rollout.tool_calls`), which TRL's tool loop writes. A
+    Executed calls are those of TRL's tool loop (`Rollout.tool_calls`), also where it took their results back. A
     `rollout_func` leaves none behind, and RLOO has no tools. There a call is a tag in the text, or a number that the
     `rollout_func` reports itself.
 

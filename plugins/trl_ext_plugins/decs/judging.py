@@ -42,7 +42,7 @@ class Cutter:
 
 
 def questions(
-    cutter: Cutter, prompt: Any, answer: Any, ends: Sequence[int], texts: Sequence[str], limit: int | None
+    cutter: Cutter, prompt: Any, answer: str, ends: Sequence[int], texts: Sequence[str], limit: int | None
 ) -> Iterator[Question | None]:
     """Yields what to ask about each chunk of a completion; None stands for a chunk that does not state the answer.
 
@@ -52,7 +52,7 @@ def questions(
     room = None if limit is None else limit - len(cutter.reader.ids(problem))
     for (start, end), text in zip(pairwise([0, *ends]), texts, strict=True):
         fits = room is None or end - start <= room
-        yield Question(problem, text, str(answer)) if fits and text.strip() else None
+        yield Question(problem, text, answer) if fits and text.strip() else None
 
 
 def problem_text(prompt: Any) -> str:

@@ -26,6 +26,7 @@ from trl_ext_hooks import (
     hookimpl,
     option,
 )
+from trl_ext_hooks.toolkit.answers import answer_requirements, row_answer
 from trl_ext_hooks.toolkit.http_judge import HttpJudge
 from trl_ext_hooks.toolkit.judges import JudgeError, ask_together, make_judge
 
@@ -107,6 +108,7 @@ class DECS(Plugin):
     @hookimpl
     def configure(self, config: Config) -> Iterator[Requirement]:
         yield Recommend("loss_type", "dapo", "paper, eq. 3: a mean over tokens")
+        yield from answer_requirements(config, self.options.answer_column, "decs.answer_column")
         names = config.reward_names or ()
         if len(names) > 1:
             if self.options.correct_reward is None:
@@ -181,8 +183,8 @@ class DECS(Plugin):
         for row, is_asked in enumerate(asked[round.local].tolist()):
             ends, texts = self._cutter(round.completion_ids[row], round.written[row])
             chunks.append(Chunks(tuple(ends)))
-            answer = round.rows[row].get(options.answer_column)
-            if is_asked and answer is not None and str(answer).strip():
+            answer = row_answer(round.rows[row], options.answer_column) if is_asked else None
+            if answer is not None:
                 to_judge[row] = list(questions(self._cutter, round.prompts[row], answer, ends, texts, limit))
         put = [question for row in to_judge.values() for question in row if question is not None]
         unless = "decs.on_no_verdict=skip" if options.on_no_verdict == "stop" else None

@@ -27,6 +27,7 @@ from trl_ext_hooks import (
     hookimpl,
     option,
 )
+from trl_ext_hooks.toolkit.answers import answer_requirements, row_answer
 from trl_ext_hooks.toolkit.judges import JudgeError, load
 
 from .maths import outcome_advantages, saturated_before, spae_advantages, step_of_tokens
@@ -100,8 +101,9 @@ class SPAE(Plugin):
         self._warned: set[str] = set()
 
     @hookimpl
-    def configure(self) -> Iterator[Requirement]:
+    def configure(self, config: Config) -> Iterator[Requirement]:
         prober = self.options.prober
+        yield from answer_requirements(config, self.options.answer_column, "spae.answer_column")
         yield Recommend("loss_type", "dapo", "paper: a mean over tokens")
         yield Recommend("epsilon_high", 0.28, "paper: DAPO's clipping")
         if prober is None:
@@ -171,8 +173,8 @@ class SPAE(Plugin):
         probes: list[Probe] = []
         suffix = self._find.reader.ids(self.options.probe)
         for row in asked:
-            answer, ids = round.rows[row].get(column), round.completion_ids[row]
-            target = () if answer is None else tuple(self._find.reader.ids(str(answer).strip()))
+            answer, ids = row_answer(round.rows[row], column), round.completion_ids[row]
+            target = () if answer is None else tuple(self._find.reader.ids(answer))
             if not target:
                 self._warn(f"spae: rows without an answer in the column {column!r} are not probed.")
                 continue

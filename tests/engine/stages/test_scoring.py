@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import pytest
 import torch
 
 import trl_ext
+from tests.refusals import refused, unloadable
+from trl_ext import ConfigError, PluginError
 from trl_ext.testing import brevity, digits, metrics_of
 from trl_ext_hooks import Plugin, Rewards, hookimpl
 from trl_ext_hooks.toolkit.groups import group_normalize
@@ -124,3 +128,65 @@ def test_rewards_and_advantages_see_every_reward_function(build: Any, plugin: An
     assert (scored.num_generations, scored.mode, scored.step, scored.offset) == (4, "train", 0, 0)
     assert scored.group_ids.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     assert metrics_of(trainer)[0]["reward"] == pytest.approx((scored.rewards @ scored.reward_weights).mean().item())
+
+
+def spoilt(value: float) -> Any:
+    """Makes a reward function that returns `value` for one completion."""
+
+    def share(completions: list[Any], **kwargs: Any) -> list[float]:
+        return [value if i == 5 else float(i % 3) for i in range(len(completions))]
+
+    return share
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 1e39])
+@pytest.mark.parametrize("kind", ROUNDS)
+def test_an_infinite_reward_names_its_function(value: float, kind: str, build: Any, plugin: Any) -> None:
+    with (
+        trl_ext.enable(plugin(Triple)),
+        pytest.raises(ConfigError, match=r"reward function 'share' returned -?inf for 1"),
+    ):
+        build(kind, max_steps=1, rewards=[digits, spoilt(value)]).train()
+
+
+def test_an_infinite_reward_of_a_plugin_names_the_plugin(build: Any, plugin: Any) -> None:
+    class Log(Plugin):
+        name = "log"
+        trainers = ROUNDS
+
+        @hookimpl
+        def rewards(self, scored: Any) -> torch.Tensor:
+            return torch.log(scored.rewards * 0)
+
+    with trl_ext.enable(plugin(Log)), pytest.raises(PluginError, match="plugin 'log', reward 'digits', returned -inf"):
+        build(max_steps=1).train()
+
+
+def test_infinite_weights_are_refused_before_the_model_is_loaded(build: Any, plugin: Any) -> None:
+    with trl_ext.enable(plugin(Triple)), refused(ConfigError, "reward_weights=[inf, 1.0] must be finite numbers"):
+        build(cls=unloadable("grpo"), reward_weights=[math.inf, 1.0])
+
+
+def test_two_reward_functions_of_one_name_have_two_names(build: Any, plugin: Any) -> None:
+    """TRL calls a partial by its function, and averages the metrics of functions with one name."""
+
+    def flat(level: float, completions: list[Any], **kwargs: Any) -> list[float]:
+        return [level] * len(completions)
+
+    class Look(Plugin):
+        name = "look"
+        trainers = ROUNDS
+        needs = ("reward:flat_2",)
+
+        @hookimpl
+        def rewards(self, scored: Any) -> None:
+            self.names, self.second = scored.reward_names, scored.reward("flat_2")
+
+    functions = [functools.partial(flat, 1.0), functools.partial(flat, 3.0)]
+    with trl_ext.enable(plugin(Look)):
+        trainer = build(max_steps=1, rewards=functions, log_completions=True)
+        trainer.train()
+        look = own(trainer, "look")
+    assert look.names == ("flat", "flat_2") and look.second.tolist() == [3.0] * 8
+    assert (logged(trainer, "rewards/flat/mean"), logged(trainer, "rewards/flat_2/mean")) == ([1.0], [3.0])
+    assert trainer.reward_func_names == ["flat", "flat"]

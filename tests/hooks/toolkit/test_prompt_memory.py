@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import io
 import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from PIL import Image
 
+from trl_ext.testing import tiny_args
 from trl_ext_hooks import Config, Need, Refuse
 from trl_ext_hooks.toolkit.prompt_memory import PromptMemory, prompt_key
 
@@ -27,7 +33,7 @@ class Round:
     """What the memory uses of a rollout."""
 
     def __init__(self, rows: list[dict[str, Any]], mode: str = "train") -> None:
-        self.rows, self.mode, self.trainer = rows, mode, Alone()
+        self.rows, self.mode, self.trainer, self.data_rows = rows, mode, Alone(), None
 
 
 def prompt(text: str) -> list[dict[str, str]]:
@@ -94,19 +100,65 @@ def test_an_id_column_decides() -> None:
     assert first == third != second
 
 
-def test_what_cannot_tell_prompts_apart() -> None:
-    with pytest.raises(KeyError, match="a row has no 'uid' to tell its prompt apart; it has answer, prompt"):
+def test_a_task_is_a_row_with_all_its_columns() -> None:
+    memory, given = PromptMemory(min), [{"prompt": "same", "seed": 1}, {"prompt": "same", "seed": 2}]
+    first, second = memory.keys(Round(given)).tolist()
+    assert first != second and memory.keys(Round([dict(reversed(given[0].items()))])).tolist() == [first]
+    seen = Round([{**row, "turns": turns} for row, turns in zip(given, (5, 7), strict=True)])
+    seen.data_rows = given  # without what a rollout_func reports
+    assert memory.keys(seen).tolist() == [first, second]
+    assert PromptMemory(min, "turns").keys(seen).tolist() == [prompt_key(5), prompt_key(7)]
+
+
+def test_keys_of_what_data_sets_hold() -> None:
+    day = datetime.date(2024, 1, 2)
+    values = [day, datetime.datetime(2024, 1, 2), decimal.Decimal("1.5"), b"a", b"b", np.arange(3), torch.ones(2)]
+    values += [Image.new("RGB", (2, 2)), Image.new("RGB", (2, 2), "red"), Image.new("RGB", (1, 4))]
+    assert len({prompt_key(value) for value in values}) == len(values)
+    assert prompt_key({"day": day}) == prompt_key({"day": datetime.date(2024, 1, 2)})
+    assert prompt_key(np.int64(3)) == prompt_key(3) and prompt_key(np.arange(3)) == prompt_key([0, 1, 2])
+
+
+def test_what_cannot_tell_tasks_apart() -> None:
+    with pytest.raises(KeyError, match="a row has no 'uid' to tell its task apart; it has answer, prompt"):
         PromptMemory(min, "uid").keys(Round([{"prompt": "a", "answer": "b"}]))
-    with pytest.raises(TypeError, match="column 'prompt' cannot tell prompts apart, it is not JSON"):
-        PromptMemory(min).keys(Round([{"prompt": [{"role": "user", "content": torch.zeros(2)}]}]))
+    for memory, what in ((PromptMemory(min), "a row of the data"), (PromptMemory(min, "prompt"), "column 'prompt'")):
+        with pytest.raises(TypeError, match=f"{what} cannot tell tasks apart: object is not JSON"):
+            memory.keys(Round([{"prompt": [{"role": "user", "content": object()}]}]))
 
-    def asked(memory: PromptMemory, *columns: str) -> list[Any]:
-        return list(memory.requirements(Config("grpo", None, (), columns, ()), "otc.id_column"))
 
-    assert asked(PromptMemory(min), "prompt", "answer") == []
-    assert asked(PromptMemory(min, "uid"), "prompt") == [Need("column:uid")]
-    (missing,), (images,) = asked(PromptMemory(min), "environment"), asked(PromptMemory(min), "prompt", "image")
-    assert isinstance(missing, Refuse) and "no column 'prompt'" in missing.what and missing.fix == "Set otc.id_column."
-    assert isinstance(images, Refuse) and "the data has images" in images.what
-    unknown = Config("grpo", None, (), None, ())
-    assert list(PromptMemory(min).requirements(unknown, "otc.id_column")) == []
+ENV, ROLLOUT = "environment_factory", "rollout_func"
+
+
+@pytest.mark.parametrize(
+    ("data", "sources", "settings", "refusal"),
+    [
+        ({"prompt": ["a", "b"], "answer": ["1", "1"]}, (ENV,), {}, None),
+        ({"prompt": ["a", "a"], "seed": [1, 2]}, (ENV,), {}, None),
+        ({"seed": [1, 2]}, (ENV,), {}, None),
+        ({"prompt": ["a", "b", "a"]}, (ENV,), {}, "rows of the data are equal"),
+        ({"prompt": [""] * 4}, (ENV, "tools"), {}, "rows of the data are equal"),
+        ({"prompt": ["a", "a"], "seed": [1, 2]}, (ENV,), {"remove_unused_columns": True}, "rows of the data are equal"),
+        ({"environment": ["a", "b"]}, (ENV,), {}, "the environment owns the data"),
+        (None, (ENV,), {}, "the environment owns the data"),
+        ({"prompt": ["a", "a"]}, (ROLLOUT,), {}, "rows of the data are equal"),
+        ({"prompt": ["a", "b", "a"]}, (ROLLOUT,), {}, None),  # a rollout_func gets the prompt alone
+        ({"prompt": ["a"]}, (ROLLOUT,), {}, None),
+        ({"prompt": ["a", "a"]}, ("tools",), {}, None),
+        ({"prompt": ["a", "a"]}, (), {}, None),
+        (None, (), {}, None),
+        ({"prompt": ["a"], "image": ["x"]}, (), {}, "the data has images"),
+    ],
+)
+def test_tasks_that_lie_outside_the_data(data: Any, sources: Any, settings: Any, refusal: Any, tmp_path: Any) -> None:
+    table = None if data is None else Dataset.from_dict(data)
+    columns = None if table is None else tuple(table.column_names)
+    config = Config("grpo", tiny_args("grpo", tmp_path, **settings), (), columns, (), sources, table)
+    asked = list(PromptMemory(min).requirements(config, "otc.id_column", "otc.n_scope=local"))
+    if refusal is None:
+        assert asked == []
+    else:
+        (found,) = asked
+        assert isinstance(found, Refuse) and refusal in found.what
+        assert "otc.id_column" in found.fix and found.fix.endswith(", or otc.n_scope=local.")
+    assert list(PromptMemory(min, "uid").requirements(config, "otc.id_column")) == [Need("column:uid")]

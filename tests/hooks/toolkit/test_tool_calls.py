@@ -12,7 +12,7 @@ import torch
 from trl_ext import OptionError
 from trl_ext.catalog.find import resolve
 from trl_ext_hooks import Config, Need, Plugin, Refuse, Rollout, Scored, option
-from trl_ext_hooks.toolkit.messages import count_tag, count_tool_messages
+from trl_ext_hooks.toolkit.messages import count_executed_calls, count_tag, count_tool_messages
 from trl_ext_hooks.toolkit.tool_calls import CallCounter, CallOptions
 
 
@@ -71,6 +71,16 @@ def test_executed_calls_are_messages_of_the_role_tool() -> None:
     assert count_tool_messages([]).tolist() == []
     found = rollout(COMPLETIONS).tool_calls
     assert found.dtype == torch.int64 and found.tolist() == [0, 1, 2, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("iterations", "expected"), [(0, [0, 1, 2, 0, 0]), (1, [0, 1, 2, 1, 0]), (2, [0, 1, 3, 1, 0]), (9, [0, 1, 3, 1, 0])]
+)
+def test_calls_whose_results_were_taken_back_count(iterations: int, expected: list[int]) -> None:
+    """A last message with calls and without results was executed, unless the loop had ended before."""
+    assert count_executed_calls(COMPLETIONS, iterations).tolist() == expected
+    assert rollout(COMPLETIONS, tool_iterations=iterations).tool_calls.tolist() == expected
+    assert count_executed_calls(["text", ""], iterations).tolist() == [0, 0]
 
 
 def test_a_tag_is_counted_without_overlaps() -> None:

@@ -14,8 +14,9 @@ import torch
 import yaml
 
 import trl_ext
+from tests.refusals import refused, unloadable
 from trl_ext.testing import brevity, digits, tiny_data
-from trl_ext_hooks import Plugin, hookimpl
+from trl_ext_hooks import Plugin, UsageError, hookimpl
 from trl_ext_hooks.toolkit.judges import JudgeError
 from trl_ext_plugins.decs import DECS
 
@@ -186,6 +187,18 @@ def test_chunks_too_long_for_a_server_are_not_asked_about(run: Any) -> None:
 
 
 # --- declarations -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer", [["4"], 0.5, "2 + 2 = 4\n#### 4"])
+def test_what_is_no_final_answer_is_refused(answer: Any, build: Any, run: Any) -> None:
+    data = tiny_data(rows=4).remove_columns("answer").add_column("answer", [answer] * 4)
+    text = "decs: the column 'answer' should hold final answers, and it holds"
+    with trl_ext.enable("decs"), refused(trl_ext.ConfigError, text, "set decs.answer_column to its name."):
+        build(cls=unloadable("grpo"), data=data)
+    stream = data.to_iterable_dataset()  # nothing is known before its rows come
+    rewards = [lambda completions, **kwargs: [float(i % 2) for i in range(len(completions))]]
+    with refused(UsageError, "the column 'answer' should hold final answers, and it holds"):
+        run(data=stream, rewards=rewards)
 
 
 def test_refused_before_the_model_is_loaded(build: Any) -> None:

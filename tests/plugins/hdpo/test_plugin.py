@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import trl_ext
+from tests.refusals import refused
 from trl_ext.testing import Scripted, reported, tiny_data
 from trl_ext_plugins.hdpo import (
     accuracy_advantages,
@@ -92,6 +93,46 @@ def test_more_rewards_join_the_accuracy_channel_by_their_weights(scripted: Run, 
     )
     _, (plain,) = scripted(mixed)
     assert torch.equal(round.batch["hdpo_tool_advantages"], plain.batch["hdpo_tool_advantages"])
+
+
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [
+        ({}, [0.9, 0.1]),
+        ({"correct_reward": "right"}, [0.9, 0.1]),
+        ({"correct_reward": "form"}, [0.1, 0.9]),
+        ({"w_ans": 0.75, "w_fmt": 0.25}, [0.75, 0.25]),
+        ({"w_ans": 1.0, "w_fmt": 0.0}, [1.0, 1.0]),  # the trainer's own
+    ],
+)
+def test_the_other_one_of_two_rewards_is_the_form(
+    options: Any, weights: Any, scripted: Run, mixed: Any, capfd: Any
+) -> None:
+    _, (round,) = scripted(mixed, options={"format_reward": None, **options})
+    assert round.reward_weights.tolist() == pytest.approx(weights)
+    total = (round.rewards.double() * torch.tensor(weights).double()).sum(1)
+    torch.testing.assert_close(
+        round.advantages.double(), accuracy_advantages(total, round.group_ids), atol=1e-5, rtol=0
+    )
+    form = "form" if options.get("correct_reward") != "form" else "right"
+    said = f"hdpo: {form!r} counts {options.get('w_fmt', 0.1):g}, as the reward of the form (hdpo.format_reward);"
+    assert (said in " ".join(capfd.readouterr().err.split())) == (weights != [1.0, 1.0])
+
+
+def test_the_weight_of_a_third_reward_must_be_clear(build: Any, common: Any) -> None:
+    three = [*common["rewards"], reported("turns")]
+    text = "hdpo: 'form' would count 1, and the reward of the answer 0.9. Set hdpo.format_reward if it judges the form,"
+    with trl_ext.enable(hdpo={"calls_field": "turns"}):
+        with refused(trl_ext.ConfigError, text):
+            build(cls=unloadable, trainer=ROLLOUT, rewards=three)
+        assert build(trainer=ROLLOUT, rewards=three, reward_weights=[1.0, 0.1, 0.5])  # said by the user
+    with trl_ext.enable(hdpo={"calls_field": "turns", "w_ans": 1.0, "w_fmt": 0.0}):
+        assert build(trainer=ROLLOUT, rewards=three)
+    with (
+        trl_ext.enable(hdpo={"calls_field": "turns", "format_reward": "form"}),
+        refused(trl_ext.ConfigError, "hdpo: 'turns' would count 1, and the reward of the answer 0.9."),
+    ):
+        build(cls=unloadable, trainer=ROLLOUT, rewards=three)
 
 
 def test_a_threshold_of_the_score(scripted: Run, mixed: Any, rollout: Any) -> None:
@@ -210,7 +251,7 @@ def test_other_estimators_and_trainers_are_refused(build: Any) -> None:
 
 
 def test_the_authors_dual_clip_is_recommended(build: Any) -> None:
-    with trl_ext.enable(hdpo={"calls_field": "turns"}):
+    with trl_ext.enable(hdpo={"calls_field": "turns", "format_reward": "brevity"}):
         notes = build(trainer=ROLLOUT)._trl_ext.plan.notes
         assert notes == ("hdpo recommends delta=3.0 (authors' code: dual clip); it is None",)
         assert build(trainer=ROLLOUT, delta=3.0)._trl_ext.plan.notes == ()

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import trl_ext
-from trl_ext.testing import Scripted, reported, tiny_data
+from tests.refusals import refused
+from trl_ext.testing import Scripted, reported, tiny_data, tiny_trainer
 from trl_ext_hooks.toolkit.groups import group_normalize
 from trl_ext_plugins.otc import falling_coefficient
 
@@ -162,17 +163,27 @@ def test_alpha_cancels_in_the_group(scripted: Run) -> None:
     torch.testing.assert_close(other.advantages, first.advantages, atol=2e-3, rtol=0)
 
 
-def test_two_groups_of_one_prompt_share_their_memory(scripted: Run) -> None:
-    same = tiny_data(rows=1)
-    data = type(same).from_dict({**same.to_dict(), "prompt": same["prompt"]})
-    from datasets import concatenate_datasets
-
-    twice = concatenate_datasets([data, data])
-    _, (round,) = scripted(solved(4, 4, 4, 4) + solved(2, 3, 3, 3), data=twice)
+def test_two_groups_of_one_task_share_their_memory(scripted: Run) -> None:
+    data = tiny_data(rows=2).select([0, 0, 1])
+    _, (round,) = scripted(solved(4, 4, 4, 4) + solved(2, 3, 3, 3), data=data)
     assert round.rewards[:4, 0].tolist() == pytest.approx([math.sin(math.pi * 4 / 6)] * 4)
-    ids = twice.add_column("uid", [1, 2])
+    ids = data.add_column("uid", [1, 2, 3])
     _, (round,) = scripted(solved(4, 4, 4, 4) + solved(2, 3, 3, 3), data=ids, options={"id_column": "uid"})
     assert round.rewards[:4, 0].tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("column", ["seed", "answer"])
+def test_one_prompt_with_two_tasks_has_two_numbers(column: str, scripted: Run) -> None:
+    """An easy task, and one that takes two calls: at two calls its answers keep their reward."""
+    data = tiny_data(rows=1).select_columns("prompt").select([0, 0]).add_column(column, ["1", "2"])
+    easy = solved(0, 0, 0, 0)
+    trainer, rounds = scripted(easy + solved(2, 2, 3, 2), solved(1, 0, 0, 0) + solved(2, 2, 2, 4), data=data)
+    assert logged(trainer, "otc/n_mean") == [1.0, 1.0]
+    assert rounds[0].rewards[:, 0].tolist() == pytest.approx([1, 1, 1, 1, 1, 1, math.sin(math.pi * 3 / 5), 1])
+    assert rounds[1].rewards[4:, 0].tolist() == pytest.approx([1, 1, 1, math.sin(math.pi * 4 / 6)])
+    # asked for, the prompt alone is the task
+    _, (first,) = scripted(easy + solved(2, 2, 3, 2), data=data, options={"id_column": "prompt"})
+    assert (first.rewards[4:, 0] < 1).all()
 
 
 def test_evaluation_uses_the_memory_and_leaves_it_alone(build: Any, look: str) -> None:
@@ -281,6 +292,28 @@ def test_images_need_an_id(build: Any) -> None:
     data = tiny_data(rows=8).add_column("image", ["x"] * 8)
     with trl_ext.enable("otc", otc={"c": 4}), pytest.raises(trl_ext.ConfigError, match=r"images.*Set otc\.id_column"):
         build(cls=unloadable, data=data)
+
+
+class Drawing:
+    """An environment that owns its tasks."""
+
+    def reset(self, **row: Any) -> str:
+        return "find it"
+
+    def look(self) -> str:
+        """Looks."""
+        return "seen"
+
+
+@pytest.mark.parametrize("data", [None, tiny_data(rows=1).select_columns("prompt").select([0] * 16)], ids=["no", "one"])
+def test_an_environment_that_owns_its_tasks(data: Any, tool_model: str, tmp_path: Path) -> None:
+    given = {"environment_factory": Drawing, "train_dataset": data}
+    with trl_ext.enable("otc", otc={"c": 4}), refused(trl_ext.ConfigError, ", or otc.n_scope=local."):
+        tiny_trainer("grpo", tool_model, tmp_path, cls=unloadable, trainer=given)
+    with trl_ext.enable("otc", otc={"c": 4, "n_scope": "local"}):
+        trainer = tiny_trainer("grpo", tool_model, tmp_path, trainer=given)
+    with refused(trl_ext.ConfigError, "rows of the data are equal"):
+        trl_ext.attach(trainer, {"otc": {"c": 4}})
 
 
 def test_rloo_must_be_told_what_a_call_is(build: Any) -> None:

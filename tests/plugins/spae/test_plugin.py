@@ -14,7 +14,7 @@ import trl_ext
 from tests.refusals import refused, unloadable
 from trl_ext import ConfigError
 from trl_ext.testing import brevity, digits, tiny_data
-from trl_ext_hooks import Plugin, hookimpl
+from trl_ext_hooks import Plugin, UsageError, hookimpl
 from trl_ext_plugins.spae import SPAE
 from trl_ext_plugins.spae.maths import spae_advantages
 
@@ -146,6 +146,27 @@ def test_a_prober_that_breaks_its_contract(run: Any, stub: Any) -> None:
     with pytest.raises(ValueError, match="the prober answered 1 of 22 probes") as caught:
         run(prober=STUB)
     assert "trl_ext plugin 'spae'" in "".join(caught.value.__notes__)
+
+
+def test_whole_numbers_stored_as_floats_are_answers(run: Any, stub: Any) -> None:
+    """A column of whole numbers with a hole, as data sets store it."""
+    data = tiny_data().select(range(4)).remove_columns("answer").add_column("answer", [0.0, None, 4.0, None])
+    rewards = [lambda completions, **kwargs: [float("no" not in m[0]["content"]) for m in completions]]
+    with pytest.warns(UserWarning, match="rows without an answer"):
+        trainer = run(prober=STUB, data=data, rewards=rewards)
+    assert {probe.answer for probe in stub.asked} == {tuple(trainer.processing_class.encode("0"))}
+
+
+@pytest.mark.parametrize("answer", [["4"], 0.5, "2 + 2 = 4\n#### 4"])
+def test_what_is_no_final_answer_is_refused(answer: Any, build: Any, run: Any, stub: Any) -> None:
+    data = tiny_data(rows=4).remove_columns("answer").add_column("answer", [answer] * 4)
+    text = "spae: the column 'answer' should hold final answers, and it holds"
+    with trl_ext.enable("spae"), refused(trl_ext.ConfigError, text, "set spae.answer_column to its name."):
+        build(cls=unloadable("grpo"), data=data)
+    stream = data.to_iterable_dataset()  # nothing is known before its rows come
+    rewards = [lambda completions, **kwargs: [float(i % 2) for i in range(len(completions))]]
+    with refused(UsageError, "the column 'answer' should hold final answers, and it holds"):
+        run(prober=STUB, data=stream, rewards=rewards)
 
 
 def test_refused_before_the_model_is_loaded(build: Any) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from trl_ext_hooks import Rewards, Rollout, Scored
 
-from ...errors import PluginError
+from ...errors import ConfigError, PluginError, TrlExtError
+from ...support.reward_functions import infinite_rewards
 from ...trl_internals import rewards, trainer_state
 from ..calls import as_mapping
 from ..context import Context
@@ -25,10 +26,8 @@ def score(
     stock: Callable[..., torch.Tensor],
 ) -> torch.Tensor:
     """Annotates the rollout, runs the reward functions, and lets plugins rewrite the rewards of all processes."""
-    if not (
-        context.recording
-        or context.calls.has("annotate", "rewards", "advantages", "keep_rows", "batch_fields", "round_metrics")
-    ):
+    acting = context.calls.has("annotate", "rewards", "advantages", "keep_rows", "batch_fields", "round_metrics")
+    if not (context.recording or acting):
         return stock(rows, prompts, completions, completion_ids)
     rollout = _rollout(context, rows, prompts, completions, completion_ids)
     fields, gathered = _annotate(context, rollout)
@@ -43,6 +42,8 @@ def score(
             f"{type(trainer).__name__} scored a round as {tuple(values.shape)}, expected {expected}: rows of all "
             f"processes by reward functions."
         )
+    if acting:
+        _check_finite(values, [f"reward function {name!r}" for name in names], ConfigError)
     scored = Scored(
         **vars(rollout), fields=fields, gathered=gathered, rewards=values, reward_names=names, reward_weights=weights
     )
@@ -50,8 +51,23 @@ def score(
     scored = _rewrite(context, scored)
     state = context.current_round()
     state.rollout, state.scored = rollout, scored
-    rewards.use_columns(trainer, scored.reward_names, scored.reward_weights)
+    if acting:  # a record alone changes nothing
+        rewards.use_columns(trainer, scored.reward_names, scored.reward_weights)
     return scored.rewards
+
+
+def _check_finite(values: torch.Tensor, sources: Sequence[str], error: type[TrlExtError]) -> None:
+    """Refuses infinite rewards (N, F), which TRL would turn into advantages of 0 for whole groups. NaN is allowed.
+
+    Raises:
+        error: Naming the first source, one per column, of an infinite reward. Equal on every process.
+    """
+    if not values.isinf().any():
+        return
+    for source, column in zip(sources, values.T.tolist(), strict=True):
+        complaint = infinite_rewards(source, column)
+        if complaint:
+            raise error(complaint)
 
 
 def _rollout(
@@ -73,6 +89,8 @@ def _rollout(
         offset=view.process_index * len(rows),
         trainer=view,
         turns=context.current_round().turns,
+        tool_iterations=trainer_state.tool_iterations(trainer),
+        data_rows=context.current_round().data_rows,
         metric_log=context.current_round().log,
     )
 
@@ -113,6 +131,7 @@ def _rewrite(context: Context, scored: Scored) -> Scored:
                 f"plugin {name!r} returned rewards {tuple(result.values.shape)} with {len(result.weights)} weights, "
                 f"expected {expected} and {len(result.names)} for the columns {', '.join(result.names)}."
             )
+        _check_finite(result.values, [f"plugin {name!r}, reward {reward!r}," for reward in result.names], PluginError)
         scored = dataclasses.replace(
             scored,
             rewards=result.values.to(scored.rewards),
