@@ -22,8 +22,13 @@ def adapters_off(trainer: Any, model: Any) -> bool:
     base = trainer.accelerator.unwrap_model(model)
     if not hasattr(base, "peft_config"):
         return False
+    if base.active_adapter == "ref":
+        return True
+    if base.active_peft_config.is_prompt_learning:
+        # such an adapter has no layers to disable: PEFT lets the forward of the model inside stand in
+        return bool(base.forward == base.base_model.forward)
     layer = next((module for module in base.modules() if isinstance(module, BaseTunerLayer)), None)
-    return layer is not None and (layer.disable_adapters or layer.active_adapters == ["ref"])
+    return layer is not None and layer.disable_adapters
 
 
 @contextlib.contextmanager
@@ -69,15 +74,22 @@ _VISION = (
 )
 
 
-def completion_logps(trainer: Any, batch: Mapping[str, Any], model: Any = None) -> torch.Tensor:
-    """(b, T) log-probabilities of a round's completions under a model (the policy as it is now), no gradient."""
-    rows = (
-        trainer.args.per_device_train_batch_size
-        if mode(trainer) == "train"
-        else trainer.args.per_device_eval_batch_size
-    )
+def completion_logps(
+    trainer: Any, batch: Mapping[str, Any], model: Any = None, forward: Callable[..., Any] | None = None
+) -> torch.Tensor:
+    """(b, T) log-probabilities of a round's completions, no gradient.
+
+    Args:
+        trainer: GRPO or RLOO.
+        batch: The round.
+        model: The model to score with, by default the policy as it is now.
+        forward: TRL's log-probability method without plugins, by default with them.
+    """
+    training = mode(trainer) == "train"
+    rows = trainer.args.per_device_train_batch_size if training else trainer.args.per_device_eval_batch_size
+    run = trainer._get_per_token_logps_and_entropies if forward is None else forward
     with scoring(trainer):
-        return trainer._get_per_token_logps_and_entropies(
+        logps: torch.Tensor = run(
             trainer.model if model is None else model,
             torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
             torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
@@ -85,6 +97,7 @@ def completion_logps(trainer: Any, batch: Mapping[str, Any], model: Any = None) 
             batch_size=rows,
             **{name: batch[name] for name in _VISION if batch.get(name) is not None},
         )[0]
+    return logps
 
 
 def add_fused_head(model: Any) -> None:
