@@ -115,6 +115,20 @@ def test_a_second_enable_is_refused_and_the_first_one_stays(build: Any, double: 
     trl_ext.enable("gdpo").disable()
 
 
+def test_a_handle_that_was_not_kept(build: Any, double: str, originals: Any) -> None:
+    """A cell of a notebook that runs again: its error names what helps."""
+    trl_ext.disable()  # nothing to do
+    trl_ext.enable(double)
+    trainer = build()
+    with pytest.raises(ConfigError, match=r"or call trl_ext\.disable\(\) first"):
+        trl_ext.enable(double)
+    trl_ext.disable()
+    assert_restored(originals)
+    assert type(trainer) is GRPOTrainer
+    with trl_ext.enable(double):
+        assert of(build()) is not None
+
+
 def test_two_trainers_have_separate_plugins(build: Any, double: str) -> None:
     with trl_ext.enable(double) as handle:
         first, second = build(), build()
@@ -161,10 +175,12 @@ def test_attach_and_detach(build: Any, double: str, originals: Any) -> None:
 
 def test_attach_twice_is_refused(build: Any, double: str) -> None:
     trainer = trl_ext.attach(build(), double)
-    with pytest.raises(ConfigError, match="this GRPOTrainer already has plugins"):
+    with pytest.raises(ConfigError, match=r"this GRPOTrainer already has plugins.* after trl_ext\.detach\(trainer\)"):
         trl_ext.attach(trainer, "gdpo")
     trainer.train()
     assert of(trainer).rounds == 2
+    trl_ext.detach(trainer)
+    trl_ext.attach(trainer, "gdpo")
 
 
 def test_extend_leaves_the_base_alone(build: Any, double: str, originals: Any) -> None:

@@ -9,10 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 import trl_ext
 from trl_ext import ConfigError
+from trl_ext_hooks import Plugin, hookimpl
 
 
 def test_attach_needs_a_trl_trainer() -> None:
@@ -69,3 +72,62 @@ def test_options_by_name_reach_a_plugin_from_a_file(tmp_path: Any, build: Callab
     )
     with trl_ext.enable(str(file), mine={"size": 3}) as handle:
         assert [spec.options.size for spec in handle.specs] == [3]
+
+
+class Stops(TrainerCallback):
+    """Ends training after the first step, in the middle of a round."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = True
+
+
+def all_seven(trainer: Any) -> bool:
+    return all((batch["advantages"] == 7).all() for batch in trainer._buffered_inputs)
+
+
+class Sevens(Plugin):
+    name = "sevens"
+    trainers = ("grpo", "rloo")
+
+    @hookimpl
+    def advantages(self, round: Any) -> torch.Tensor:
+        return torch.full_like(round.advantages, 7.0)
+
+
+@pytest.mark.parametrize(("kind", "end"), [("grpo", "stopped"), ("rloo", "stopped"), ("grpo", "interrupted")])
+def test_attach_after_a_stopped_training(kind: str, end: str, build: Any, plugin: Any) -> None:
+    """The rest of a round that TRL keeps was made without the plugins; TRL would go on with it."""
+    trainer = build(kind, max_steps=4, steps_per_generation=4)
+    if end == "stopped":
+        trainer.add_callback(Stops())
+        trainer.train()
+        trainer.remove_callback(Stops)
+    else:
+        step, calls = trainer.training_step, []
+
+        def interrupted(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return step(*args, **kwargs)
+
+        trainer.training_step = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        del trainer.training_step
+    trl_ext.attach(trainer, plugin(Sevens))
+    trainer.add_callback(Stops())
+    trainer.train()
+    assert all_seven(trainer)
+    trl_ext.detach(trainer)  # and what the plugins made is not trained on without them
+    trainer.train()
+    assert not all_seven(trainer)
+
+
+def test_a_device_without_float64_is_refused_before_a_model_is_loaded(build: Any, monkeypatch: Any) -> None:
+    def make(**given: Any) -> Any:
+        monkeypatch.setattr(GRPOConfig, "device", torch.device("mps"))
+        return GRPOTrainer(**given | {"model": "/no/such/model"})
+
+    with trl_ext.enable("gdpo"), pytest.raises(ConfigError, match="float64, which Apple's MPS device does not have"):
+        build(cls=make)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,54 @@ def test_other_errors_are_left_alone(tmp_path: Path) -> None:
         with pytest.raises(type(error)):
             cache.kept(tmp_path / "made", make)
     assert not (tmp_path / "made").exists()
+
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from trl_ext.support import cache
+
+def make(folder):
+    (folder / "half").write_text("half")
+    print("started", flush=True)
+    if sys.argv[2] == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+cache.kept(Path(sys.argv[1]), make)
+"""
+
+
+def test_what_a_killed_process_leaves_is_removed_and_what_a_living_one_fills_is_not(tmp_path: Path) -> None:
+    def run(name: str, end: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", KILLED, str(tmp_path / name), end]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    dead, living = run("dead", "dies"), run("living", "lives")
+    try:
+        for process in (dead, living):
+            assert process.stdout is not None and process.stdout.readline() == "started\n"
+        dead.wait()
+        assert (tmp_path / "dead.unfinished" / "half").exists()
+
+        def make(folder: Path) -> None:
+            (folder / "whole").write_text("whole")
+
+        cache.kept(tmp_path / "other", make)
+        assert not (tmp_path / "dead.unfinished").exists()
+        assert (tmp_path / "living.unfinished" / "half").exists()
+        assert [file.name for file in cache.kept(tmp_path / "dead", make).iterdir()] == ["whole"]
+    finally:
+        living.kill()
+        for process in (dead, living):
+            process.communicate()
+
+
+def test_the_work_folder_is_not_taken_for_a_finished_one(tmp_path: Path) -> None:
+    (tmp_path / "made.unfinished").mkdir()
+    (tmp_path / "made.unfinished" / "half").write_text("half")
+    folder = cache.kept(tmp_path / "made", lambda folder: None)
+    assert list(folder.iterdir()) == []
 
 
 def test_where_things_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

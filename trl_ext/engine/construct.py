@@ -46,6 +46,7 @@ def construct(
     kwargs, bound = {**kwargs, **provided}, {**bound, **provided}
     config, plan = None, None
     if bound.get("args") is not None:  # without arguments TRL makes its own, and the plan waits for them
+        _check_device(bound["args"])
         config = _config_of_arguments(kind, bound)
         plan = make_plan(specs, config, plugins)
         if "tools" in plan.needs and not generation.renders_tool_calls(bound):
@@ -56,6 +57,7 @@ def construct(
             )
     original(trainer, *args, **kwargs)
     if config is None or plan is None:
+        _check_device(trainer.args)
         plan = make_plan(specs, _config_of_trainer(trainer, kind), plugins)
     elif config.reward_names is None:
         config = dataclasses.replace(config, reward_names=rewards.reward_names(trainer))
@@ -72,6 +74,7 @@ def attach_to(trainer: Any, specs: tuple[PluginSpec, ...]) -> None:
             f"plugin {late[0]!r} supplies constructor arguments, so it cannot be attached to an existing trainer. Use "
             f"trl_ext.enable or trl_ext.extend."
         )
+    _check_device(trainer.args)
     _start(trainer, make_plan(specs, _config_of_trainer(trainer, kind)))
 
 
@@ -88,11 +91,22 @@ def check_class(cls: type[Any], specs: tuple[PluginSpec, ...]) -> TrainerKind:
     if kind is None:
         raise ConfigError(f"{cls.__name__} is none of TRL's GRPOTrainer, RLOOTrainer and DPOTrainer, nor a subclass.")
     if has_plugins(cls):
-        raise ConfigError(f"this {cls.__name__} already has plugins. Name all of them in one call.")
+        raise ConfigError(
+            f"this {cls.__name__} already has plugins. Name all of them in one call, after trl_ext.detach(trainer)."
+        )
     check_kind(specs, kind)
     check_owned(specs)
     seams.check_seams(kind, users(specs))
     return kind
+
+
+def _check_device(args: Any) -> None:
+    """Refuses devices on which plugins cannot compute."""
+    if args is not None and args.device.type == "mps":
+        raise ConfigError(
+            "plugins compute rewards and advantages in float64, which Apple's MPS device does not have. Set "
+            "use_cpu=True in the training arguments."
+        )
 
 
 def users(specs: tuple[PluginSpec, ...]) -> set[str]:

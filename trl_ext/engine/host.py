@@ -86,6 +86,10 @@ class PluginHost:
             release = weakref.finalize(trainer, row_order.keep_groups_together(context.kind))
             release.atexit = False
             context.undo.append(release)
+        if context.plan.specs:
+            # what a stopped training left of its round was made without these plugins
+            trainer_state.forget_round(trainer)
+            context.undo.append(lambda: trainer_state.forget_round(trainer))
         refusals: list[str] = []
         with untouched_random_state():
             needed_logps.prepare(context)

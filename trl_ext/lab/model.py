@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..support import cache
+from ..support.random_state import untouched_torch_state
 from . import pictures, trace_tokens, warmup
 from . import tokenizer as tokenizers
 from .definition import Row, Shape, Task
@@ -90,7 +91,7 @@ def _untrained(task: Task, tokenizer: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     auto_class = AutoModelForImageTextToText if task.shape.picture else AutoModelForCausalLM
-    with torch.random.fork_rng(devices=[]):
+    with untouched_torch_state():
         torch.manual_seed(task.warm_up.seed)
         return auto_class.from_config(configuration(task.shape, tokenizer), dtype=torch.float32)
 

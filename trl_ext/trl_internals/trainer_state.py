@@ -72,6 +72,12 @@ def replace_logged_advantages(trainer: Any, values: list[float]) -> None:
     logged.extend(values)
 
 
+def forget_round(trainer: Any) -> None:
+    """Drops the rest of a generated round, so that the next micro-batch begins a new one."""
+    if hasattr(trainer, "_buffered_inputs"):  # DPO generates none
+        trainer._buffered_inputs, trainer._step = None, 0
+
+
 def prompt_text(trainer: Any, prompt: Any) -> str:
     """A prompt as the trainer gives it to the policy: messages through its chat template, with its arguments."""
     if isinstance(prompt, str):
