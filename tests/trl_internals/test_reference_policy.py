@@ -7,11 +7,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trl_ext
 from tests.refusals import refused
-from trl_ext.trl_internals.reference_policy import ADAPTER
+from trl_ext.trl_internals.reference_adapters import ADAPTER
 from trl_ext_hooks import Plugin, hookimpl
 
 TARGETS = {"target_modules": ["q_proj", "v_proj"]}
@@ -149,6 +149,24 @@ def test_adapters_of_which_no_copy_can_be_made(model: str, build: Any, plugin: A
         ):
             with refused(trl_ext.ConfigError, "plugin 'compares' needs a reference policy", text):
                 build(beta=0.0, trainer={"model": policy})
+
+
+def test_trained_biases_are_refused_before_a_model_is_loaded(build: Any, plugin: Any) -> None:
+    config = peft.LoraConfig(r=4, bias="lora_only", **TARGETS)
+    with trl_ext.enable(plugin(Compares)), refused(trl_ext.ConfigError, "bias='lora_only' in the peft_config trains"):
+        build(beta=0.0, model="/no/such/model", trainer={"peft_config": config})
+
+
+def test_a_model_that_only_looks_like_one_of_peft(model: str, build: Any, plugin: Any) -> None:
+    """Adapters that transformers adds itself leave such an attribute, and TRL sees an ordinary model."""
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    policy.peft_config = {"default": ADAPTERS["lora"]()}
+    given = {"model": policy, "processing_class": AutoTokenizer.from_pretrained(model)}
+    with trl_ext.enable(plugin(Compares)):
+        trainer = build(beta=0.0, trainer=given, max_steps=2, learning_rate=0.1)
+        trainer.train()
+        first, second = trainer._trl_ext.plugins["compares"].seen
+    assert first["reference"] < 1e-5 and second["reference"] > 1e-4
 
 
 def test_an_adapter_under_another_name(model: str, build: Any, plugin: Any) -> None:

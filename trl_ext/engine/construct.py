@@ -16,7 +16,7 @@ from ..plan.compose import Plan, check_kind
 from ..plan.ownership import check_owned
 from ..plan.show import print_plan
 from ..plan.stages import TOOL_SOURCES
-from ..trl_internals import generation, rewards, seams, trainer_state
+from ..trl_internals import generation, reference_adapters, rewards, seams, trainer_state
 from .attach import has_plugins, put_in_front
 
 
@@ -55,6 +55,8 @@ def construct(
                 f"this model loses a tool call or its result (a message of the role 'tool'). Use a model that was "
                 f"trained with tools, such as Qwen/Qwen3-0.6B, or set the chat_template of the processing_class."
             )
+        if "ref_logps" in plan.needs:
+            reference_adapters.check_config(bound.get("peft_config"), plan.needs["ref_logps"][0])
     original(trainer, *args, **kwargs)
     if config is None or plan is None:
         _check_device(trainer.args)

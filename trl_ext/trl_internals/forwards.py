@@ -15,13 +15,20 @@ from trl_ext_hooks.basics import Role
 from .trainer_state import mode
 
 
+def is_peft_model(model: Any) -> bool:
+    """Whether a model is PEFT's, and not one to which transformers has added adapters itself."""
+    from accelerate.utils import is_peft_model as check
+
+    return bool(check(model))
+
+
 def adapters_off(trainer: Any, model: Any) -> bool:
     """Whether a PEFT model computes its reference now: adapters disabled, or the frozen copy `ref` active."""
+    base = trainer.accelerator.unwrap_model(model)
+    if not is_peft_model(base):
+        return False
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    base = trainer.accelerator.unwrap_model(model)
-    if not hasattr(base, "peft_config"):
-        return False
     if base.active_adapter == "ref":
         return True
     if base.active_peft_config.is_prompt_learning:
@@ -48,7 +55,7 @@ def last_hidden_states(trainer: Any, see: Callable[[torch.Tensor], None]) -> Ite
     larger than the forward that is meant. Gradient checkpointing runs layers again, and never the backbone.
     """
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    policy = policy.get_base_model() if hasattr(policy, "peft_config") else policy
+    policy = policy.get_base_model() if is_peft_model(policy) else policy
 
     def seen(module: Any, args: Any, output: Any) -> None:
         see(getattr(output, "last_hidden_state", output[0]).detach())
@@ -109,8 +116,8 @@ def add_fused_head(model: Any) -> None:
 
 def uses_virtual_tokens(trainer: Any) -> bool:
     """Whether the policy is a PEFT model that learns prompt tokens, which the fused forward does not see."""
-    configs = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {})
-    return any(config.is_prompt_learning for config in configs.values())
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    return is_peft_model(policy) and any(config.is_prompt_learning for config in policy.peft_config.values())
 
 
 PairForward = Callable[[LogpsCall, Callable[[], Logps]], Logps]
@@ -127,7 +134,7 @@ def pair_forwards(trainer: Any, run: PairForward) -> Iterator[None]:
     from trl.trainer.utils import FusedCausalLMOutput
 
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    models = [policy.get_base_model() if hasattr(policy, "peft_config") else policy]
+    models = [policy.get_base_model() if is_peft_model(policy) else policy]
     reference = getattr(trainer, "ref_model", None)
     if reference is not None:
         reference = trainer.accelerator.unwrap_model(reference)

@@ -16,13 +16,12 @@ from packaging.version import Version
 from torch import nn
 
 from ..errors import ConfigError
-from . import forwards
+from . import forwards, reference_adapters
 from .mixins import RoundMixin
+from .reference_adapters import ADAPTER
 from .seams import trl_version
 
-ADAPTER = "ref"
-"""TRL's name for the frozen copy of an adapter."""
-_TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.02}
+_TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.005, torch.bfloat16: 0.01}
 """What log-probabilities of equal policies may differ by: the largest difference, and in half types the mean one."""
 
 
@@ -40,15 +39,17 @@ def provide(trainer: Any, plugin: str) -> tuple[Any, Callable[[], None]]:
         ConfigError: No copy can be made.
     """
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    adapted = hasattr(policy, "peft_config")
+    adapted = forwards.is_peft_model(policy)
     if adapted:
-        _check_adapters(policy, plugin)
+        reference_adapters.check(policy, plugin)
         if ADAPTER in policy.peft_config and trainer.state.global_step == 0:
-            return None, _complete_adapter(policy)
-    if trainer.args.beta != 0.0 or (adapted and (ADAPTER in policy.peft_config or _adds_nothing(policy))):
+            return None, reference_adapters.complete(policy)
+    if trainer.args.beta != 0.0 or (
+        adapted and (ADAPTER in policy.peft_config or reference_adapters.adds_nothing(policy))
+    ):
         return None, lambda: None
     if adapted:
-        _copy_adapter(policy, plugin)
+        reference_adapters.add_copy(policy, plugin)
         return None, functools.partial(policy.delete_adapter, ADAPTER)
     model = _prepare(trainer, _copy_model(trainer, policy, plugin))
     return model, lambda: _unload(trainer, model)
@@ -103,7 +104,7 @@ def origin(trainer: Any, reference: Any) -> str:
     policy = trainer.accelerator.unwrap_model(trainer.model)
     save = "Save the policy with save_pretrained, and start from that folder"
     own = "or set beta=0.0: the reference is then a copy of the policy as it is"
-    if hasattr(policy, "peft_config"):
+    if forwards.is_peft_model(policy):
         if ADAPTER in policy.peft_config:
             return (
                 f"It is the adapter {ADAPTER!r}. Call delete_adapter({ADAPTER!r}) on the model and set beta=0.0 before "
@@ -114,108 +115,6 @@ def origin(trainer: Any, reference: Any) -> str:
     if reference is None:
         return f"TRL loaded it from {source!r}. {save}, {own}."
     return f"It was loaded from {source!r}, because the policy is sharded. {save}."
-
-
-# --- adapters ---
-
-
-def _check_adapters(policy: Any, plugin: str) -> None:
-    """Refuses adapters whose training moves the reference too."""
-    wanted = f"plugin {plugin!r} needs a reference policy"
-    if policy.active_adapter == ADAPTER:
-        raise ConfigError(
-            f"{wanted}, which TRL keeps in an adapter called {ADAPTER!r}, and the adapter that trains has that name. "
-            f"Load it under another name."
-        )
-    marks = {*policy.peft_config, "prompt_encoder"}
-    prefix = getattr(policy.base_model, "prefix", None)
-    for name, value in policy.named_parameters():
-        held = bool(marks & set(name.split("."))) or (prefix is not None and prefix in name)
-        if value.requires_grad and not held:
-            raise ConfigError(
-                f"{wanted}, which is the model without what training adds, and {name} of the model itself is trained "
-                f"as well. Freeze it: a LoRA adapter needs bias='none'."
-            )
-
-
-def _adds_nothing(policy: Any) -> bool:
-    """Whether the adapters in use leave the model as it is, as a new LoRA adapter does: its factor B is 0."""
-    active = set(policy.base_model.active_adapters) if _is_tuner(policy) else set()
-    values = [(name, value) for name, value in policy.named_parameters() if active & set(name.split("."))]
-    return bool(values) and all(
-        "lora_A" in name
-        or "lora_embedding_A" in name
-        or (("lora_B" in name or "lora_embedding_B" in name) and value.numel() > 0 and not value.any())
-        for name, value in values
-    )
-
-
-def _complete_adapter(policy: Any) -> Callable[[], None]:
-    """Copies what TRL's copy of the adapter leaves out: values whose name ends with that of the adapter, as in IA3.
-
-    Returns:
-        The undo.
-    """
-    values = _tensors(policy)
-    before: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for name, value in values.items():
-        head, _, last = name.rpartition(".")
-        source = values.get(f"{head}.{policy.active_adapter}")
-        if last == ADAPTER and source is not None and source.shape == value.shape:
-            before.append((value, value.data))
-            value.data = source.data.clone()
-
-    def undo() -> None:
-        for value, data in before:
-            value.data = data
-
-    return undo
-
-
-def _is_tuner(policy: Any) -> bool:
-    from peft.tuners.tuners_utils import BaseTuner
-
-    return isinstance(policy.base_model, BaseTuner)
-
-
-def _copy_adapter(policy: Any, plugin: str) -> None:
-    """Adds a frozen copy of the adapter in use, under TRL's name for it."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    wanted = f"plugin {plugin!r} needs a reference policy, a frozen copy of the trained adapter"
-    active = policy.active_adapter
-    if _is_tuner(policy) and len(policy.base_model.active_adapters) > 1:
-        raise ConfigError(
-            f"{wanted}, and several adapters are active ({', '.join(policy.base_model.active_adapters)}). Merge the "
-            f"others into the model first, or combine them with add_weighted_adapter."
-        )
-    trained = {name: value.requires_grad for name, value in policy.named_parameters()}
-    buffers = {name for name, _ in policy.named_buffers()}
-    config = copy.deepcopy(policy.peft_config[active])
-    if hasattr(config, "init_lora_weights"):
-        config.init_lora_weights = True  # other ways to begin, such as PiSSA, change the weights of the model
-    try:
-        policy.add_adapter(ADAPTER, config)
-    except (ValueError, NotImplementedError) as error:
-        raise ConfigError(
-            f"{wanted}, which PEFT cannot add: {error} Merge the adapter into the model with merge_and_unload, and "
-            f"give the trainer that model with a new adapter in `peft_config`."
-        ) from error
-    values = _tensors(policy)
-    for name, value in values.items():
-        if name in trained:
-            value.requires_grad_(trained[name])
-        elif name not in buffers:
-            source = values[".".join(active if part == ADAPTER else part for part in name.split("."))]
-            value.data = source.data.clone()
-            value.requires_grad_(False)
-    for layer in policy.modules():
-        scaling = getattr(layer, "scaling", None) if isinstance(layer, BaseTunerLayer) else None
-        if isinstance(scaling, dict) and active in scaling:
-            scaling[ADAPTER] = scaling[active]
-
-
-# --- whole models ---
 
 
 def _copy_model(trainer: Any, policy: Any, plugin: str) -> Any:
@@ -327,9 +226,6 @@ def _unload(trainer: Any, model: Any) -> None:
     """Takes the copy out of the accelerator's list of models."""
     models = trainer.accelerator._models
     models[:] = [prepared for prepared in models if prepared is not model]
-
-
-# --- comparison ---
 
 
 @contextlib.contextmanager
