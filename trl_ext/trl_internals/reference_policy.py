@@ -119,28 +119,32 @@ def origin(trainer: Any, reference: Any) -> str:
 
 def _copy_model(trainer: Any, policy: Any, plugin: str) -> Any:
     """A frozen copy of the policy with TRL's last layer."""
-    if any(hasattr(value, "ds_id") or hasattr(value, "device_mesh") for value in policy.parameters()):
-        model = _load(trainer, policy, plugin)  # a process holds a part of each weight only
+    if any(_is_shard(value) for value in policy.parameters()):
+        model = _load(trainer, policy, plugin)
     else:
-        model = _with_weights_of(policy, plugin, in_half_head=getattr(trainer.args, "cast_lm_head_to_fp32", False))
+        model = _with_weights_of(policy, plugin, restore_head=getattr(trainer.args, "cast_lm_head_to_fp32", False))
     model.eval().requires_grad_(False)
     _add_head(trainer, model)
     return model
 
 
-def _with_weights_of(policy: Any, plugin: str, in_half_head: bool) -> Any:
+def _is_shard(value: torch.Tensor) -> bool:
+    """Whether a process holds a part of a weight only, under DeepSpeed ZeRO-3 or FSDP."""
+    return hasattr(value, "ds_id") or hasattr(value, "device_mesh") or value.numel() == 0
+
+
+def _with_weights_of(policy: Any, plugin: str, restore_head: bool) -> Any:
     """Another model of the policy's class with the same weights on the same devices.
 
     Args:
         policy: The policy.
         plugin: Who needs it, for the error.
-        in_half_head: Whether TRL has put the policy's last layer into float32, which the copy gets back.
+        restore_head: Whether TRL has put the policy's last layer into float32, which the copy gets back.
     """
-    ends = {id(layer.weight) for layer in (policy.get_input_embeddings(), policy.get_output_embeddings()) if layer}
+    layers = (policy.get_input_embeddings(), policy.get_output_embeddings())
+    ends = {id(layer.weight) for layer in layers if layer is not None}
     dtype = next((value.dtype for value in policy.parameters() if id(value) not in ends), policy.dtype)
-    devices = {value.device for value in policy.parameters()}
-    place = devices.pop() if len(devices) == 1 else torch.device("cpu")
-    with place:  # random first weights come fast on the device that has them anyway
+    with torch.device("meta"):  # without first weights, as transformers makes the models that it loads
         model = type(policy)._from_config(
             copy.deepcopy(policy.config), dtype=dtype, attn_implementation=policy.config._attn_implementation
         )
@@ -156,9 +160,15 @@ def _with_weights_of(policy: Any, plugin: str, in_half_head: bool) -> Any:
             f"makes another model from the policy's configuration: {unlike[0]!r} differs. Save the policy with "
             f"save_pretrained and give the trainer the folder, or train a PEFT adapter."
         )
+    weights: dict[int, torch.Tensor] = {}
     for name, original in originals.items():
         value = original.detach().clone()
-        copies[name].data = value.to(dtype) if in_half_head and id(original) in ends else value
+        value = value.to(dtype) if restore_head and id(original) in ends else value
+        empty = copies[name]
+        weights[id(empty)] = nn.Parameter(value, requires_grad=False) if isinstance(empty, nn.Parameter) else value
+    for module in model.modules():  # a weight may stand in several layers
+        for slots in (module._parameters, module._buffers):
+            slots.update({name: weights[id(empty)] for name, empty in slots.items() if empty is not None})
     placement = getattr(policy, "hf_device_map", None)
     if placement and len(set(placement.values())) > 1:
         from accelerate import dispatch_model

@@ -73,9 +73,9 @@ def replace_logged_advantages(trainer: Any, values: list[float]) -> None:
 
 
 def forget_round(trainer: Any) -> None:
-    """Drops the rest of a generated round, so that the next micro-batch begins a new one."""
+    """Lets the next micro-batch begin a new round, whatever is left of the last one."""
     if hasattr(trainer, "_buffered_inputs"):  # DPO generates none
-        trainer._buffered_inputs, trainer._step = None, 0
+        trainer._step = 0
 
 
 def prompt_text(trainer: Any, prompt: Any) -> str:
