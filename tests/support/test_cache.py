@@ -69,14 +69,13 @@ def test_what_a_killed_process_leaves_is_removed_and_what_a_living_one_fills_is_
         for process in (dead, living):
             assert process.stdout is not None and process.stdout.readline() == "started\n"
         dead.wait()
-        assert (tmp_path / "dead.unfinished" / "half").exists()
+        assert [file.parent.name.partition(".")[0] for file in sorted(tmp_path.glob("*/half"))] == ["dead", "living"]
 
         def make(folder: Path) -> None:
             (folder / "whole").write_text("whole")
 
         cache.kept(tmp_path / "other", make)
-        assert not (tmp_path / "dead.unfinished").exists()
-        assert (tmp_path / "living.unfinished" / "half").exists()
+        assert [file.parent.name.partition(".")[0] for file in tmp_path.glob("*/half")] == ["living"]
         assert [file.name for file in cache.kept(tmp_path / "dead", make).iterdir()] == ["whole"]
     finally:
         living.kill()
@@ -84,11 +83,10 @@ def test_what_a_killed_process_leaves_is_removed_and_what_a_living_one_fills_is_
             process.communicate()
 
 
-def test_the_work_folder_is_not_taken_for_a_finished_one(tmp_path: Path) -> None:
-    (tmp_path / "made.unfinished").mkdir()
-    (tmp_path / "made.unfinished" / "half").write_text("half")
-    folder = cache.kept(tmp_path / "made", lambda folder: None)
-    assert list(folder.iterdir()) == []
+def test_what_an_earlier_attempt_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "made.01234567.unfinished").mkdir()
+    cache.kept(tmp_path / "made", lambda folder: None)
+    assert [entry.name for entry in tmp_path.iterdir() if entry.is_dir()] == ["made"]
 
 
 def test_where_things_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

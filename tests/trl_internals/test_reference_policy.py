@@ -7,11 +7,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import trl_ext
 from tests.refusals import refused
 from trl_ext.trl_internals.reference_adapters import ADAPTER
+from trl_ext.trl_internals.reference_policy import _with_weights_of
 from trl_ext_hooks import Plugin, hookimpl
 
 TARGETS = {"target_modules": ["q_proj", "v_proj"]}
@@ -201,3 +202,25 @@ def test_the_reference_survives_a_checkpoint(model: str, build: Any, plugin: Any
         resumed.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-1")
         (found,) = resumed._trl_ext.plugins["compares"].seen
     assert found["reference"] == pytest.approx(expected["reference"], rel=1e-3)
+
+
+FAMILIES: dict[str, Any] = {
+    "gemma2": {"head_dim": 8},  # embeddings are the last layer
+    "llama": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},  # frequencies are no parameters
+    "mixtral": {"num_local_experts": 4},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_copy_of_a_whole_model(family: str) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16, "bos_token_id": None}
+    config = AutoConfig.for_model(family, **sizes, **heads, **FAMILIES[family])
+    policy = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    made = _with_weights_of(policy, "compares", restore_head=False).eval()
+    ids = torch.arange(1, 31).view(1, 30)  # longer than the positions that the model was made for
+    with torch.no_grad():
+        assert torch.equal(made(input_ids=ids).logits, policy(input_ids=ids).logits)
+        for value in policy.parameters():
+            value.zero_()
+        assert made(input_ids=ids).logits.any()

@@ -16,7 +16,6 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..support import cache
-from ..support.random_state import untouched_torch_state
 from . import pictures, trace_tokens, warmup
 from . import tokenizer as tokenizers
 from .definition import Row, Shape, Task
@@ -91,7 +90,7 @@ def _untrained(task: Task, tokenizer: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     auto_class = AutoModelForImageTextToText if task.shape.picture else AutoModelForCausalLM
-    with untouched_torch_state():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(task.warm_up.seed)
         return auto_class.from_config(configuration(task.shape, tokenizer), dtype=torch.float32)
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -71,20 +72,17 @@ def system_error(error: BaseException) -> int | None:
     return int(match[1] or match[2]) if match else None
 
 
-def _work_folder(target: Path) -> Path:
-    """Returns where `target` is filled. Whoever holds the lock of `target` owns that folder."""
-    return target.with_name(f"{target.name}{_UNFINISHED}")
-
-
 def _remove_unfinished(target: Path) -> None:
     """Removes what killed processes left behind, of `target`, whose lock is held, and of the folders beside it."""
     from filelock import FileLock, Timeout
 
-    shutil.rmtree(_work_folder(target), ignore_errors=True)
     for work in target.parent.glob(f"*{_UNFINISHED}"):
-        lock = FileLock(f"{work.with_name(work.name.removesuffix(_UNFINISHED))}.lock")
+        name = work.name.rsplit(".", 2)[0]
+        if name == target.name:
+            shutil.rmtree(work, ignore_errors=True)
+            continue
         # a living process holds the lock of its folder, and that of another user may be out of reach
-        with contextlib.suppress(Timeout, OSError), lock.acquire(timeout=0):
+        with contextlib.suppress(Timeout, OSError), FileLock(target.with_name(f"{name}.lock")).acquire(timeout=0):
             shutil.rmtree(work, ignore_errors=True)
 
 
@@ -94,7 +92,8 @@ def _fill(target: Path, make: Callable[[Path], None], needed: int) -> None:
     if free_bytes < needed:
         reason = f"{needed / 2**20:.0f} MiB are needed and {free_bytes / 2**20:.0f} MiB are free"
         raise _unwritable(target.parent, reason)
-    work = _work_folder(target)
+    # a name of its own, as a child of a killed process may still write into the folder that it was given
+    work = target.with_name(f"{target.name}.{secrets.token_hex(4)}{_UNFINISHED}")
     work.mkdir()
     try:
         make(work)
