@@ -56,7 +56,11 @@ def enable_specs(specs: tuple[PluginSpec, ...]) -> Handle:
             f"{_active!r} is already enabled. Name all plugins in one call, or call trl_ext.disable() first."
         )
     handle = Handle(specs)
-    handle._install()
+    try:
+        handle._install()
+    except BaseException:
+        handle.disable()  # a part of it may be in place
+        raise
     _active = handle
     return handle
 

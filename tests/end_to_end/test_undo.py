@@ -14,6 +14,7 @@ from trl import DPOTrainer, GRPOTrainer, RLOOTrainer
 import trl_ext
 from trl_ext import ConfigError
 from trl_ext.testing import metrics_of
+from trl_ext.trl_internals import seams
 from trl_ext_hooks import Plugin, hookimpl
 
 TRAINERS = (GRPOTrainer, RLOOTrainer, DPOTrainer)
@@ -127,6 +128,21 @@ def test_a_handle_that_was_not_kept(build: Any, double: str, originals: Any) -> 
     assert type(trainer) is GRPOTrainer
     with trl_ext.enable(double):
         assert of(build()) is not None
+
+
+def test_an_enable_that_fails_half_way_leaves_nothing(double: str, originals: Any, monkeypatch: Any) -> None:
+    known = seams.trainer_class
+
+    def broken(kind: Any) -> Any:
+        if kind == "dpo":
+            raise ImportError("no such trainer")
+        return known(kind)
+
+    with monkeypatch.context() as patch, pytest.raises(ImportError):
+        patch.setattr(seams, "trainer_class", broken)
+        trl_ext.enable(double)
+    assert_restored(originals)
+    trl_ext.enable(double).disable()
 
 
 def test_two_trainers_have_separate_plugins(build: Any, double: str) -> None:
