@@ -14,10 +14,10 @@ from ._version import __version__
 from .errors import CompatError, ConfigError, OptionError, PluginError, TrlExtError, UnknownPluginError
 
 if TYPE_CHECKING:
-    from .api import Handle, attach, detach, enable, extend, record
+    from .api import Handle, attach, detach, disable, enable, extend, record
     from .campaign.job import run
 
-_LAZY = ("Handle", "attach", "detach", "enable", "extend", "record", "run")
+_LAZY = ("Handle", "attach", "detach", "disable", "enable", "extend", "record", "run")
 
 __all__ = [
     "CompatError",
@@ -30,6 +30,7 @@ __all__ = [
     "__version__",
     "attach",
     "detach",
+    "disable",
     "enable",
     "extend",
     "record",

@@ -37,7 +37,7 @@ def enable(*plugins: str | Mapping[str, Any], **options: Mapping[str, Any]) -> H
         options: Plugin names with their options; naming a plugin here enables it.
 
     Returns:
-        A handle. `handle.disable()`, or leaving a `with` block, undoes everything.
+        A handle. `handle.disable()`, `trl_ext.disable()`, or leaving a `with` block, undoes everything.
 
     Raises:
         TrlExtError: A plugin, an option, a combination or the installed TRL cannot work.
@@ -55,11 +55,23 @@ def enable_specs(specs: tuple[PluginSpec, ...]) -> Handle:
     """Does the same for plugins that are found already, with their options."""
     global _active
     if _active is not None:
-        raise ConfigError(f"{_active!r} is already enabled. Name all plugins in one call, or disable it first.")
+        raise ConfigError(
+            f"{_active!r} is already enabled. Name all plugins in one call, or call trl_ext.disable() first."
+        )
     handle = Handle(specs)
-    handle._install()
+    try:
+        handle._install()
+    except BaseException:
+        handle.disable()  # a part of it may be in place
+        raise
     _active = handle
     return handle
+
+
+def disable() -> None:
+    """Undoes `enable`, also where its handle was not kept. Does nothing if no plugins are enabled."""
+    if _active is not None:
+        _active.disable()
 
 
 def attach(trainer: T, *plugins: str | Mapping[str, Any], **options: Mapping[str, Any]) -> T:

@@ -31,8 +31,9 @@ NEEDS: dict[str, str] = {
     "FSDP, DeepSpeed stage 3 and tensor parallelism are refused",
     "grouped_order": "rows of a group stay next to each other in the micro-batches, as far as the sizes allow",
     "old_logps": "`old_per_token_logps` in every micro-batch, computed once per round where TRL leaves it out",
-    "ref_logps": "`ref_per_token_logps` in every micro-batch. With beta = 0 they come from the policy without its "
-    "adapters, or from a frozen copy of the model that the policy was loaded from",
+    "ref_logps": "`ref_per_token_logps` in every micro-batch. With beta = 0 they come from the policy without its new "
+    "adapter, or from a frozen copy of the policy or of its trained adapter. A reference that differs from the policy "
+    "before the first update stops the run",
     "tools": "rollouts that can call tools: `tools`, `environment_factory` or `rollout_func` of the trainer",
     "token_advantages": "a loss of TRL that takes one advantage per token. Settings that need one per row are refused",
     "turns": "`Rollout.turns`: rewards and ends of episodes that environments report turn by turn",

@@ -14,6 +14,7 @@ from trl import DPOTrainer, GRPOTrainer, RLOOTrainer
 import trl_ext
 from trl_ext import ConfigError
 from trl_ext.testing import metrics_of
+from trl_ext.trl_internals import seams
 from trl_ext_hooks import Plugin, hookimpl
 
 TRAINERS = (GRPOTrainer, RLOOTrainer, DPOTrainer)
@@ -115,6 +116,35 @@ def test_a_second_enable_is_refused_and_the_first_one_stays(build: Any, double: 
     trl_ext.enable("gdpo").disable()
 
 
+def test_a_handle_that_was_not_kept(build: Any, double: str, originals: Any) -> None:
+    """A cell of a notebook that runs again: its error names what helps."""
+    trl_ext.disable()  # nothing to do
+    trl_ext.enable(double)
+    trainer = build()
+    with pytest.raises(ConfigError, match=r"or call trl_ext\.disable\(\) first"):
+        trl_ext.enable(double)
+    trl_ext.disable()
+    assert_restored(originals)
+    assert type(trainer) is GRPOTrainer
+    with trl_ext.enable(double):
+        assert of(build()) is not None
+
+
+def test_an_enable_that_fails_half_way_leaves_nothing(double: str, originals: Any, monkeypatch: Any) -> None:
+    known = seams.trainer_class
+
+    def broken(kind: Any) -> Any:
+        if kind == "dpo":
+            raise ImportError("no such trainer")
+        return known(kind)
+
+    with monkeypatch.context() as patch, pytest.raises(ImportError):
+        patch.setattr(seams, "trainer_class", broken)
+        trl_ext.enable(double)
+    assert_restored(originals)
+    trl_ext.enable(double).disable()
+
+
 def test_two_trainers_have_separate_plugins(build: Any, double: str) -> None:
     with trl_ext.enable(double) as handle:
         first, second = build(), build()
@@ -161,10 +191,12 @@ def test_attach_and_detach(build: Any, double: str, originals: Any) -> None:
 
 def test_attach_twice_is_refused(build: Any, double: str) -> None:
     trainer = trl_ext.attach(build(), double)
-    with pytest.raises(ConfigError, match="this GRPOTrainer already has plugins"):
+    with pytest.raises(ConfigError, match=r"this GRPOTrainer already has plugins.* after trl_ext\.detach\(trainer\)"):
         trl_ext.attach(trainer, "gdpo")
     trainer.train()
     assert of(trainer).rounds == 2
+    trl_ext.detach(trainer)
+    trl_ext.attach(trainer, "gdpo")
 
 
 def test_extend_leaves_the_base_alone(build: Any, double: str, originals: Any) -> None:

@@ -9,11 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 import trl_ext
 from trl_ext import ConfigError
 from trl_ext.testing import tiny_data
+from trl_ext_hooks import Plugin, hookimpl
 
 
 def test_attach_needs_a_trl_trainer() -> None:
@@ -94,3 +97,62 @@ class OwnRewards(GRPOTrainer):
 def test_a_trainer_that_calls_reward_functions_in_its_own_way(build: Callable[..., Any]) -> None:
     with trl_ext.enable("gdpo"):
         build(cls=OwnRewards, data=tiny_data().add_column("prompts", ["x"] * 16), max_steps=1).train()
+
+
+class Stops(TrainerCallback):
+    """Ends training after the first step, in the middle of a round."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = True
+
+
+def all_seven(trainer: Any) -> bool:
+    return all((batch["advantages"] == 7).all() for batch in trainer._buffered_inputs)
+
+
+class Sevens(Plugin):
+    name = "sevens"
+    trainers = ("grpo", "rloo")
+
+    @hookimpl
+    def advantages(self, round: Any) -> torch.Tensor:
+        return torch.full_like(round.advantages, 7.0)
+
+
+@pytest.mark.parametrize(("kind", "end"), [("grpo", "stopped"), ("rloo", "stopped"), ("grpo", "interrupted")])
+def test_attach_after_a_stopped_training(kind: str, end: str, build: Any, plugin: Any) -> None:
+    """The rest of a round that TRL keeps was made without the plugins; TRL would go on with it."""
+    trainer = build(kind, max_steps=4, steps_per_generation=4)
+    if end == "stopped":
+        trainer.add_callback(Stops())
+        trainer.train()
+        trainer.remove_callback(Stops)
+    else:
+        step, calls = trainer.training_step, []
+
+        def interrupted(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return step(*args, **kwargs)
+
+        trainer.training_step = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        del trainer.training_step
+    trl_ext.attach(trainer, plugin(Sevens))
+    trainer.add_callback(Stops())
+    trainer.train()
+    assert all_seven(trainer)
+    trl_ext.detach(trainer)  # and what the plugins made is not trained on without them
+    trainer.train()
+    assert not all_seven(trainer)
+
+
+def test_a_device_without_float64_is_refused_before_a_model_is_loaded(build: Any, monkeypatch: Any) -> None:
+    def make(**given: Any) -> Any:
+        monkeypatch.setattr(GRPOConfig, "device", torch.device("mps"))
+        return GRPOTrainer(**given | {"model": "/no/such/model"})
+
+    with trl_ext.enable("gdpo"), pytest.raises(ConfigError, match="float64, which Apple's MPS device does not have"):
+        build(cls=make)

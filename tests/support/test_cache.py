@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,52 @@ def test_other_errors_are_left_alone(tmp_path: Path) -> None:
         with pytest.raises(type(error)):
             cache.kept(tmp_path / "made", make)
     assert not (tmp_path / "made").exists()
+
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from trl_ext.support import cache
+
+def make(folder):
+    (folder / "half").write_text("half")
+    print("started", flush=True)
+    if sys.argv[2] == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+cache.kept(Path(sys.argv[1]), make)
+"""
+
+
+def test_what_a_killed_process_leaves_is_removed_and_what_a_living_one_fills_is_not(tmp_path: Path) -> None:
+    def run(name: str, end: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", KILLED, str(tmp_path / name), end]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    dead, living = run("dead", "dies"), run("living", "lives")
+    try:
+        for process in (dead, living):
+            assert process.stdout is not None and process.stdout.readline() == "started\n"
+        dead.wait()
+        assert [file.parent.name.partition(".")[0] for file in sorted(tmp_path.glob("*/half"))] == ["dead", "living"]
+
+        def make(folder: Path) -> None:
+            (folder / "whole").write_text("whole")
+
+        cache.kept(tmp_path / "other", make)
+        assert [file.parent.name.partition(".")[0] for file in tmp_path.glob("*/half")] == ["living"]
+        assert [file.name for file in cache.kept(tmp_path / "dead", make).iterdir()] == ["whole"]
+    finally:
+        living.kill()
+        for process in (dead, living):
+            process.communicate()
+
+
+def test_what_an_earlier_attempt_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "made.01234567.unfinished").mkdir()
+    cache.kept(tmp_path / "made", lambda folder: None)
+    assert [entry.name for entry in tmp_path.iterdir() if entry.is_dir()] == ["made"]
 
 
 def test_where_things_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

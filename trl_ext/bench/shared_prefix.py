@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..shared_prefix import ModelCost, flop_ratio, pack, shared_prefix_logps
+from ..support.random_state import untouched_torch_state
 from ..trl_internals.forwards import add_fused_head
 from .costs import peak_bytes, timed
 from .prefix_grouper import Form, grouped_logps
@@ -91,7 +92,7 @@ def default_model() -> nn.Module:
         max_position_embeddings=8192,
         attn_implementation="sdpa",
     )
-    with torch.random.fork_rng():
+    with untouched_torch_state():
         torch.manual_seed(0)
         return LlamaForCausalLM(config)
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..support.random_state import untouched_torch_state
+
 
 def sampler(
     model: Any, tokenizer: Any, device: torch.device, *, num: int, temperature: float, top_p: float, max_tokens: int
@@ -38,7 +40,7 @@ def sampler(
         width = max(map(len, ids))
         batch = torch.tensor([[padding] * (width - len(row)) + row for row in ids], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
-        with torch.random.fork_rng(), torch.no_grad():
+        with untouched_torch_state(), torch.no_grad():
             torch.manual_seed(seed)
             out = model.generate(
                 input_ids=batch, attention_mask=mask, num_return_sequences=num, pad_token_id=padding, **settings

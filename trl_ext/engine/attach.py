@@ -27,7 +27,9 @@ def put_in_front(trainer: Any, plan: Plan) -> PluginHost:
     """Gives the trainer a class with our mixin in front of its own, and sets the plugins up."""
     cls = type(trainer)
     if host_of(trainer) is not None:
-        raise ConfigError(f"this {cls.__name__} already has plugins. Name all of them in one call.")
+        raise ConfigError(
+            f"this {cls.__name__} already has plugins. Name all of them in one call, after trl_ext.detach(trainer)."
+        )
     host = PluginHost(trainer, plan)
     namespace = {_ORIGINAL: cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     trainer._trl_ext = host

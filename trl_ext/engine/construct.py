@@ -16,7 +16,7 @@ from ..plan.compose import Plan, check_kind
 from ..plan.ownership import check_owned
 from ..plan.show import print_plan
 from ..plan.stages import TOOL_SOURCES
-from ..trl_internals import arguments, generation, rewards, seams, steps, trainer_state
+from ..trl_internals import arguments, generation, reference_adapters, rewards, seams, steps, trainer_state
 from .attach import has_plugins, put_in_front
 
 
@@ -46,6 +46,7 @@ def construct(
     kwargs, bound = {**kwargs, **provided}, {**bound, **provided}
     config, plan = None, None
     if bound.get("args") is not None:  # without arguments TRL makes its own, and the plan waits for them
+        _check_device(bound["args"])
         config = _config_of_arguments(kind, bound)
         steps.check_rows(kind, config.args, bound.get("train_dataset"), type(trainer))
         functions = _functions(bound)
@@ -58,8 +59,11 @@ def construct(
                 f"this model loses a tool call or its result (a message of the role 'tool'). Use a model that was "
                 f"trained with tools, such as Qwen/Qwen3-0.6B, or set the chat_template of the processing_class."
             )
+        if "ref_logps" in plan.needs:
+            reference_adapters.check_config(bound.get("peft_config"), plan.needs["ref_logps"][0])
     original(trainer, *args, **kwargs)
     if config is None or plan is None:
+        _check_device(trainer.args)
         plan = make_plan(specs, _config_of_trainer(trainer, kind), plugins)
     elif config.reward_names is None:
         config = dataclasses.replace(config, reward_names=rewards.reward_names(trainer))
@@ -77,6 +81,7 @@ def attach_to(trainer: Any, specs: tuple[PluginSpec, ...]) -> None:
             f"trl_ext.enable or trl_ext.extend."
         )
     steps.check_rows(kind, trainer.args, trainer.train_dataset, type(trainer))
+    _check_device(trainer.args)
     _start(trainer, make_plan(specs, _config_of_trainer(trainer, kind)))
 
 
@@ -93,11 +98,22 @@ def check_class(cls: type[Any], specs: tuple[PluginSpec, ...]) -> TrainerKind:
     if kind is None:
         raise ConfigError(f"{cls.__name__} is none of TRL's GRPOTrainer, RLOOTrainer and DPOTrainer, nor a subclass.")
     if has_plugins(cls):
-        raise ConfigError(f"this {cls.__name__} already has plugins. Name all of them in one call.")
+        raise ConfigError(
+            f"this {cls.__name__} already has plugins. Name all of them in one call, after trl_ext.detach(trainer)."
+        )
     check_kind(specs, kind)
     check_owned(specs)
     seams.check_seams(kind, users(specs))
     return kind
+
+
+def _check_device(args: Any) -> None:
+    """Refuses devices on which plugins cannot compute."""
+    if args is not None and args.device.type == "mps":
+        raise ConfigError(
+            "plugins compute rewards and advantages in float64, which Apple's MPS device does not have. Set "
+            "use_cpu=True in the training arguments."
+        )
 
 
 def users(specs: tuple[PluginSpec, ...]) -> set[str]:

@@ -88,6 +88,8 @@ class Context:
         round: The round under way, else None.
         micro_batch: The micro-batch inside its loss, else None.
         reference: A frozen copy of the policy, where a plugin needs one and TRL has none.
+        unchecked_reference: Whether the first round has yet to compare the policy with its reference.
+        stock_reference: The reference model that the trainer had when the plugins came.
         recorder: Who records rounds, if anybody does.
         columns: Columns of the data that plugins need.
         undo: What has to be undone when the plugins are taken off.
@@ -102,6 +104,8 @@ class Context:
         self.round: RoundState | None = None
         self.micro_batch: MicroBatch | None = None
         self.reference: Any = None
+        self.unchecked_reference = False
+        self.stock_reference: Any = None
         self.recorder: Recorder | None = None
         self.columns: list[str] = []
         self.undo: list[Callable[[], None]] = []

@@ -17,11 +17,11 @@ from trl_ext_hooks import Generation, Logps, LogpsCall, Plugin, Refuse
 from ..errors import ConfigError, PluginError
 from ..plan.compose import Plan
 from ..support.random_state import untouched_random_state
-from ..trl_internals import forwards, losses, reference_policy, rewards, row_order, seams, steps, trainer_state
+from ..trl_internals import forwards, losses, rewards, row_order, seams, steps, trainer_state
 from . import checkpoint
 from .context import Context
 from .observer import Recorder
-from .stages import advantages, forward, loss, pairs, precompute, rollout, scoring, turns
+from .stages import advantages, forward, loss, needed_logps, pairs, precompute, rollout, scoring, turns
 from .view import View
 
 
@@ -90,10 +90,13 @@ class PluginHost:
             release.atexit = False
             context.undo.append(release)
         context.view.add_callback(steps.StepsCheck())
+        if context.plan.specs:
+            # what a stopped training left of its round was made without these plugins
+            trainer_state.forget_round(trainer)
+            context.undo.append(lambda: trainer_state.forget_round(trainer))
         refusals: list[str] = []
         with untouched_random_state():
-            if "ref_logps" in context.plan.needs and not reference_policy.known(trainer):
-                context.reference = reference_policy.load(trainer, context.plan.needs["ref_logps"][0])
+            needed_logps.prepare(context)
             if context.calls.has("optimizer_step"):
                 context.view.add_callback(trainer_state.optimizer_callback(self._optimizer_stepped))
             for name, answers in context.calls.each("setup", trainer=context.view):
@@ -110,9 +113,7 @@ class PluginHost:
         """Undoes `setup`, all of it, whatever a part of it raises."""
         context = self.context
         with contextlib.ExitStack() as stack:
-            if context.reference is not None:
-                stack.callback(reference_policy.unload, context.trainer, context.reference)
-                context.reference = None
+            context.reference = None
             for undo in context.undo:
                 stack.callback(undo)
             for callback in context.view.callbacks:

@@ -106,7 +106,9 @@ def self_check(
     else:
         # A data-parallel wrapper would wait for a backward that never comes, so the model inside is called.
         called, parameters = model_parts.unwrapped(), _compared_parameters(model_parts.causal_lm)
-    with torch.inference_mode(False), torch.enable_grad(), evaluating(model_parts), torch.random.fork_rng():
+    # Named one by one, because torch warns where several devices are left to it.
+    forked = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(model_parts), forked:
         input_ids, attention_mask, width = _check_batch(model_parts.embedding_weight.shape[0], model_parts.device)
         packing = pack(input_ids, attention_mask, width, min_run=2)
         scored = packing.slots < packing.predictors.numel()

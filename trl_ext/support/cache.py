@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,9 @@ _NOT_WRITTEN = {
 """Errors of the system that are about the place and not about the work."""
 
 
+_UNFINISHED = ".unfinished"
+
+
 def cache_folder() -> Path:
     """Returns the folder of all caches: `TRL_EXT_CACHE`, or `trl_ext` in the user's cache."""
     base = os.environ.get(CACHE)
@@ -33,7 +37,7 @@ def kept(target: Path, make: Callable[[Path], None], needed: int = 0) -> Path:
     """Returns a cache folder and fills it first if it is missing. Several processes may ask at once.
 
     `make` works in another folder, which is renamed to `target` when it is complete. An interrupted run therefore
-    leaves nothing that looks finished.
+    leaves nothing that looks finished, and what a killed one leaves is removed by the next that fills a folder.
 
     Args:
         target: A folder below `cache_folder()`.
@@ -68,15 +72,32 @@ def system_error(error: BaseException) -> int | None:
     return int(match[1] or match[2]) if match else None
 
 
+def _remove_unfinished(target: Path) -> None:
+    """Removes what killed processes left behind, of `target`, whose lock is held, and of the folders beside it."""
+    from filelock import FileLock, Timeout
+
+    for work in target.parent.glob(f"*{_UNFINISHED}"):
+        name = work.name.rsplit(".", 2)[0]
+        if name == target.name:
+            shutil.rmtree(work, ignore_errors=True)
+            continue
+        # a living process holds the lock of its folder, and that of another user may be out of reach
+        with contextlib.suppress(Timeout, OSError), FileLock(target.with_name(f"{name}.lock")).acquire(timeout=0):
+            shutil.rmtree(work, ignore_errors=True)
+
+
 def _fill(target: Path, make: Callable[[Path], None], needed: int) -> None:
+    _remove_unfinished(target)
     free_bytes = shutil.disk_usage(target.parent).free
     if free_bytes < needed:
         reason = f"{needed / 2**20:.0f} MiB are needed and {free_bytes / 2**20:.0f} MiB are free"
         raise _unwritable(target.parent, reason)
-    work = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=target.parent))
+    # a name of its own, as a child of a killed process may still write into the folder that it was given
+    work = target.with_name(f"{target.name}.{secrets.token_hex(4)}{_UNFINISHED}")
+    work.mkdir()
     try:
         make(work)
-        # a temporary folder and safetensors files are for their owner only, and other users may share the cache
+        # safetensors files are for their owner only, and other users may share the cache
         work.chmod(0o755)
         for file in work.iterdir():
             file.chmod(0o644)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from trl_ext_hooks import TrainerKind
 
+from ..support.random_state import untouched_torch_state
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -91,7 +93,7 @@ def tiny_model(folder: str | Path, *, tools: bool = False, **config: Any) -> str
     }
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     architecture = Qwen2Config(vocab_size=len(vocabulary), **ids, **shape | config)
-    with torch.random.fork_rng():  # the caller's random numbers stay as they are
+    with untouched_torch_state():  # the caller's random numbers stay as they are
         torch.manual_seed(0)
         Qwen2ForCausalLM(architecture).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

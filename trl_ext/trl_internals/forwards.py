@@ -15,15 +15,27 @@ from trl_ext_hooks.basics import Role
 from .trainer_state import mode
 
 
+def is_peft_model(model: Any) -> bool:
+    """Tells whether a model is PEFT's, and not one to which transformers itself has added adapters."""
+    from accelerate.utils import is_peft_model as check
+
+    return bool(check(model))
+
+
 def adapters_off(trainer: Any, model: Any) -> bool:
     """Tells whether a PEFT model computes its reference now: with adapters disabled, or with the frozen copy `ref`."""
+    base = trainer.accelerator.unwrap_model(model)
+    if not is_peft_model(base):
+        return False
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    base = trainer.accelerator.unwrap_model(model)
-    if not hasattr(base, "peft_config"):
-        return False
+    if base.active_adapter == "ref":
+        return True
+    if base.active_peft_config.is_prompt_learning:
+        # such an adapter has no layers to disable: PEFT lets the forward of the model inside stand in
+        return bool(base.forward == base.base_model.forward)
     layer = next((module for module in base.modules() if isinstance(module, BaseTunerLayer)), None)
-    return layer is not None and (layer.disable_adapters or layer.active_adapters == ["ref"])
+    return layer is not None and layer.disable_adapters
 
 
 @contextlib.contextmanager
@@ -43,7 +55,7 @@ def last_hidden_states(trainer: Any, see: Callable[[torch.Tensor], None]) -> Ite
     larger than the forward that is meant. Gradient checkpointing runs layers again, and never the backbone.
     """
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    policy = policy.get_base_model() if hasattr(policy, "peft_config") else policy
+    policy = policy.get_base_model() if is_peft_model(policy) else policy
 
     def seen(module: Any, args: Any, output: Any) -> None:
         see(getattr(output, "last_hidden_state", output[0]).detach())
@@ -69,15 +81,22 @@ _VISION = (
 )
 
 
-def completion_logps(trainer: Any, batch: Mapping[str, Any], model: Any = None) -> torch.Tensor:
-    """Returns (b, T) log-probabilities of a round's completions, without gradient, by default under the policy."""
-    rows = (
-        trainer.args.per_device_train_batch_size
-        if mode(trainer) == "train"
-        else trainer.args.per_device_eval_batch_size
-    )
+def completion_logps(
+    trainer: Any, batch: Mapping[str, Any], model: Any = None, forward: Callable[..., Any] | None = None
+) -> torch.Tensor:
+    """Returns (b, T) log-probabilities of a round's completions, without gradient.
+
+    Args:
+        trainer: GRPO or RLOO.
+        batch: The round.
+        model: The model to score with, by default the policy as it is now.
+        forward: TRL's log-probability method without plugins, by default with them.
+    """
+    training = mode(trainer) == "train"
+    rows = trainer.args.per_device_train_batch_size if training else trainer.args.per_device_eval_batch_size
+    run = trainer._get_per_token_logps_and_entropies if forward is None else forward
     with scoring(trainer):
-        return trainer._get_per_token_logps_and_entropies(
+        logps: torch.Tensor = run(
             trainer.model if model is None else model,
             torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
             torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
@@ -85,6 +104,7 @@ def completion_logps(trainer: Any, batch: Mapping[str, Any], model: Any = None) 
             batch_size=rows,
             **{name: batch[name] for name in _VISION if batch.get(name) is not None},
         )[0]
+    return logps
 
 
 def add_fused_head(model: Any) -> None:
@@ -96,8 +116,8 @@ def add_fused_head(model: Any) -> None:
 
 def uses_virtual_tokens(trainer: Any) -> bool:
     """Tells whether the policy is a PEFT model that learns prompt tokens, which the fused forward does not see."""
-    configs = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {})
-    return any(config.is_prompt_learning for config in configs.values())
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    return is_peft_model(policy) and any(config.is_prompt_learning for config in policy.peft_config.values())
 
 
 PairForward = Callable[[LogpsCall, Callable[[], Logps]], Logps]
@@ -114,7 +134,7 @@ def pair_forwards(trainer: Any, run: PairForward) -> Iterator[None]:
     from trl.trainer.utils import FusedCausalLMOutput
 
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    models = [policy.get_base_model() if hasattr(policy, "peft_config") else policy]
+    models = [policy.get_base_model() if is_peft_model(policy) else policy]
     reference = getattr(trainer, "ref_model", None)
     if reference is not None:
         reference = trainer.accelerator.unwrap_model(reference)

@@ -77,6 +77,12 @@ def replace_logged_advantages(trainer: Any, values: list[float]) -> None:
     logged.extend(values)
 
 
+def forget_round(trainer: Any) -> None:
+    """Lets the next micro-batch begin a new round, whatever is left of the last one."""
+    if hasattr(trainer, "_buffered_inputs"):  # DPO generates none
+        trainer._step = 0
+
+
 def prompt_text(trainer: Any, prompt: Any) -> str:
     """Returns a prompt as the trainer gives it to the policy, messages through its chat template."""
     if isinstance(prompt, str):

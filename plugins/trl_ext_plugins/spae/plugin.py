@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from trl_ext.shared_prefix import ProbeCost
 from trl_ext_hooks import (
     ColumnName,
+    Config,
     Curve,
     Need,
     Plugin,

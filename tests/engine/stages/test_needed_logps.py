@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import trl_ext
+from tests.refusals import refused
 from trl_ext_hooks import Plugin, hookimpl
 
 ROUNDS = ("grpo", "rloo")
@@ -173,34 +174,108 @@ def test_a_reference_of_our_own_leaves_the_random_stream_alone(build: Any, plugi
     assert_close_training(plain, trainer, 1e-6)
 
 
-@pytest.mark.parametrize("change", ["made in memory", "other vocabulary", "path is gone"])
-def test_a_reference_that_nobody_can_give_is_refused(change: str, model: str, build: Any, plugin: Any) -> None:
+@pytest.mark.parametrize("change", ["made in memory", "other vocabulary", "path is gone", "other weights"])
+def test_a_reference_of_our_own_is_the_policy_and_not_the_folder_that_it_names(
+    change: str, model: str, build: Any, plugin: Any
+) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
     policy = AutoModelForCausalLM.from_pretrained(model)
-    expected = "plugin 'needs-reference' needs a reference model, a frozen copy of the policy"
     if change == "made in memory":
         known = {name: value for name, value in policy.config.to_dict().items() if name != "_name_or_path"}
         policy = AutoModelForCausalLM.from_config(AutoConfig.for_model(**known))
-        expected += ", and this policy was made in memory: nothing says where to load it from. Save it with"
     elif change == "other vocabulary":
-        size = policy.config.vocab_size
-        policy.resize_token_embeddings(size + 1)
-        expected += f", and the policy has {size + 1} token embeddings where {model!r} has {size}. Save the policy"
-    else:
+        policy.resize_token_embeddings(policy.config.vocab_size + 1)
+    elif change == "path is gone":
         policy.config._name_or_path = "/no/such/folder"
-        expected += ", which cannot be loaded again from '/no/such/folder'"
-    classes = {kind: getattr(__import__("trl"), f"{kind.upper()}Trainer") for kind in ROUNDS}
-    for kind, cls in classes.items():
-        with trl_ext.enable(plugin(NeedsReference)), pytest.raises(trl_ext.ConfigError) as caught:
-            build(
-                kind,
-                beta=0.0,
-                cls=lambda cls=cls, **given: cls(**given | {"model": policy}),
-                trainer={"processing_class": tokenizer},
-            )
-        assert expected in str(caught.value)
+    else:
+        with torch.no_grad():
+            for value in policy.parameters():
+                value.add_(0.1 * torch.randn_like(value))
+    given = {"model": policy, "processing_class": AutoTokenizer.from_pretrained(model)}
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    with trl_ext.enable(plugin(NeedsReference)):
+        trainer = build(beta=0.0, trainer=given, max_steps=2, learning_rate=0.2)
+        trainer.train()
+        first, second = own(trainer, "needs-reference").seen
+        kept = trainer._trl_ext.reference.state_dict()
+    torch.testing.assert_close(first["ref_per_token_logps"], first["policy"], atol=1e-6, rtol=0)
+    assert (second["ref_per_token_logps"] - second["policy"]).abs().max() > 1e-2
+    assert all(torch.equal(kept[name], value) for name, value in before.items())
+
+
+def test_a_model_that_its_configuration_does_not_make(model: str, build: Any, plugin: Any) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    policy.model.layers[0].mlp.up_proj = torch.nn.Linear(32, 64, bias=True)
+    given = {"model": policy, "processing_class": AutoTokenizer.from_pretrained(model)}
+    text = "makes another model from the policy's configuration: 'model.layers.0.mlp.up_proj.bias' differs. Save the"
+    with trl_ext.enable(plugin(NeedsReference)), refused(trl_ext.ConfigError, "plugin 'needs-reference'", text):
+        build(beta=0.0, trainer=given)
+
+
+def other_weights(model: str) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        for value in policy.parameters():
+            value.add_(0.1 * torch.randn_like(value))
+    return {"model": policy, "processing_class": AutoTokenizer.from_pretrained(model)}
+
+
+@pytest.mark.parametrize("kind", ROUNDS)
+def test_a_reference_that_is_not_the_first_policy_stops_the_run(kind: str, model: str, build: Any, plugin: Any) -> None:
+    """With a KL term TRL loads the folder that the model names, whatever the weights are."""
+    texts = [
+        "needs-reference compares the policy with the one that training starts from",
+        "before the first update the reference gives other log-probabilities than the policy: they differ by",
+        f"allowed is 0.001. TRL loaded it from {model!r}. Save the policy with save_pretrained, and start from that",
+    ]
+    with trl_ext.enable(plugin(NeedsReference)):
+        trainer = build(kind, beta=0.05, trainer=other_weights(model))
+        with refused(trl_ext.ConfigError, *texts):
+            trainer.train()
+
+
+def test_the_advice_for_a_wrong_reference_works(model: str, tmp_path: Any, build: Any, plugin: Any) -> None:
+    given = other_weights(model)
+    folder = tmp_path / "saved"
+    given["model"].save_pretrained(folder)
+    given["processing_class"].save_pretrained(folder)
+    with trl_ext.enable(plugin(NeedsReference)):
+        build(beta=0.05, model=str(folder), max_steps=1).train()
+        build(beta=0.0, trainer=given, max_steps=1).train()
+
+
+def test_a_reference_that_the_user_chose_is_left_alone(model: str, build: Any, plugin: Any) -> None:
+    with trl_ext.enable(plugin(NeedsReference)):
+        trainer = build(beta=0.05, max_steps=1)
+        trainer.ref_model = build(beta=0.05, trainer=other_weights(model)).model
+        trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_a_trainer_that_has_trained_may_be_away_from_its_reference(build: Any, plugin: Any) -> None:
+    trainer = build(beta=0.05, max_steps=2, learning_rate=0.2)
+    trainer.train()
+    trl_ext.attach(trainer, plugin(NeedsReference))
+    trainer.train()
+    assert (gap_of(own(trainer, "needs-reference").seen[0])) > 1e-2
+
+
+def test_a_reference_made_after_a_training_is_the_policy_of_that_moment(build: Any, plugin: Any) -> None:
+    trainer = build(beta=0.0, max_steps=2, learning_rate=0.2)
+    trainer.train()
+    trl_ext.attach(trainer, plugin(NeedsReference))
+    trainer.train()
+    assert gap_of(own(trainer, "needs-reference").seen[0]) < 1e-5
+
+
+def gap_of(batch: dict[str, torch.Tensor]) -> float:
+    difference = (batch["ref_per_token_logps"] - batch["policy"]) * batch["completion_mask"]
+    return difference.abs().max().item()
 
 
 def test_a_reference_of_our_own_with_a_head_in_float32(build: Any, plugin: Any) -> None:

@@ -13,16 +13,16 @@ from trl_ext_hooks.toolkit.groups import group_stats
 from trl_ext_hooks.toolkit.losses import masked_mean
 
 from ...errors import PluginError
-from ...trl_internals import forwards, reference_policy, row_order, trainer_state
+from ...trl_internals import row_order, trainer_state
 from ..calls import as_mapping
 from ..context import Context
-from . import kept_rows
+from . import kept_rows, needed_logps
 
 
 def finish(context: Context, output: dict[str, Any]) -> dict[str, Any]:
     """Takes TRL's finished round and returns it as the loss shall see it."""
     output = dict(output)
-    _provide_logps(context, output)
+    needed_logps.provide(context, output)
     if context.keeps_groups:
         rows = len(output["advantages"])
         start = context.view.process_index * rows
@@ -80,27 +80,6 @@ def finish(context: Context, output: dict[str, Any]) -> dict[str, Any]:
     if state.record is not None:
         state.record.finish(round)
     return output
-
-
-def _provide_logps(context: Context, output: dict[str, Any]) -> None:
-    """Adds old and reference log-probabilities that plugins need and TRL did not compute."""
-    needs, trainer, known = set(context.plan.needs), context.trainer, context.current_round().logps
-    if context.kind == "rloo" and context.wants_loss:
-        needs.add("old_logps")  # RLOO keeps their sum only, which loss hooks cannot use
-    if context.calls.has("hidden_positions"):
-        needs.add("old_logps")  # their forward is the one that hidden states are read in
-    if "old_logps" in needs and output.get("old_per_token_logps") is None:
-        old = known.get("old")
-        output["old_per_token_logps"] = forwards.completion_logps(trainer, output) if old is None else old
-    if "ref_logps" in needs and output.get("ref_per_token_logps") is None:
-        values = known.get("reference")
-        if values is None:
-            if context.reference is None:
-                with reference_policy.without_adapters(trainer):
-                    values = forwards.completion_logps(trainer, output)
-            else:
-                values = forwards.completion_logps(trainer, output, context.reference)
-        output["ref_per_token_logps"] = values
 
 
 def _chain(context: Context, round: Round, metrics: dict[str, tuple[float, float]]) -> Round:
