@@ -223,6 +223,7 @@ def test_with_adapters_shared_prefixes_kl_and_entropy(train: Any) -> None:
     from peft import LoraConfig
 
     common = COMMON | {"beta": 0.05, "num_iterations": 3, "max_steps": 3, "learning_rate": 2.0}
+    common |= {"scale_rewards": "group"}  # gdpo does not apply the authors' "none"
     common["rewards"] = [digits, noisy]
     common["trainer"] = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"])}
 
