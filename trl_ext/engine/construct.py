@@ -18,6 +18,7 @@ from ..plan.show import print_plan
 from ..plan.stages import TOOL_SOURCES
 from ..trl_internals import generation, rewards, seams, trainer_state
 from .attach import has_plugins, put_in_front
+from .stages import foreign
 
 
 def construct(
@@ -54,6 +55,7 @@ def construct(
                 f"this model loses a tool call or its result (a message of the role 'tool'). Use a model that was "
                 f"trained with tools, such as Qwen/Qwen3-0.6B, or set the chat_template of the processing_class."
             )
+        foreign.check(type(trainer), plan)
     original(trainer, *args, **kwargs)
     if config is None or plan is None:
         plan = make_plan(specs, _config_of_trainer(trainer, kind), plugins)

@@ -133,6 +133,7 @@ def make_plan(specs: Sequence[PluginSpec], config: Config, plugins: Mapping[str,
         plugins={spec.name: plugins[spec.name] for spec in ordered},
         needs={need: tuple(names) for need, names in needs.items()},
         notes=tuple(notes),
+        required=required,
     )
 
 

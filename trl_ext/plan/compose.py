@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from trl_ext_hooks import Plugin, TrainerKind
 
@@ -22,6 +22,7 @@ class Plan:
         plugins: Their instances by name, in the same order: one each, from `configure` to `teardown`.
         needs: What the core has to provide, with the plugins that ask for it.
         notes: Warnings and recommendations, ready to print.
+        required: By plugin, the settings that its `configure` requires.
     """
 
     kind: TrainerKind
@@ -29,6 +30,7 @@ class Plan:
     plugins: Mapping[str, Plugin]
     needs: dict[str, tuple[str, ...]]
     notes: tuple[str, ...]
+    required: Mapping[str, Collection[str]] = dataclasses.field(default_factory=dict)
 
     def users(self, *hooks: str) -> list[str]:
         """Returns the plugins that implement one of these hooks, if the trainer calls it."""

@@ -36,7 +36,7 @@ _ADVANTAGE_SETTINGS: dict[str, tuple[Any, ...]] = {
 """The same for settings of TRL's advantages, which a plugin that claims `no_advantages` leaves unused."""
 
 _ESTIMATOR_SETTINGS: dict[str, tuple[Any, ...]] = _ADVANTAGE_SETTINGS | {"scale_rewards": ("group",)}
-"""The same for a plugin that claims `estimator`. "none" asks it not to divide, so only TRL's default asks for nothing."""
+"""The same for a plugin that claims `estimator`. Here "none" asks for something: not to divide."""
 
 _TOKENWISE_SETTINGS: dict[str, tuple[Any, ...]] = {
     "importance_sampling_level": ("token",),

@@ -16,7 +16,7 @@ from ...errors import PluginError
 from ...trl_internals import forwards, reference_policy, row_order, trainer_state
 from ..calls import as_mapping
 from ..context import Context
-from . import kept_rows
+from . import foreign, kept_rows
 
 
 def finish(context: Context, output: dict[str, Any]) -> dict[str, Any]:
@@ -117,6 +117,8 @@ def _chain(context: Context, round: Round, metrics: dict[str, tuple[float, float
             if context.kind == "grpo":
                 allowed += f" or {tuple(tokens)} for this process's tokens"
             raise PluginError(f"plugin {name!r} returned advantages {tuple(result.shape)}, expected {allowed}.")
+        if tokenwise and foreign.replaced_loss(type(context.trainer), context.kind):
+            raise PluginError(foreign.passed_by(context.trainer, [name]))
         if round.advantages.dim() == 2 and not tokenwise:
             raise PluginError(
                 f"plugin {name!r} returned one advantage per row where an earlier plugin made one per token; return "
