@@ -22,6 +22,8 @@ CLAIMS: dict[str, str] = {
     "logps": "owns the log-probability forward (implied by the hook `logps`)",
     "no_advantages": "replaces the policy loss by one that uses no advantages, so no plugin of the run may compute or "
     "adjust them",
+    "reward_labels": "reads rewards as labels, such as right or wrong, and not as amounts, so no other plugin of the "
+    "run may rewrite them",
     "run": "controls the whole run (implied by the hook `run`)",
 }
 """Exclusive resources: at most one plugin of a run may claim each."""

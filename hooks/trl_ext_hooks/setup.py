@@ -27,6 +27,7 @@ class Config:
         plugins: Names of all plugins of the run, in the order in which they act.
         tool_sources: What lets rollouts call tools: those of `tools`, `environment_factory` and `rollout_func` that
             the trainer receives.
+        rewriters: Names of the plugins that rewrite rewards (hook `rewards`), in the same order.
     """
 
     kind: TrainerKind
@@ -35,6 +36,7 @@ class Config:
     columns: tuple[str, ...] | None
     plugins: tuple[str, ...]
     tool_sources: tuple[str, ...] = ()
+    rewriters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,12 @@ def make_plan(specs: Sequence[PluginSpec], config: Config, plugins: Mapping[str,
     ordered = compose(specs)
     check_kind(ordered, config.kind)
     plugins = instances(ordered) if plugins is None else plugins
-    config = dataclasses.replace(config, args=copy.copy(config.args), plugins=tuple(s.name for s in ordered))
+    config = dataclasses.replace(
+        config,
+        args=copy.copy(config.args),
+        plugins=tuple(spec.name for spec in ordered),
+        rewriters=tuple(spec.name for spec in ordered if "rewards" in spec.hooks),
+    )
     refusals: list[str] = []
     notes: list[str] = []
     needs: dict[str, list[str]] = {}
