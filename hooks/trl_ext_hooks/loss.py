@@ -230,8 +230,9 @@ def policy_loss(loss: Loss) -> PolicyLoss:
 
     Runs on every process, in training and in evaluation. It also replaces what TRL would add: KL term, entropy bonus,
     clipping and importance correction. Settings that ask for these are refused before training, unless `honours`
-    declares them. Only a router's auxiliary loss stays. A loss that uses no advantages claims `no_advantages`, and
-    settings about advantages are then refused too. The core scales the loss for gradient accumulation. GRPO and RLOO.
+    declares them. Only a router's auxiliary loss stays. To a subclass of the trainer, `super()._compute_loss` gives the
+    new loss, so what the subclass adds to it stays. A loss that uses no advantages claims `no_advantages`, and settings
+    about advantages are then refused too. The core scales the loss for gradient accumulation. GRPO and RLOO.
 
     ```python
     class Reinforce(Plugin):

@@ -16,11 +16,14 @@ hookimpl = pluggy.HookimplMarker("trl_ext")
 """Marks a method of a plugin as the implementation of the hook of its name."""
 
 CLAIMS: dict[str, str] = {
-    "estimator": "computes the advantages from the rewards, in place of TRL. Other plugins may only adjust them",
+    "estimator": "computes the advantages from the rewards, in place of TRL. Other plugins may only adjust them. "
+    "Settings of TRL's advantages, such as `scale_rewards`, are refused unless `honours` or a `Require` names them",
     "policy_loss": "replaces the policy loss (implied by the hook `policy_loss`)",
     "logps": "owns the log-probability forward (implied by the hook `logps`)",
     "no_advantages": "replaces the policy loss by one that uses no advantages, so no plugin of the run may compute or "
     "adjust them",
+    "reward_labels": "reads rewards as labels, such as right or wrong, and not as amounts, so no other plugin of the "
+    "run may rewrite them",
     "run": "controls the whole run (implied by the hook `run`)",
 }
 """Exclusive resources: at most one plugin of a run may claim each."""
@@ -106,9 +109,11 @@ class Plugin:
         claims: Exclusive resources that it takes, of `CLAIMS`.
         fields: Names that its `annotate`, `batch_fields` and `pair_batch` may return. No other plugin of the run may
             declare them.
-        honours: Only with the hook `policy_loss`: the loss settings of the trainer that the new loss applies itself,
-            such as `beta`, or `loss_type` with the normalisation `"trainer"`. Every other setting is refused when it
-            asks for something. `keep_rows` declares a scalar loss that leaves out the rows whose mask is 0.
+        honours: Settings of the trainer that the plugin applies itself. With the hook `policy_loss` these are settings
+            of the loss, such as `beta`, or `loss_type` with the normalisation `"trainer"`. With the claim `estimator`
+            they are settings of the advantages, such as `scale_rewards`, or `beta` of RLOO. Every other setting is
+            refused when it asks for something. `keep_rows` declares a scalar loss that leaves out the rows whose mask
+            is 0.
         state: Names of attributes that the core saves in checkpoints and restores on resume: tensors, numbers, texts,
             and lists and dicts of them, equal on every process. For anything else implement the hooks `state_dict` and
             `load_state_dict`.

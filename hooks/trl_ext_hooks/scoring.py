@@ -154,6 +154,8 @@ def advantages(round: Round) -> torch.Tensor | None:
     from `round.advantages`. Returns (N,) for all processes, equal on each, or (b, T) for this process's tokens (GRPO
     only). Every value must be finite. None keeps the advantages. GRPO and RLOO. Collective.
 
+    `keep_rows` has not run yet. What counts the tokens or rows that the loss averages belongs in `token_weights`.
+
     ```python
     class MeanOnly(Plugin):
         name = "mean-only"
@@ -198,12 +200,36 @@ def keep_rows(round: Round) -> torch.Tensor | None:
 
 
 @hookspec
+def token_weights(round: Round) -> torch.Tensor | None:
+    """Weighs the tokens of a round: the core multiplies the advantages by the weights. All plugins, in order.
+
+    Runs on every process, after `keep_rows`, so counts of `round.loss_mask` and `num_items_in_batch` are those that the
+    loss divides by. Returns (b, T) finite numbers for this process's tokens. None weighs nothing. Declare the need
+    `token_advantages`. A plugin with this hook is refused beside another one that replaces the policy loss, because
+    weights rest on the averages of TRL's loss. GRPO. Collective.
+
+    ```python
+    class FirstTokenCounts(Plugin):
+        name = "first-token-counts"
+        trainers = ("grpo",)
+        needs = ("token_advantages",)
+
+        @hookimpl
+        def token_weights(self, round):
+            first = (round.loss_mask.cumsum(1) == 1) & (round.loss_mask != 0)
+            share = round.trainer.gather(first.sum()).sum() / round.lengths.sum().clamp(min=1)
+            return torch.where(first, 0.5 / share.clamp(min=1e-9), 1.0)  # first tokens have half the loss
+    ```
+    """
+
+
+@hookspec
 def batch_fields(round: Round) -> Mapping[str, torch.Tensor] | None:
     """Adds tensors (b, ...) that travel with their rows through shuffling and splitting to the loss. All plugins.
 
-    Runs on every process, after `keep_rows`. The plugin declares the names in `fields`. A 0-d tensor reaches every
-    micro-batch unchanged. The loss finds the tensors in `loss.batch`, detached. None adds nothing. GRPO and RLOO.
-    Collective.
+    Runs on every process, after `keep_rows` and `token_weights`. The plugin declares the names in `fields`. A 0-d
+    tensor reaches every micro-batch unchanged. The loss finds the tensors in `loss.batch`, detached. None adds nothing.
+    GRPO and RLOO. Collective.
 
     ```python
     class CarryLengths(Plugin):

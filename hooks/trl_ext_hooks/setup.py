@@ -28,6 +28,7 @@ class Config:
         tool_sources: What lets rollouts call tools: those of `tools`, `environment_factory` and `rollout_func` that
             the trainer receives.
         data: The training data. None where their rows cannot be read before training, as in a stream.
+        rewriters: Names of the plugins that rewrite rewards (hook `rewards`), in the same order.
     """
 
     kind: TrainerKind
@@ -37,6 +38,7 @@ class Config:
     plugins: tuple[str, ...]
     tool_sources: tuple[str, ...] = ()
     data: Any = field(default=None, repr=False, compare=False)
+    rewriters: tuple[str, ...] = ()
 
     def first_rows(self, *columns: str, count: int = 1000) -> list[dict[str, Any]]:
         """Returns the first rows of the training data, for checks of what they hold.

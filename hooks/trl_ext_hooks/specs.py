@@ -24,6 +24,7 @@ annotate = _rollout.annotate
 rewards = _scoring.rewards
 advantages = _scoring.advantages
 keep_rows = _scoring.keep_rows
+token_weights = _scoring.token_weights
 batch_fields = _scoring.batch_fields
 hidden_positions = _loss.hidden_positions
 logps = _loss.logps

@@ -123,7 +123,7 @@ class TRPA(Plugin):
     summary = "replaces the loss by preferences between completions on different levels, inside a trust region"
     trainers = ("grpo",)
     needs = ("whole_groups", "ref_logps")
-    claims = ("no_advantages",)
+    claims = ("no_advantages", "reward_labels")
     fields = ("preference_level", "trpa_pairs", "trpa_rows", "trpa_tokens")
     honours = ("vllm_importance_sampling_correction",)
 

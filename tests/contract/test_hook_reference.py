@@ -43,6 +43,7 @@ SIGNATURES = {
     "rewards": ["scored"],
     "advantages": ["round"],
     "keep_rows": ["round"],
+    "token_weights": ["round"],
     "batch_fields": ["round"],
     "hidden_positions": ["loss_mask"],
     "logps": ["call", "compute"],

@@ -81,6 +81,32 @@ def test_advantages_that_a_loss_would_not_use(plugin: Callable[[type], str]) -> 
         pass
 
 
+def test_rewards_that_are_labels_must_not_be_rewritten(plugin: Callable[[type], str]) -> None:
+    reader, scorer = plugin(claiming("reader", claims=("reward_labels",))), plugin(claiming("scorer", Scorer))
+    text = "'scorer' rewrites rewards, and 'reader' reads them as labels, not as amounts. Leave one out."
+    with refused(ConfigError, f"plugins 'reader' and 'scorer' cannot be combined: {text}"):
+        trl_ext.enable(scorer, reader)
+    for name in ("decs", "trpa"):
+        with refused(ConfigError, f"plugins {name!r} and 'otc' cannot be combined: 'otc' rewrites rewards"):
+            trl_ext.enable("otc", name)
+    with trl_ext.enable(plugin(claiming("both", Scorer, claims=("reward_labels",)))):
+        pass  # its own rewards are its own business
+
+
+def test_weights_of_tokens_beside_a_replaced_loss(plugin: Callable[[type], str]) -> None:
+    class Weighs(Good):
+        @hookimpl
+        def token_weights(self, round: Any) -> None:
+            return None
+
+    weighs, loss = plugin(claiming("weighs", Weighs, trainers=("grpo",))), plugin(claiming("loss", OwnsLoss))
+    with refused(ConfigError, "'weighs' weighs tokens for the averages of TRL's loss, and 'loss' replaces that loss"):
+        trl_ext.enable(weighs, loss)
+    unused = plugin(claiming("unused", OwnsLoss, claims=("no_advantages",)))
+    with refused(ConfigError, "'weighs' makes advantages, and the loss of 'unused' uses none"):
+        trl_ext.enable(weighs, unused)
+
+
 def test_no_trainer_is_served_by_all(plugin: Callable[[type], str]) -> None:
     pairs = plugin(claiming("pairs", trainers=("dpo",)))
     with refused(ConfigError, "no trainer is served by all plugins (gdpo: grpo; pairs: dpo). Leave one out."):

@@ -12,9 +12,8 @@ from tests.sample_plugins import OwnLoss
 from trl_ext import ConfigError
 from trl_ext.catalog.find import resolve
 from trl_ext.plan.check import make_plan
-from trl_ext_hooks import (
-    Config,
-)
+from trl_ext_hooks import Config, Plugin, Recommend, Require, hookimpl
+from trl_ext_hooks.toolkit.groups import group_normalize
 
 DROPPED = [
     ("beta", 0.1),
@@ -104,3 +103,83 @@ def test_settings_of_advantages_that_a_loss_leaves_unused(
     settings = {"beta": 0.0} | ({} if kind == "grpo" else {setting: value})
     with trl_ext.enable(plugin(OwnLoss)):
         build(kind, **settings if setting != "beta" else {"beta": value})
+
+
+class Estimates(Plugin):
+    """An estimator that knows no setting of TRL's advantages."""
+
+    name = "estimates"
+    trainers = ("grpo", "rloo")
+    claims = ("estimator",)
+
+    @hookimpl
+    def advantages(self, round: Any) -> Any:
+        return group_normalize(round.total_reward, round.group_ids, scale=False).nan_to_num(nan=0.0)
+
+
+IGNORED = [
+    ("grpo", "scale_rewards", "none", "group"),
+    ("grpo", "scale_rewards", "batch", "group"),
+    ("grpo", "multi_objective_aggregation", "normalize_then_sum", "sum_then_normalize"),
+    ("rloo", "beta", 0.1, 0.0),
+    ("rloo", "normalize_advantages", True, False),
+    ("rloo", "reward_clip_range", (-1.0, 1.0), None),
+]
+
+
+@pytest.mark.parametrize(("kind", "setting", "value", "neutral"), IGNORED)
+def test_settings_of_advantages_that_an_estimator_would_ignore(
+    kind: str, setting: str, value: Any, neutral: Any, build: Any, plugin: Any
+) -> None:
+    class Applies(Estimates):
+        name = "applies"
+        honours = (setting,)
+
+    class Speaks(Estimates):
+        name = "speaks"
+
+        @hookimpl
+        def configure(self, config: Any) -> Any:
+            yield Require(setting, (value,), why="that is what it does")
+
+    with trl_ext.enable(plugin(Estimates)):
+        with refused(ConfigError, "estimates computes the advantages itself", f"{setting}={value!r}; set {setting}="):
+            build(kind, cls=unloadable(kind), **{setting: value})
+        build(kind, **{setting: neutral})  # the advice works
+    for cls in (Applies, Speaks):
+        with trl_ext.enable(plugin(cls)):
+            build(kind, **{setting: value})
+
+
+@pytest.mark.parametrize("name", ["gdpo", "decs", "spae", "hdpo", "vl-dac"])
+@pytest.mark.parametrize("value", ["none", "batch"])
+def test_built_in_estimators_ignore_no_scaling_of_rewards(name: str, value: str, build: Any) -> None:
+    with trl_ext.enable(name), refused(ConfigError, name, "scale_rewards="):
+        build(cls=unloadable("grpo"), scale_rewards=value, per_device_train_batch_size=8)
+
+
+def test_a_default_that_an_estimator_ignores_is_said(build: Any, plugin: Any) -> None:
+    with trl_ext.enable(plugin(Estimates)):
+        assert build()._trl_ext.plan.notes == ()
+        (note,) = build("rloo")._trl_ext.plan.notes
+        assert build("rloo", beta=0.0)._trl_ext.plan.notes == ()
+        build(beta=0.1)  # GRPO adds the KL term to its loss
+    assert "does not apply the KL term of RLOO's rewards, beta=0.05" in note
+
+
+def test_nothing_is_recommended_that_has_no_effect(build: Any, plugin: Any) -> None:
+    class Advises(Plugin):
+        name = "advises"
+        trainers = ("grpo",)
+
+        @hookimpl
+        def configure(self, config: Any) -> Any:
+            yield Recommend("scale_rewards", "none", "paper")
+
+        @hookimpl
+        def round_metrics(self, round: Any) -> None: ...
+
+    with trl_ext.enable(plugin(Advises)):
+        assert len(build()._trl_ext.plan.notes) == 1
+    with trl_ext.enable(plugin(Advises), plugin(Estimates)):
+        assert build()._trl_ext.plan.notes == ()

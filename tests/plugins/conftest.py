@@ -17,6 +17,12 @@ import pytest
 from trl_ext.testing import brevity, digits, tiny_data
 from trl_ext_hooks import Plugin, hookimpl
 
+MERGED: dict[str, Callable[[Any, Any], Any]] = {
+    "max_completion_length": max,
+    "max_tool_calling_iterations": max,
+    "generation_kwargs": lambda one, other: {"sequence_bias": [*one["sequence_bias"], *other["sequence_bias"]]},
+}
+"""How settings that two plugins ask for become one, where a difference does no harm."""
 FOLDER = Path(__file__).parent / "smoke"
 Smoke = tuple[dict[str, dict[str, Any]], dict[str, Any]]
 
@@ -37,6 +43,8 @@ def smoke(tmp_path: Path) -> Callable[..., Smoke]:
             rewards += [function for function in found.pop("rewards", []) if function not in rewards]
             columns |= found.pop("columns", {})
             for key, value in found.items():
+                if key in together and key in MERGED:
+                    value = MERGED[key](together.pop(key), value)
                 assert together.setdefault(key, value) == value, f"{' and '.join(names)} disagree about {key}"
         if "tools" in names:  # it brings them, and two givers are refused
             together.get("trainer", {}).pop("tools", None)

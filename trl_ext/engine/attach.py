@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..plan.compose import Plan
-from ..trl_internals.mixins import MIXINS
+from ..trl_internals.mixins import bases
 from .host import PluginHost
 
 _ORIGINAL = "_trl_ext_original"
@@ -33,7 +33,7 @@ def put_in_front(trainer: Any, plan: Plan) -> PluginHost:
     host = PluginHost(trainer, plan)
     namespace = {_ORIGINAL: cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     trainer._trl_ext = host
-    trainer.__class__ = type(cls.__name__, (MIXINS[plan.kind], cls), namespace)
+    trainer.__class__ = type(cls.__name__, bases(plan.kind, cls), namespace)
     try:
         host.setup()
     except BaseException:

@@ -18,6 +18,7 @@ from ..plan.show import print_plan
 from ..plan.stages import TOOL_SOURCES
 from ..trl_internals import arguments, generation, reference_adapters, rewards, seams, steps, trainer_state
 from .attach import has_plugins, put_in_front
+from .stages import foreign
 
 
 def construct(
@@ -61,6 +62,7 @@ def construct(
             )
         if "ref_logps" in plan.needs:
             reference_adapters.check_config(bound.get("peft_config"), plan.needs["ref_logps"][0])
+        foreign.check(type(trainer), plan)
     original(trainer, *args, **kwargs)
     if config is None or plan is None:
         _check_device(trainer.args)

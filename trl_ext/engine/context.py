@@ -65,11 +65,13 @@ class MicroBatch:
         batch: Its tensors by TRL's names.
         policy: What the policy's forward gave, with its graph. None before that forward.
         hidden_states: What plugins asked for in that forward.
+        own_loss_ran: Whether TRL's own loss has been computed inside it.
     """
 
     batch: Mapping[str, Any]
     policy: Logps | None = None
     hidden_states: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    own_loss_ran: bool = False
 
     @property
     def mask(self) -> torch.Tensor:
@@ -134,12 +136,12 @@ class Context:
     @contextlib.contextmanager
     def in_loss(self, batch: Mapping[str, Any]) -> Iterator[MicroBatch]:
         """Opens a micro-batch for the block, inside which the policy's forward belongs to it."""
-        current = MicroBatch(batch)
+        current, outer = MicroBatch(batch), self.micro_batch
         self.micro_batch = current
         try:
             yield current
         finally:
-            self.micro_batch = None  # it holds the graph
+            self.micro_batch = outer  # the other one holds the graph
 
     # --- records and metrics ---
 

@@ -21,7 +21,7 @@ from ..trl_internals import forwards, losses, rewards, row_order, seams, steps, 
 from . import checkpoint
 from .context import Context
 from .observer import Recorder
-from .stages import advantages, forward, loss, needed_logps, pairs, precompute, rollout, scoring, turns
+from .stages import advantages, foreign, forward, loss, needed_logps, pairs, precompute, rollout, scoring, turns
 from .view import View
 
 
@@ -37,6 +37,7 @@ class PluginHost:
         self.context.view.precompute = functools.partial(precompute.add_columns, self.context)
         self.kind = plan.kind
         self._fired = False
+        self._own_loss_ran = plan.kind == "dpo"
         _check_trainer(self.context)
         checkpoint.check_attributes(plan.plugins)
 
@@ -159,6 +160,9 @@ class PluginHost:
                 f"would go on without the method. A subclass that overrides TRL's private methods must call super()."
             )
         checkpoint.try_out(self.context, first=False)
+        resting = foreign.resting_plugins(self.plan)
+        if resting and not self._own_loss_ran:
+            raise PluginError(foreign.passed_by(self.context.trainer, resting))
         self._fired = True
 
     def save(self, folder: str) -> None:
@@ -201,6 +205,10 @@ class PluginHost:
     def loss(self, inputs: Mapping[str, Any], stock: Callable[[Mapping[str, Any]], Any]) -> Any:
         return loss.compute(self.context, inputs, stock)
 
+    def own_loss(self, inputs: Mapping[str, Any], stock: Callable[[Mapping[str, Any]], Any]) -> Any:
+        self._own_loss_ran = True
+        return loss.own(self.context, inputs, stock)
+
     # --- called by the mixins: DPO ---
 
     def pair_loss(
@@ -220,13 +228,8 @@ def _check_trainer(context: Context) -> None:
     trainer, plan, calls = context.trainer, context.plan, context.calls
     users = {*(use for spec in plan.specs for use in spec.uses), *plan.needs}
     replaced = seams.overrides(type(trainer), plan.kind, users)
+    foreign.check(type(trainer), plan)
     if replaced:
-        replaced_losses = [name for name in replaced if name.endswith("._compute_loss")]
-        if calls.has("policy_loss") and replaced_losses:
-            owner = plan.users("policy_loss")[0]
-            raise ConfigError(
-                f"plugin {owner!r} replaces the policy loss, and so does {replaced_losses[0]}. Leave one out."
-            )
         warnings.warn(
             f"{', '.join(replaced)} replaces TRL's method without calling it; plugins act on its results.",
             stacklevel=3,

@@ -16,7 +16,7 @@ from ..catalog.declaration import PluginSpec, build_manager, instances
 from ..errors import ConfigError, PluginError, near
 from ..trl_internals.distribution import splits_parameters
 from .compose import Plan, check_kind, compose
-from .settings import dropped_settings, setting_of, tokenwise_refusals
+from .settings import dropped_settings, ignored_settings, ignores, setting_of, tokenwise_refusals
 from .stages import TOOL_SOURCES
 
 
@@ -74,11 +74,17 @@ def make_plan(specs: Sequence[PluginSpec], config: Config, plugins: Mapping[str,
     ordered = compose(specs)
     check_kind(ordered, config.kind)
     plugins = instances(ordered) if plugins is None else plugins
-    config = dataclasses.replace(config, args=copy.copy(config.args), plugins=tuple(s.name for s in ordered))
+    config = dataclasses.replace(
+        config,
+        args=copy.copy(config.args),
+        plugins=tuple(spec.name for spec in ordered),
+        rewriters=tuple(spec.name for spec in ordered if "rewards" in spec.hooks),
+    )
     refusals: list[str] = []
     notes: list[str] = []
     needs: dict[str, list[str]] = {}
     named_by: dict[str, list[str]] = {}  # a need -> the options that name it
+    required: dict[str, set[str]] = {spec.name: set() for spec in ordered}  # the settings that a plugin speaks about
     for spec in ordered:
         for need in spec.cls.needs:
             needs.setdefault(need, []).append(spec.name)
@@ -89,13 +95,14 @@ def make_plan(specs: Sequence[PluginSpec], config: Config, plugins: Mapping[str,
         for requirement in _configure(plugins[spec.name], config):
             match requirement:
                 case Require(setting, allowed, why):
+                    required[spec.name].add(setting)
                     value = setting_of(config.args, setting, spec.name)
                     if value not in allowed:
                         wanted = " or ".join(map(repr, allowed))
                         refusals.append(f"{spec.name} needs {setting}={wanted}, it is {value!r}: {why}")
                 case Recommend(setting, value, source):
                     current = setting_of(config.args, setting, spec.name)
-                    if current != value:
+                    if current != value and not any(ignores(other, setting) for other in ordered):
                         notes.append(f"{spec.name} recommends {setting}={value!r} ({source}); it is {current!r}")
                 case Need(name):
                     if (name.partition(":")[0] + ":NAME" if ":" in name else name) not in NEEDS:
@@ -110,6 +117,10 @@ def make_plan(specs: Sequence[PluginSpec], config: Config, plugins: Mapping[str,
                     raise PluginError(f"plugin {spec.name!r}: `configure` returned {requirement!r}, not a requirement.")
         if "policy_loss" in spec.claims:
             refusals += dropped_settings(spec, config)
+        if "estimator" in spec.claims:
+            ignored, defaults = ignored_settings(spec, config, required[spec.name])
+            refusals += ignored
+            notes += defaults
         if "pair_logps" in spec.hooks and getattr(config.args, "precompute_ref_log_probs", False):
             refusals.append(
                 f"{spec.name} rewrites the reference token by token, but precompute_ref_log_probs=True keeps only "
@@ -132,6 +143,7 @@ def make_plan(specs: Sequence[PluginSpec], config: Config, plugins: Mapping[str,
         plugins={spec.name: plugins[spec.name] for spec in ordered},
         needs={need: tuple(names) for need, names in needs.items()},
         notes=tuple(notes),
+        required=required,
     )
 
 

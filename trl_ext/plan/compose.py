@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from trl_ext_hooks import Plugin, TrainerKind
 
@@ -22,6 +22,7 @@ class Plan:
         plugins: Their instances by name, in the same order: one each, from `configure` to `teardown`.
         needs: What the core has to provide, with the plugins that ask for it.
         notes: Warnings and recommendations, ready to print.
+        required: By plugin, the settings that its `configure` requires.
     """
 
     kind: TrainerKind
@@ -29,6 +30,7 @@ class Plan:
     plugins: Mapping[str, Plugin]
     needs: dict[str, tuple[str, ...]]
     notes: tuple[str, ...]
+    required: Mapping[str, Collection[str]] = dataclasses.field(default_factory=dict)
 
     def users(self, *hooks: str) -> list[str]:
         """Returns the plugins that implement one of these hooks, if the trainer calls it."""
@@ -62,10 +64,25 @@ def compose(specs: Sequence[PluginSpec]) -> tuple[PluginSpec, ...]:
             owners[claim] = spec.name
     without_advantages = owners.get("no_advantages")
     for spec in specs:
-        if without_advantages not in (None, spec.name) and ("advantages" in spec.hooks or "estimator" in spec.claims):
+        makes = {"advantages", "token_weights"} & set(spec.hooks) or "estimator" in spec.claims
+        if without_advantages not in (None, spec.name) and makes:
             raise ConfigError(
                 f"plugins {without_advantages!r} and {spec.name!r} cannot be combined: {spec.name!r} makes advantages, "
                 f"and the loss of {without_advantages!r} uses none. Leave one out."
+            )
+    reader = owners.get("reward_labels")
+    for spec in specs:
+        if reader not in (None, spec.name) and "rewards" in spec.hooks:
+            raise ConfigError(
+                f"plugins {reader!r} and {spec.name!r} cannot be combined: {spec.name!r} rewrites rewards, and "
+                f"{reader!r} reads them as labels, not as amounts. Leave one out."
+            )
+    loss_owner = owners.get("policy_loss")
+    for spec in specs:
+        if loss_owner not in (None, spec.name) and "token_weights" in spec.hooks:
+            raise ConfigError(
+                f"plugins {loss_owner!r} and {spec.name!r} cannot be combined: {spec.name!r} weighs tokens for the "
+                f"averages of TRL's loss, and {loss_owner!r} replaces that loss. Leave one out."
             )
     forward_owner = owners.get("logps")
     for spec in specs:

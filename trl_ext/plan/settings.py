@@ -1,8 +1,9 @@
-"""Settings of TRL that a plugin's loss leaves unused."""
+"""Settings of TRL that a plugin's loss, or its advantages, leave unused."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 from trl_ext_hooks import Config
@@ -34,6 +35,8 @@ _ADVANTAGE_SETTINGS: dict[str, tuple[Any, ...]] = {
 }
 """The same for settings of TRL's advantages, which a plugin that claims `no_advantages` leaves unused."""
 
+_ESTIMATOR_SETTINGS: dict[str, tuple[Any, ...]] = _ADVANTAGE_SETTINGS | {"scale_rewards": ("group",)}
+"""The same for a plugin that claims `estimator`. Here "none" asks for something: not to divide."""
 
 _TOKENWISE_SETTINGS: dict[str, tuple[Any, ...]] = {
     "importance_sampling_level": ("token",),
@@ -60,17 +63,50 @@ def dropped_settings(spec: PluginSpec, config: Config) -> list[str]:
         del settings["vllm_importance_sampling_correction"]
     if "no_advantages" in spec.claims:
         settings |= _ADVANTAGE_SETTINGS
-    refusals = []
+    return [
+        f"{spec.name} replaces the policy loss and does not apply {setting}={value!r}; set {setting}={neutral!r}"
+        for setting, value, neutral in _unused(spec, args, settings)
+    ]
+
+
+def ignores(spec: PluginSpec, setting: str) -> bool:
+    """Tells whether a setting of TRL's advantages has no effect beside a plugin that makes the advantages."""
+    settings = _ESTIMATOR_SETTINGS.keys() - {"beta"}  # which is also a setting of GRPO's loss
+    return "estimator" in spec.claims and setting in settings and setting not in spec.cls.honours
+
+
+def ignored_settings(spec: PluginSpec, config: Config, required: Container[str]) -> tuple[list[str], list[str]]:
+    """Returns refusals and notes about settings of TRL's advantages that a plugin which makes them does not apply.
+
+    A value that somebody chose is refused. TRL's own default, such as the `beta` of RLOO, is noted.
+
+    Args:
+        spec: The plugin.
+        config: The trainer.
+        required: Settings about which the plugin says itself what it takes.
+    """
+    refusals, notes = [], []
+    settings = {name: neutral for name, neutral in _ESTIMATOR_SETTINGS.items() if name not in required}
+    if config.kind != "rloo":
+        settings.pop("beta", None)  # elsewhere it belongs to the loss
+    for setting, value, neutral in _unused(spec, config.args, settings):
+        what = "the KL term of RLOO's rewards, " if setting == "beta" else ""
+        text = f"{spec.name} computes the advantages itself and does not apply {what}{setting}={value!r}"
+        if value == _trl_default(config.args, setting):
+            notes.append(f"{text}; {setting}={neutral!r} says so")
+        else:
+            refusals.append(f"{text}; set {setting}={neutral!r}")
+    return refusals, notes
+
+
+def _unused(spec: PluginSpec, args: Any, settings: Mapping[str, tuple[Any, ...]]) -> Iterator[tuple[str, Any, Any]]:
+    """Yields the settings that ask for something the plugin does not apply, each with a value that asks for nothing."""
     for setting, neutral in settings.items():
         if setting in spec.cls.honours or not hasattr(args, setting):
             continue
         value, allowed = getattr(args, setting), neutral or (_trl_default(args, setting),)
         if value not in allowed:
-            refusals.append(
-                f"{spec.name} replaces the policy loss and does not apply {setting}={value!r}; set "
-                f"{setting}={allowed[0]!r}"
-            )
-    return refusals
+            yield setting, value, allowed[0]
 
 
 def _trl_default(args: Any, setting: str) -> Any:

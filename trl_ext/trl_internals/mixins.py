@@ -10,6 +10,7 @@ from trl_ext_hooks.basics import Role
 from .forwards import adapters_off
 from .generation import pack_generation, unpack_generation
 from .host import Host
+from .seams import trainer_class
 from .trainer_state import checkpoint_folder
 
 if TYPE_CHECKING:
@@ -108,6 +109,16 @@ class RoundMixin(TrainerMixin):
         return self._trl_ext.loss(inputs, lambda batch: stock(model, batch))
 
 
+class OwnLossMixin(_Base):
+    """GRPO and RLOO, behind the classes of users: what they call as TRL's loss."""
+
+    _trl_ext: Host
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Any:
+        stock = super()._compute_loss
+        return self._trl_ext.own_loss(inputs, lambda batch: stock(model, batch))
+
+
 class PairMixin(TrainerMixin):
     """DPO: losses on pairs."""
 
@@ -124,3 +135,18 @@ class PairMixin(TrainerMixin):
 
 
 MIXINS: dict[TrainerKind, type[Any]] = {"grpo": RoundMixin, "rloo": RoundMixin, "dpo": PairMixin}
+
+
+def bases(kind: TrainerKind, cls: type[Any]) -> tuple[type[Any], ...]:
+    """Returns the bases of a trainer class with plugins: a mixin in front of `cls`, and one right before TRL's class.
+
+    Args:
+        kind: The trainer.
+        cls: TRL's class, or a subclass by a user.
+    """
+    if kind == "dpo":
+        return (MIXINS[kind], cls)
+    trl_class = trainer_class(kind)
+    # a subclass of TRL's class that is named last stands behind `cls` and before TRL's class in the order of methods
+    behind = type(trl_class.__name__, (OwnLossMixin, trl_class), {"__module__": trl_class.__module__})
+    return (MIXINS[kind], behind) if cls is trl_class else (MIXINS[kind], cls, behind)

@@ -54,7 +54,9 @@ class Seam:
     since: str = ""
 
 
-_SCORING = frozenset({"annotate", "rewards", "advantages", "keep_rows", "batch_fields", "round_metrics", "inspect"})
+_SCORING = frozenset(
+    {"annotate", "rewards", "advantages", "keep_rows", "token_weights", "batch_fields", "round_metrics", "inspect"}
+)
 _LOSS = frozenset({"policy_loss", "loss_terms", "loss_metrics"})
 _PAIR_FORWARDS = frozenset({"logps", "pair_logps", "pair_metrics"})
 
@@ -86,7 +88,10 @@ SEAMS: tuple[Seam, ...] = (
     Seam("_set_signature_columns_if_needed", ("dpo",), (), _PAIR_FORWARDS | {"pair_batch"}),
     Seam("_set_signature_columns_if_needed", _ROUND, (), frozenset({"column:NAME"})),
     Seam(
-        "_compute_loss", _ALL, ("model", "inputs"), _LOSS | _PAIR_FORWARDS | {"loss_inputs", "keep_rows", "pair_batch"}
+        "_compute_loss",
+        _ALL,
+        ("model", "inputs"),
+        _LOSS | _PAIR_FORWARDS | {"loss_inputs", "keep_rows", "token_weights", "pair_batch"},
     ),
     Seam("training_step", _ALL, ("model", "inputs")),
     Seam("_save_checkpoint", _ALL, ("model", "trial"), frozenset({"state_dict"})),

@@ -42,7 +42,7 @@ class DECS(Plugin):
     summary = "lowers the reward of tokens behind the first right answer, per position, and doses easy prompts"
     trainers = ("grpo",)
     needs = ("token_advantages",)
-    claims = ("estimator",)
+    claims = ("estimator", "reward_labels")
     state = ("kappa", "ratio", "mixed", "rounds")
 
     @dataclass(frozen=True)

@@ -130,16 +130,17 @@ class Thinkless(Plugin):
         return {"thinkless_mode": modes, "thinkless_answer": answers}
 
     @hookimpl
-    def advantages(self, round: Round) -> torch.Tensor | None:
+    def token_weights(self, round: Round) -> torch.Tensor | None:
+        """Returns the weights of the two means, over what other plugins left in the round."""
         alpha, mask = self.options.alpha, round.loss_mask
         self.unweighted = round.token_advantages
         if alpha is None:
             return None
         control = self.control(round)
         if self.options.aggregation == "sequence_mean":
-            return self.unweighted * sequence_mean_weights(control, mask, alpha)
+            return sequence_mean_weights(control, mask, alpha)
         n_control, n_tokens = round.trainer.gather(control.sum()).sum(), round.batch["num_items_in_batch"]
-        return self.unweighted * token_mean_weights(control, mask, alpha, n_control, n_tokens)
+        return token_mean_weights(control, mask, alpha, n_control, n_tokens)
 
     def control(self, round: Round) -> torch.Tensor:
         """Returns (b, T) the control tokens of this process."""

@@ -167,6 +167,12 @@ class VLDAC(Plugin):
                     f"{name}={getattr(args, name)} cuts the distribution that tokens are drawn from, and "
                     f"log-probabilities are those of the whole one"
                 )
+        if config.rewriters and not options.outcome_weight:
+            yield Refuse(
+                f"{', '.join(config.rewriters)} rewrites rewards, which are not used where the environment tells "
+                f"rewards step by step.",
+                "Set vl-dac.outcome_weight, such as 1.0, to add them to the last step of an episode.",
+            )
         yield Recommend("num_iterations", 2, "paper, table 6: PPO epochs")
 
     @hookimpl

@@ -170,3 +170,20 @@ def test_token_wise_advantages_reach_the_loss_and_the_log_shows_their_mean(build
     plain = build(max_steps=1)
     plain.train()
     assert logged(plain, "grad_norm") != pytest.approx(logged(trainer, "grad_norm"), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [(torch.ones(8), r"\(8,\)"), ("text", "str"), (torch.full((8, 8), torch.nan), "64 weights that are not finite")],
+)
+def test_wrong_weights_are_named(wrong: Any, text: str, train: Any, plugin: Any) -> None:
+    class Wrong(Plugin):
+        name = "wrong"
+        trainers = ("grpo",)
+
+        @hookimpl
+        def token_weights(self, round: Any) -> Any:
+            return wrong
+
+    with trl_ext.enable(plugin(Wrong)), pytest.raises(trl_ext.PluginError, match=f"'wrong' returned .*{text}"):
+        train()

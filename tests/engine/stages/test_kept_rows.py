@@ -314,3 +314,24 @@ def test_wrong_answers_are_named(wrong: Any, text: str, train: Any, plugin: Any)
         ),
     ):
         train()
+
+
+class Weighs(Plugin):
+    """Gives a row's first token as much of the loss as all others, by counts of what the loss counts."""
+
+    name = "weighs"
+    trainers = ("grpo",)
+    needs = ("token_advantages",)
+
+    @hookimpl
+    def token_weights(self, round: Any) -> torch.Tensor:
+        first = (round.loss_mask.cumsum(1) == 1) & (round.loss_mask != 0)
+        share = round.trainer.gather(first.sum()).sum() / round.batch["num_items_in_batch"]
+        return torch.where(first, 1 / share, 1 / (1 - share)).double()
+
+
+def test_weights_of_tokens_count_what_is_left(run: Any) -> None:
+    without, dropped = run([Weighs], (0, 2)), run([Weighs, Drop])
+    assert_same_training(dropped, without)
+    assert moved(without, run([], (0, 2))) > 1e-4
+    assert logged(without, "trl_ext/weighs/advantage_change")

@@ -1,4 +1,4 @@
-"""HDPO needs tools, and a model whose template can call them."""
+"""HDPO needs tools, and a model whose template can call them. Calls are counted in the text, where a letter is one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 from trl_ext.testing import tiny_model
 from trl_ext.tools import calculator
 
+OPTIONS = {"call_tag": "e", "correct_threshold": -1.0}
+
 
 def settings(kind: str, folder: Path) -> dict[str, Any]:
-    return {"model": tiny_model(folder / "tool-model", tools=True), "trainer": {"tools": [calculator]}}
+    model = tiny_model(folder / "tool-model", tools=True)
+    return {"model": model, "trainer": {"tools": [calculator]}, "max_completion_length": 24}

@@ -1,5 +1,11 @@
-"""Calls are counted in the text, so that rollouts without tools will do."""
+"""Calls are counted in the text, so that rollouts without tools will do: a letter is one, and some rows write it."""
 
 from __future__ import annotations
 
-OPTIONS = {"c": 4, "call_tag": "<tool_call>"}
+from typing import Any
+
+OPTIONS = {"c": 4, "call_tag": "e"}
+
+
+def settings(kind: str, folder: Any) -> dict[str, Any]:
+    return {"max_completion_length": 24}

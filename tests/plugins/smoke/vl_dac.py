@@ -7,7 +7,7 @@ from typing import Any
 
 from trl_ext.testing import calls, tiny_model
 
-OPTIONS = {"head_sizes": [8], "value_warmup_iterations": 1}
+OPTIONS = {"head_sizes": [8], "value_warmup_iterations": 1, "outcome_weight": 1.0}
 
 
 class Corridor:

@@ -93,7 +93,7 @@ class Direct(Plugin):
 
     name = "direct"
     trainers = ("grpo",)
-    honours = ("loss_type",)
+    honours = ("loss_type", "keep_rows")
 
     @hookimpl
     def policy_loss(self, loss: Any) -> PolicyLoss:
@@ -105,7 +105,7 @@ class Direct(Plugin):
         if loss.trainer.args.loss_type == "dapo":
             return PolicyLoss(0.3 * masked_mean(losses, control) + masked_mean(losses, response))
         rows = 0.3 * (losses * control).sum(1) + masked_mean(losses, response, dim=1)
-        return PolicyLoss(rows.mean())
+        return PolicyLoss(rows.sum() / loss.mask.any(dim=1).sum())
 
 
 @pytest.mark.parametrize(("aggregation", "loss_type"), [("token_mean", "dapo"), ("sequence_mean", "grpo")])
@@ -119,6 +119,43 @@ def test_a_run_is_that_of_the_loss_written_out(aggregation: str, loss_type: str,
     assert logged(ours, "loss") == pytest.approx(logged(direct, "loss"), abs=1e-5)
     assert_close_training(direct, ours, 2e-5)
     assert max(logged(ours, "clip_ratio/region_mean")) > 0  # TRL's own clipping, on both sides of the comparison
+
+
+class Drop(Plugin):
+    """Leaves out the first rows of each group, with other lengths and modes than the rest."""
+
+    name = "drop"
+    trainers = ("grpo",)
+
+    @hookimpl
+    def keep_rows(self, round: Any) -> torch.Tensor:
+        return torch.tensor([0, 0, 1, 1, 0, 1, 1, 1]).bool()
+
+
+@pytest.mark.parametrize(("aggregation", "loss_type"), [("token_mean", "dapo"), ("sequence_mean", "grpo")])
+def test_rows_that_others_leave_out_are_in_no_mean(
+    aggregation: str, loss_type: str, train: Any, plugin: Any, look: str
+) -> None:
+    """Alpha weighs the mean over control tokens against the mean over the others, of what is left."""
+    common = COMMON | {"loss_type": loss_type, "learning_rate": 2.0}
+    with trl_ext.enable(plugin(Direct), plugin(Scripted), plugin(Drop)):
+        direct = train(**common)
+    options = LETTERS | {"alpha": 0.3, "aggregation": aggregation}
+    runs = []
+    for order in (["thinkless", plugin(Drop)], [plugin(Drop), "thinkless"]):
+        with trl_ext.enable(*order, plugin(Scripted), look, thinkless=options):
+            runs.append(train(**common))
+            round = runs[-1]._trl_ext.plugins["look"].rounds[0]
+    for ours in runs:
+        assert logged(ours, "loss") == pytest.approx(logged(direct, "loss"), abs=1e-5)
+        assert_close_training(direct, ours, 2e-5)
+    assert round.kept.sum() == 5 and int(round.batch["thinkless_control"].sum()) == 5
+    if aggregation == "token_mean":
+        weights = round.token_advantages / torch.where(round.loss_mask == 1, round.batch["thinkless_advantages"], 1.0)
+        control = round.batch["thinkless_control"]
+        total, others = round.loss_mask.sum(), (round.loss_mask * ~control).bool()
+        torch.testing.assert_close(weights[control].sum() / total, torch.tensor(0.3))
+        torch.testing.assert_close(weights[others].sum() / total, torch.tensor(1.0))
 
 
 def test_a_neutral_alpha_is_grpo(train: Any, plugin: Any) -> None:
@@ -223,6 +260,7 @@ def test_with_adapters_shared_prefixes_kl_and_entropy(train: Any) -> None:
     from peft import LoraConfig
 
     common = COMMON | {"beta": 0.05, "num_iterations": 3, "max_steps": 3, "learning_rate": 2.0}
+    common |= {"scale_rewards": "group"}  # gdpo does not apply the authors' "none"
     common["rewards"] = [digits, noisy]
     common["trainer"] = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"])}
 

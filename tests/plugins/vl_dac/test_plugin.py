@@ -199,6 +199,19 @@ def test_options_that_cannot_be(options: dict[str, Any]) -> None:
         trl_ext.enable({"vl-dac": options})
 
 
+@pytest.mark.parametrize("weight", [None, 0.0, 1.0])
+def test_rewritten_rewards_must_reach_the_episodes(weight: float | None, build: Any, tool_model: str) -> None:
+    """OTC multiplies rewards, which episodes with step rewards use only where `outcome_weight` says so."""
+    from trl_ext.tools import calculator
+
+    with trl_ext.enable({"vl-dac": {"head_sizes": [8], "outcome_weight": weight}, "otc": {"c": 4}}):
+        if weight:
+            build(model=tool_model, trainer={"tools": [calculator]})
+            return
+        with pytest.raises(ConfigError, match=r"otc rewrites rewards, which are not used .* Set vl-dac.outcome_weight"):
+            build(model=tool_model, trainer={"tools": [calculator]})
+
+
 def test_it_is_refused_beside_shared_prefix() -> None:
     with pytest.raises(ConfigError, match="'vl-dac' reads hidden states of the policy's forward"):
         trl_ext.enable("vl-dac", "shared-prefix")

@@ -1,4 +1,4 @@
-"""After scoring: the hooks `advantages`, `keep_rows`, `batch_fields` and `round_metrics`."""
+"""After scoring: the hooks `advantages`, `keep_rows`, `token_weights`, `batch_fields` and `round_metrics`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...errors import PluginError
 from ...trl_internals import row_order, trainer_state
 from ..calls import as_mapping
 from ..context import Context
-from . import kept_rows, needed_logps
+from . import foreign, kept_rows, needed_logps
 
 
 def finish(context: Context, output: dict[str, Any]) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def finish(context: Context, output: dict[str, Any]) -> dict[str, Any]:
         start = context.view.process_index * rows
         group = trainer_state.num_generations(context.trainer)
         output[row_order.GROUP_IDS] = (torch.arange(start, start + rows) // group).to(output["advantages"].device)
-    hooks = ("advantages", "keep_rows", "batch_fields", "round_metrics")
+    hooks = ("advantages", "keep_rows", "token_weights", "batch_fields", "round_metrics")
     state = context.current_round()
     if not (context.recording or context.calls.has(*hooks)):
         if context.calls.has("annotate", "rewards"):
@@ -61,6 +61,10 @@ def finish(context: Context, output: dict[str, Any]) -> dict[str, Any]:
         round = kept_rows.select(context, round, metrics)
         output = dict(round.batch)
         round = dataclasses.replace(round, batch=output)  # later hooks see the fields of `batch_fields` in it
+    if context.calls.has("token_weights"):
+        round = _weighed(context, round, metrics)
+        if round.advantages.dim() == 2:
+            output["advantages"] = round.advantages
     if round.advantages is not stock:  # otherwise everything that TRL recorded is true
         _log(context, round)
     for name, fields in context.calls.each("batch_fields", round=round):
@@ -96,6 +100,8 @@ def _chain(context: Context, round: Round, metrics: dict[str, tuple[float, float
             if context.kind == "grpo":
                 allowed += f" or {tuple(tokens)} for this process's tokens"
             raise PluginError(f"plugin {name!r} returned advantages {tuple(result.shape)}, expected {allowed}.")
+        if tokenwise and foreign.replaced_loss(type(context.trainer), context.kind):
+            raise PluginError(foreign.passed_by(context.trainer, [name]))
         if round.advantages.dim() == 2 and not tokenwise:
             raise PluginError(
                 f"plugin {name!r} returned one advantage per row where an earlier plugin made one per token; return "
@@ -105,13 +111,34 @@ def _chain(context: Context, round: Round, metrics: dict[str, tuple[float, float
             raise PluginError(
                 f"plugin {name!r} returned {int((~torch.isfinite(result)).sum())} advantages that are not finite."
             )
-        after = dataclasses.replace(round, advantages=result.detach().to(round.advantages))
-        change = _per_row(after) - _per_row(round)
-        metrics[f"trl_ext/{name}/advantage_mean"] = (_per_row(after).sum().item(), len(round.rows))
-        metrics[f"trl_ext/{name}/advantage_change"] = (change.abs().sum().item(), len(round.rows))
-        round = after
-        context.show(name, round)
+        round = _changed(context, name, round, result, metrics)
     return round
+
+
+def _weighed(context: Context, round: Round, metrics: dict[str, tuple[float, float]]) -> Round:
+    tokens = tuple(round.batch["completion_mask"].shape)
+    for name, weights in context.calls.each("token_weights", round=round):
+        got = tuple(weights.shape) if isinstance(weights, torch.Tensor) else type(weights).__name__
+        if got != tokens:
+            raise PluginError(f"plugin {name!r} returned {got} from 'token_weights', expected weights {tokens}.")
+        if not torch.isfinite(weights).all():
+            raise PluginError(
+                f"plugin {name!r} returned {int((~torch.isfinite(weights)).sum())} weights that are not finite."
+            )
+        round = _changed(context, name, round, round.token_advantages * weights, metrics)
+    return round
+
+
+def _changed(
+    context: Context, name: str, round: Round, values: torch.Tensor, metrics: dict[str, tuple[float, float]]
+) -> Round:
+    """Returns the round with the advantages that a plugin made, and reports how much it changed them."""
+    after = dataclasses.replace(round, advantages=values.detach().to(round.advantages))
+    change = _per_row(after) - _per_row(round)
+    metrics[f"trl_ext/{name}/advantage_mean"] = (_per_row(after).sum().item(), len(round.rows))
+    metrics[f"trl_ext/{name}/advantage_change"] = (change.abs().sum().item(), len(round.rows))
+    context.show(name, after)
+    return after
 
 
 def _per_row(round: Round) -> torch.Tensor:

@@ -14,8 +14,8 @@ from trl_ext_hooks.toolkit.losses import masked_mean
 from ...errors import PluginError
 from ...trl_internals import losses, trainer_state
 from ..calls import as_mapping
-from ..context import Context
-from . import kept_rows
+from ..context import Context, MicroBatch
+from . import foreign, kept_rows
 
 
 def edited(context: Context, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -36,8 +36,28 @@ def edited(context: Context, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def compute(context: Context, inputs: Mapping[str, Any], stock: Callable[[Mapping[str, Any]], Any]) -> Any:
-    """Computes the loss of a micro-batch: TRL's or a plugin's, plus the terms of all plugins."""
+    """Computes the loss of a micro-batch as the trainer's class does.
+
+    A class of the user stands between this function and `own`, which is what it calls as TRL's loss. So what it adds to
+    that loss, or makes of it, stays.
+    """
     batch = edited(context, inputs)
+    with context.in_loss(batch) as micro_batch:
+        total = stock(batch)
+    if micro_batch.own_loss_ran:
+        return total
+    resting = foreign.resting_plugins(context.plan)
+    if resting or batch["advantages"].dim() == 2:
+        raise PluginError(foreign.passed_by(context.trainer, resting))
+    return _with_plugins(context, micro_batch, total)
+
+
+def own(context: Context, batch: Mapping[str, Any], stock: Callable[[Mapping[str, Any]], Any]) -> Any:
+    """What a class of the user gets as TRL's loss: TRL's or a plugin's, plus the terms of all plugins."""
+    outer = context.micro_batch
+    if outer is None:  # called from elsewhere than the trainer's `_compute_loss`
+        return compute(context, batch, lambda batch: own(context, batch, stock))
+    outer.own_loss_ran = True
     replaced = context.calls.has("policy_loss")
     keep = (
         trainer_state.only_metrics(context.trainer, ("entropy", "kl", "aux_loss"))
@@ -48,6 +68,12 @@ def compute(context: Context, inputs: Mapping[str, Any], stock: Callable[[Mappin
         total = stock(batch)
     if not replaced:
         total = _weighted(total, batch, losses.loss_unit(context.trainer, context.kind))
+    micro_batch.own_loss_ran = True
+    return _with_plugins(context, micro_batch, total)
+
+
+def _with_plugins(context: Context, micro_batch: MicroBatch, total: Any) -> Any:
+    """Returns the loss of a micro-batch with what plugins put in its place and add to it."""
     if not context.wants_loss:
         return total
     policy = micro_batch.policy
@@ -60,7 +86,7 @@ def compute(context: Context, inputs: Mapping[str, Any], stock: Callable[[Mappin
         mode=trainer_state.mode(context.trainer),
         step=context.trainer.state.global_step,
         trainer=context.view,
-        batch=batch,
+        batch=micro_batch.batch,
         per_token_logps=policy.per_token_logps,
         entropies=policy.entropies,
         hidden_states=micro_batch.hidden_states,
@@ -77,6 +103,8 @@ def compute(context: Context, inputs: Mapping[str, Any], stock: Callable[[Mappin
     for name, terms in context.calls.each("loss_terms", loss=loss):
         for term, value in as_mapping(name, "loss_terms", terms).items():
             if isinstance(value, PolicyLoss):
+                if value.normalisation == "trainer" and value.values.dim() and not micro_batch.own_loss_ran:
+                    raise PluginError(foreign.passed_by(context.trainer, [name]))
                 scaled = _average(context, name, value, loss)
             elif isinstance(value, torch.Tensor) and value.dim() == 0:
                 scaled = value / losses.loss_divisor(context.trainer, context.kind)

@@ -16,6 +16,9 @@ from ...trl_internals import rewards, trainer_state
 from ..calls import as_mapping
 from ..context import Context
 
+HOOKS = ("annotate", "rewards", "advantages", "keep_rows", "token_weights", "batch_fields", "round_metrics")
+"""The hooks that need a scored round."""
+
 
 def score(
     context: Context,
@@ -26,8 +29,7 @@ def score(
     stock: Callable[..., torch.Tensor],
 ) -> torch.Tensor:
     """Annotates the rollout, runs the reward functions, and lets plugins rewrite the rewards of all processes."""
-    acting = context.calls.has("annotate", "rewards", "advantages", "keep_rows", "batch_fields", "round_metrics")
-    if not (context.recording or acting):
+    if not (context.recording or context.calls.has(*HOOKS)):
         return stock(rows, prompts, completions, completion_ids)
     rollout = _rollout(context, rows, prompts, completions, completion_ids)
     fields, gathered = _annotate(context, rollout)
