@@ -29,7 +29,8 @@ def score(
     stock: Callable[..., torch.Tensor],
 ) -> torch.Tensor:
     """Annotates the rollout, runs the reward functions, and lets plugins rewrite the rewards of all processes."""
-    if not (context.recording or context.calls.has(*HOOKS)):
+    acting = context.calls.has(*HOOKS)
+    if not (context.recording or acting):
         return stock(rows, prompts, completions, completion_ids)
     rollout = _rollout(context, rows, prompts, completions, completion_ids)
     fields, gathered = _annotate(context, rollout)
