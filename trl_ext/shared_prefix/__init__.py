@@ -13,7 +13,7 @@ from __future__ import annotations
 from .attention import cascade_attention
 from .attention_patch import packed_attention
 from .backends import Backend, choose_backend
-from .errors import MismatchError, RefusedError, SharedPrefixError
+from .errors import BatchError, MismatchError, RefusedError, SharedPrefixError
 from .flops import ModelCost, flop_ratio
 from .forward import MIN_GAIN, Report, shared_prefix_logps, shared_prefix_scores
 from .layout import CascadeLayout
@@ -31,6 +31,7 @@ __all__ = [
     "MIN_RUN",
     "Answers",
     "Backend",
+    "BatchError",
     "CascadeLayout",
     "MismatchError",
     "ModelCost",
