@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from trl_ext.shared_prefix import RefusedError, Report, shared_prefix_logps, shared_prefix_scores, why_not
+from trl_ext.shared_prefix import RefusedError, Report, shared_prefix_logps, shared_prefix_scores, why_not_at_all
 from trl_ext_hooks import (
     Config,
     Logps,
@@ -84,7 +84,7 @@ class SharedPrefix(Plugin):
         if trainer.has_router_loss:
             yield Refuse(_ROUTER_LOSS, way_out)
         # What only a batch can show is refused when it comes.
-        reason = why_not(trainer.model, in_training=True)
+        reason = why_not_at_all(trainer.model, in_training=True, run=self.options.check and not _is_deferred(trainer))
         if reason is not None:
             yield Refuse(f"{reason.rstrip('.')}.", way_out)
 
@@ -176,6 +176,12 @@ class SharedPrefix(Plugin):
         packed = [report for report in self._forwards if report is not None and report.packed]
         batch.log("dense_share", len(self._forwards) - len(packed), len(self._forwards))
         batch.log("token_ratio", sum(r.dense_tokens for r in packed), sum(r.packed_tokens for r in packed))
+
+
+def _is_deferred(trainer: TrainerView) -> bool:
+    """Returns whether the model cannot run before training has prepared it: its parameters are, or will be, sharded."""
+    args = trainer.args
+    return bool(args.deepspeed or args.fsdp or getattr(args, "deepspeed_plugin", None)) or trainer.num_processes > 1
 
 
 def _refusal(call: LogpsCall) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.integrations.neftune import neftune_post_forward_hook
 
-from trl_ext.shared_prefix import ModelParts, RefusedError, selfcheck, shared_prefix_logps, traits
+from trl_ext.shared_prefix import ModelParts, RefusedError, selfcheck, shared_prefix_logps, traits, why_not_at_all
 
 from .conftest import random_tokens
 
@@ -68,11 +68,26 @@ def test_whole_layers_that_are_dropped_are_no_obstacle(tiny: Any) -> None:
     assert traits.why_noisy(ModelParts.of(model)) is None
 
 
-def test_the_settings_that_look_like_the_cause_are_named(tiny: Any) -> None:
-    model = tiny("Starcoder2", residual_dropout=0.1, attention_dropout=0.0, embedding_dropout=0.0)
-    reason = str(traits.why_noisy(ModelParts.of(model)))
-    assert "model.layers.0" in reason
-    assert "Set residual_dropout=0.0 in the model's configuration" in reason
+def test_noise_that_no_setting_switches_off_is_told_first(tiny: Any, groups: Any) -> None:
+    """Its advice on jitter would not help: the router samples its experts in training."""
+    model = tiny("Phimoe", router_jitter_noise=0.1, input_jitter_noise=0.1, num_local_experts=4)
+    with pytest.raises(
+        RefusedError, match=r"draws random numbers in training in model\.layers\.0\.mlp\.router"
+    ) as caught:
+        shared_prefix_logps(model, *groups)
+    assert "let them run dense" in str(caught.value)
+    assert {module.router_jitter_noise for module in model.modules() if hasattr(module, "router_jitter_noise")} == {0.1}
+    assert not shared_prefix_logps(model, *groups, on_refusal="dense")[2].packed
+    assert why_not_at_all(model.eval()) is None
+    assert "draws random numbers" in str(why_not_at_all(model, in_training=True))
+    assert not any(module.training for module in model.modules())
+
+
+def test_named_noise_is_told_with_its_setting(tiny: Any, groups: Any) -> None:
+    noisy = {"residual_dropout": 0.1, "attention_dropout": 0.0, "embedding_dropout": 0.0}
+    with pytest.raises(RefusedError, match=r"Set residual_dropout=0\.0 in the model's configuration"):
+        shared_prefix_logps(tiny("Starcoder2", **noisy), *groups)
+    assert shared_prefix_logps(tiny("Starcoder2", **noisy | {"residual_dropout": 0.0}), *groups)[2].packed
 
 
 def test_no_trace(tiny: Any) -> None:

@@ -24,6 +24,7 @@ from .probes import Answers, ProbeCost, force_answers
 from .refusals import why_not
 from .sampled_probes import sample_answers
 from .selfcheck import SelfCheck, self_check
+from .traits import why_not_at_all
 from .tree import MIN_RUN, PrefixTree, build_tree
 
 __all__ = [
@@ -59,4 +60,5 @@ __all__ = [
     "shared_prefix_logps",
     "shared_prefix_scores",
     "why_not",
+    "why_not_at_all",
 ]

@@ -20,9 +20,8 @@ from .errors import RefusedError, SharedPrefixError
 from .model_parts import ModelParts
 from .packing import Packing, check_shapes, pack, scored_completions, without_first_column
 from .paths import dense_scores, packed_scores
-from .refusals import why_not
 from .selfcheck import check_first_use
-from .traits import positions_are_columns, why_noisy
+from .traits import positions_are_columns, why_noisy, why_not_at_all
 from .tree import MIN_RUN
 
 MIN_GAIN = 1.1
@@ -152,7 +151,7 @@ def shared_prefix_scores(
         packing, pack_seconds = request.pack(by_column=False)
         reason = _too_little_gain(packing, min_gain)
         if reason is None:
-            refusal = why_not(model_parts, packing)
+            refusal = why_not_at_all(model_parts, packing, run=check)
             if refusal is not None:
                 raise RefusedError(f"Shared prefixes refused: {refusal}")
             if request.check_model(backend, temperature, check):
@@ -247,7 +246,7 @@ class _Request:
         padded = model_parts.is_sharded or bool((self._attention_mask[:, 0] == 0).any())
         by_column = padded and positions_are_columns(model_parts, self._input_ids.shape[1])
         if check:
-            noise = why_noisy(model_parts)
+            noise = why_noisy(model_parts) if model_parts.is_sharded else None
             if noise is not None:
                 raise RefusedError(f"Shared prefixes refused: {model_parts.class_name} {noise}")
             check_first_use(

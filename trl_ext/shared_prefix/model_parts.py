@@ -7,7 +7,7 @@ this package searches the model once, at its entrance, and passes the resulting 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
@@ -162,16 +162,26 @@ def has_fused_head(model: nn.Module) -> bool:
     return ModelParts.of(model).has_fused_head
 
 
-@contextmanager
-def evaluating(model_parts: ModelParts) -> Iterator[None]:
+def evaluating(model_parts: ModelParts) -> AbstractContextManager[None]:
     """Puts every module into evaluation mode while the context is open, then restores each module's own mode."""
+    return _in_mode(model_parts, training=False)
+
+
+def training(model_parts: ModelParts) -> AbstractContextManager[None]:
+    """Puts every module into training mode while the context is open, then restores each module's own mode."""
+    return _in_mode(model_parts, training=True)
+
+
+@contextmanager
+def _in_mode(model_parts: ModelParts, training: bool) -> Iterator[None]:
+    """Puts every module into a mode while the context is open."""
     modes = [(module, module.training) for module in model_parts.modules]
-    model_parts.model.eval()
+    model_parts.model.train(training)
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, mode in modes:
+            module.training = mode
 
 
 def random_states(model_parts: ModelParts) -> list[torch.Tensor]:

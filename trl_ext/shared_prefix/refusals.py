@@ -7,6 +7,7 @@ They are checked before a packed forward. What shows only when a layer calls its
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -228,6 +229,31 @@ def _randomness(case: _Case) -> Iterator[str]:
     embeddings = case.parts.embeddings
     if getattr(embeddings, "neftune_noise_alpha", None) and (embeddings.training or case.in_training):
         yield "gets noise on its embeddings in training, which rows would share. Leave out neftune_noise_alpha."
+
+
+def named_noise(model_parts: ModelParts, in_training: bool = False) -> str | None:
+    """Returns the reason of `why_not` if it is dropout or noise that modules name, None otherwise."""
+    config = model_parts.text_config
+    case = _Case(model_parts, model_parts.backbone, config, 0, 0, 0, in_training)
+    reason = next(_randomness(case), None)
+    return None if reason is None else f"{model_parts.class_name} {reason}"
+
+
+@contextmanager
+def named_noise_off(model_parts: ModelParts) -> Iterator[None]:
+    """Switches off all dropout and noise that modules name while the context is open."""
+    values: list[tuple[nn.Module, str, float]] = []
+    for module in model_parts.modules:
+        for attribute in ("p",) if isinstance(module, _DropoutNd) else _NOISE:
+            value = getattr(module, attribute, None)
+            if isinstance(value, float) and value > 0:
+                values.append((module, attribute, value))
+                setattr(module, attribute, 0.0)
+    try:
+        yield
+    finally:
+        for module, attribute, value in values:
+            setattr(module, attribute, value)
 
 
 def _way_out_of_noise(model_parts: ModelParts, attribute: str, value: float) -> str:

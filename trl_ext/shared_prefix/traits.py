@@ -7,7 +7,7 @@ positions in other ways than by their differences. Each trait is asked for once 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import reduce
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,7 +17,9 @@ from torch import nn
 
 from .comparison import Result, coarser, compared_parameters, gradients, same
 from .errors import RefusedError
-from .model_parts import ModelParts, evaluating, random_states, untouched_random_state
+from .model_parts import ModelParts, evaluating, random_states, training, untouched_random_state
+from .packing import Packing
+from .refusals import named_noise, named_noise_off, why_not
 
 _TOKENS = 16  # of a row that a model is asked about
 _NARROWEST, _WIDEST = 64, 4096
@@ -32,8 +34,42 @@ def forget() -> None:
     _positions.clear()
 
 
+def why_not_at_all(
+    model: nn.Module | ModelParts,
+    packing: Packing | None = None,
+    *,
+    in_training: bool = False,
+    run: bool = True,
+) -> str | None:
+    """Returns why shared prefixes cannot serve this model, by its names as `why_not` does, and by running it.
+
+    Args:
+        model: As in `why_not`, like all arguments that are not listed here.
+        packing: The batch, if there is one.
+        in_training: Whether to take all modules for being in training mode, in place of the present one.
+        run: Whether to run the model on a few tokens, to look for noise without a name. Sharded models are not run.
+    """
+    reason = why_not(model, packing, in_training=in_training)
+    if not run:
+        return reason
+    try:
+        model_parts = ModelParts.of(model)
+        named = named_noise(model_parts, in_training)
+    except RefusedError:
+        return reason
+    if reason == named and not model_parts.is_sharded:
+        # Nothing else stands in the way. Noise that no setting switches off is told first.
+        with training(model_parts) if in_training else nullcontext():
+            noise = why_noisy(model_parts)
+        if noise is not None:
+            return f"{model_parts.class_name} {noise}"
+    return reason
+
+
 def why_noisy(model_parts: ModelParts) -> str | None:
     """Returns why the model's noise forbids sharing in its present mode, or None if it draws none.
+
+    Noise that modules name is left out, as `why_not` tells of it.
 
     On the dense path, every row draws noise of its own. On the packed path, rows would share that of shared tokens.
     A model that draws one number for a whole layer (LayerDrop) is no obstacle, as its rows share it anyway.
@@ -77,7 +113,12 @@ def _find_noise(model_parts: ModelParts) -> str | None:
     """Runs two equal rows and looks for modules that draw random numbers."""
     called = model_parts.to_check()
     rows = _row(model_parts).expand(2, -1)
-    with untouched_random_state(model_parts), torch.no_grad(), _drawing_modules(called) as drawing:
+    with (
+        named_noise_off(model_parts),
+        untouched_random_state(model_parts),
+        torch.no_grad(),
+        _drawing_modules(called) as drawing,
+    ):
         logits, dtype = _logits(called, rows)
     culprits = [
         f"{name or 'the model itself'} ({type(module).__name__})"
@@ -97,20 +138,13 @@ def _find_noise(model_parts: ModelParts) -> str | None:
 
 
 def _way_out(model_parts: ModelParts) -> str:
-    """Returns how to switch noise off: by the settings of the configurations that look like its cause."""
+    """Returns how to get rid of noise."""
     if getattr(model_parts.embeddings, "neftune_noise_alpha", None):
         return "Leave out neftune_noise_alpha."
-    settings = sorted(
-        {
-            f"{name}=0.0"
-            for config in model_parts.configs
-            for name, value in vars(config).items()
-            if isinstance(value, float) and value > 0 and any(word in name for word in ("drop", "jitter", "noise"))
-        }
+    return (
+        "If a setting of the model switches this off, set it. Otherwise turn shared prefixes off, or let them run "
+        "dense (on_refusal='dense')."
     )
-    if settings:
-        return f"Set {' and '.join(settings)} in the model's configuration (model_init_kwargs)."
-    return "Switch this noise off, or turn shared prefixes off."
 
 
 def _find_positions(model_parts: ModelParts, width: int) -> bool:
