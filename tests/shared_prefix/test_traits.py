@@ -143,6 +143,23 @@ def test_padding_on_the_left(case: str, tiny: Any, groups: Any, compare: Any) ->
     assert gradients < 2e-5
 
 
+def test_subtle_positions_under_autocast(tiny: Any) -> None:
+    """The difference is smaller than the rounding of half types. A wrapped forward may switch autocast on itself."""
+    model = tiny("HunYuanDenseV1", head_dim=8)
+    original = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return original(*args, **kwargs)
+
+    model.forward = forward
+    assert traits.positions_are_columns(ModelParts.of(model), 40)
+    assert model.forward is forward
+    traits.forget()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert traits.positions_are_columns(ModelParts.of(model), 40)
+
+
 def test_positions_that_matter_only_far_from_the_start(tiny: Any) -> None:
     late = SCALED | {"original_max_position_embeddings": 128}
     model_parts = ModelParts.of(tiny("Ministral3", head_dim=8, rope_parameters=late))

@@ -148,6 +148,10 @@ class ModelParts:
             model = inner
         return self if model is self.model else replace(self, model=model, modules=tuple(model.modules()))
 
+    def of_causal_lm(self) -> ModelParts:
+        """Returns the same parts with the causal LM itself as the module to call."""
+        return replace(self, model=self.causal_lm, modules=tuple(self.causal_lm.modules()))
+
     def text_only_arguments(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Returns what a model of text and images needs to be told about tokens that are all text."""
         forward = signature(type(self.causal_lm).forward).parameters

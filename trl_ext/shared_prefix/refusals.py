@@ -220,7 +220,7 @@ def _randomness(case: _Case) -> Iterator[str]:
                 f"tokens. Set {way_out}."
             )
         for attribute in _NOISE:
-            value = getattr(module, attribute, None)
+            value = vars(module).get(attribute)
             if isinstance(value, float) and value > 0:
                 yield (
                     f"has {attribute}={value} in training ({name}): rows would share the noise of their shared tokens. "
@@ -245,7 +245,7 @@ def named_noise_off(model_parts: ModelParts) -> Iterator[None]:
     values: list[tuple[nn.Module, str, float]] = []
     for module in model_parts.modules:
         for attribute in ("p",) if isinstance(module, _DropoutNd) else _NOISE:
-            value = getattr(module, attribute, None)
+            value = vars(module).get(attribute)
             if isinstance(value, float) and value > 0:
                 values.append((module, attribute, value))
                 setattr(module, attribute, 0.0)

@@ -222,11 +222,33 @@ def _logits(called: ModelParts, input_ids: torch.Tensor, **arguments: Any) -> tu
 
 def _ask(called: ModelParts, input_ids: torch.Tensor, **arguments: torch.Tensor) -> Result:
     """Returns the log-probabilities that a row gives and gradients of a few parameters."""
-    logits, dtype = _logits(called, input_ids, **arguments)
+    with _without_autocast(called) as called:
+        logits, dtype = _logits(called, input_ids, **arguments)
     tokens = input_ids[:, -_TOKENS:].to(logits.device)
     values = logits.float().log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
     weights = torch.linspace(-1, 1, values.numel(), device=values.device).view(values.shape)
     return Result(values.detach(), gradients(values, weights, compared_parameters(called)), dtype)
+
+
+@contextmanager
+def _without_autocast(called: ModelParts) -> Iterator[ModelParts]:
+    """Yields the model without autocast where all of its parameters are wide, as rounding hides subtle differences.
+
+    The forward of the class is called, as a wrapper of it may switch autocast on again.
+    """
+    causal_lm = called.causal_lm
+    wide = all(parameter.dtype in (torch.float32, torch.float64) for parameter in causal_lm.parameters())
+    if called.is_sharded or not wide:
+        yield called
+        return
+    replaced = vars(causal_lm).get("forward")
+    try:
+        vars(causal_lm).pop("forward", None)
+        with torch.autocast(called.device.type, enabled=False):
+            yield called.of_causal_lm()
+    finally:
+        if replaced is not None:
+            causal_lm.forward = replaced
 
 
 @contextmanager
