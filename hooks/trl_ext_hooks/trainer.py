@@ -45,6 +45,10 @@ class TrainerView(Protocol):
         """
 
     @property
+    def has_router_loss(self) -> bool:
+        """Tells whether the trainer adds the auxiliary loss of a mixture of experts to its loss."""
+
+    @property
     def device(self) -> torch.device:
         """Returns the device of this process."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from trl_ext.shared_prefix import ModelCost, ModelParts, flop_ratio, pack
 
@@ -29,3 +30,13 @@ def test_experts_count_as_often_as_they_are_visited(tiny: Any) -> None:
     dense, sparse = (ModelCost.of(tiny("Mixtral", num_local_experts=n, num_experts_per_tok=1)) for n in (1, 4))
     router = 2 * 32 * (4 - 1)
     assert sparse.token == dense.token + router
+
+
+def test_empty_shards_count_with_their_whole_shape(tiny: Any) -> None:
+    """DeepSpeed stage 3 leaves parameters of shape [0] behind and notes their shape beside them."""
+    model = tiny()
+    cost = ModelCost.of(model)
+    for parameter in model.parameters():
+        parameter.ds_shape = parameter.shape
+        parameter.data = torch.empty(0)
+    assert ModelCost.of(model) == cost

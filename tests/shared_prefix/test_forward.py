@@ -294,3 +294,39 @@ def test_refusal_raises_or_is_reported(tiny: Any, groups: Any, compare: Any) -> 
     assert report.reason is not None
     assert "sliding attention over 12 tokens" in report.reason
     assert compare(model, *groups, logps) == (0.0, 0.0)
+
+
+def test_rows_that_cannot_be_packed_run_dense(tiny: Any, padded: Any, compare: Any) -> None:
+    rng = random.Random(0)
+    prompt = random_tokens(rng, 20)
+    batch = padded([(prompt, random_tokens(rng, 4)), (prompt, random_tokens(rng, 6)), ([], random_tokens(rng, 5))])
+    model = tiny()
+    with pytest.raises(RefusedError, match="Is its prompt empty"):
+        shared_prefix_logps(model, *batch)
+    logps, _, report = shared_prefix_logps(model, *batch, on_refusal="dense")
+    assert not report.packed
+    assert report.reason is not None
+    assert "Is its prompt empty" in report.reason
+    assert (report.dense_tokens, report.packed_tokens, report.token_ratio) == (batch[0].numel(), 0, 1.0)
+    assert compare(model, *batch, logps)[0] == 0.0
+
+
+def test_pairs_with_an_empty_prompt(tiny: Any, padded: Any) -> None:
+    rng = random.Random(0)
+    first = random_tokens(rng, 20)
+    ids, mask, _ = padded([([], [*first, 5, 6]), ([], [*first, 7])])
+    model = tiny()
+    scores, report = shared_prefix_scores(model, ids, mask, score_mask=mask)
+    assert report.packed
+    dense, _ = shared_prefix_scores(model, ids, mask, score_mask=mask, min_gain=100)
+    torch.testing.assert_close(scores["log_probs"], dense["log_probs"], atol=2e-5, rtol=0)
+    assert (scores["log_probs"][:, 0] == 0).all()
+
+
+def test_wrong_arguments_are_no_refusals(tiny: Any, groups: Any) -> None:
+    ids, mask, width = groups
+    for arguments in ((ids, mask[:, 1:], width), (ids, mask, 0)):
+        with pytest.raises(ValueError, match="must"):
+            shared_prefix_logps(tiny(), *arguments, on_refusal="dense")
+    with pytest.raises(ValueError, match="logits_to_keep must be"):
+        shared_prefix_scores(tiny(), ids, mask)

@@ -46,9 +46,9 @@ def test_the_parts_of_a_wrapped_model(tiny: Any) -> None:
     assert model_parts.modules == tuple(wrapped.modules())
     assert any(config is causal_lm.config for config in model_parts.configs)
     assert (model_parts.device, model_parts.compute_dtype) == (torch.device("cpu"), torch.float32)
-    unwrapped = model_parts.unwrapped()
-    assert unwrapped.model is unwrapped.causal_lm is causal_lm
-    assert unwrapped.modules == tuple(causal_lm.modules())
+    called = model_parts.to_check()
+    assert called.causal_lm is causal_lm
+    assert called.modules == tuple(called.model.modules())
 
 
 def test_parts_are_returned_as_they_are(tiny: Any) -> None:

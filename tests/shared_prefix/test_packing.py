@@ -11,7 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_ext.shared_prefix import pack
+from trl_ext.shared_prefix import BatchError, RefusedError, pack
+
+from .conftest import random_tokens
 
 Batch = tuple[torch.Tensor, torch.Tensor, int]
 
@@ -159,3 +161,37 @@ def test_unpack_checks_the_number_of_values(groups: Batch) -> None:
 def test_pairs_count_what_attention_computes(groups: Batch, ancestors: Callable[..., torch.Tensor]) -> None:
     packing = pack(*groups, min_run=2)
     assert packing.layout.pairs == int(ancestors(packing.tree, packing.layout.bounds).sum())
+
+
+def test_positions_by_column(padded: Any) -> None:
+    rng = random.Random(0)
+    system = random_tokens(rng, 20)
+    prompts = [system + random_tokens(rng, length) for length in (18, 25)]
+    ids, mask, width = padded([(prompt, random_tokens(rng, 4)) for prompt in prompts for _ in range(2)])
+    by_depth, by_column = pack(ids, mask, width), pack(ids, mask, width, by_column=True)
+    # The system prompt is shared by all rows, or only by those with equally much padding.
+    assert [len(node.rows) for node in by_depth.tree.nodes] == [4, 2, 1, 1, 2, 1, 1]
+    assert [len(node.rows) for node in by_column.tree.nodes] == [2, 1, 1, 2, 1, 1]
+    for packing, offsets in ((by_depth, (0, 0)), (by_column, (7, 0))):
+        for node, start in zip(packing.tree.nodes, packing.layout.bounds, strict=False):
+            offset = offsets[min(node.rows) // 2]
+            positions = packing.position_ids[0, start : start + node.end - node.start].tolist()
+            assert positions == [offset + depth for depth in range(node.start, node.end)]
+            tokens = packing.input_ids[0, start : start + node.end - node.start]
+            row = node.rows[0]
+            column = offsets[row // 2] if packing is by_column else 7 * (row < 2)
+            assert torch.equal(tokens, ids[row, column + node.start : column + node.end])
+
+
+def test_the_first_column_is_never_scored(padded: Any) -> None:
+    """As in TRL, whose labels of a pair with an empty prompt begin there."""
+    ids, mask, _ = padded([([], [5, 6, 7, 8]), ([], [5, 6, 9])])
+    packing = pack(ids, mask, score_mask=mask)
+    assert ((packing.slots < packing.predictors.numel()) == (mask.bool() & (torch.arange(4) > 0))).all()
+
+
+def test_rows_that_cannot_be_packed_are_refused(padded: Any) -> None:
+    ids, mask, width = padded([([], [5, 6]), ([3, 4], [5, 6])])
+    with pytest.raises(BatchError, match="Row 0 scores its first real token") as caught:
+        pack(ids, mask, width)
+    assert isinstance(caught.value, RefusedError)

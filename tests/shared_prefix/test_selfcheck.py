@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
-from trl_ext.shared_prefix import MismatchError, SelfCheck, self_check, selfcheck, shared_prefix_logps
+from trl_ext.shared_prefix import (
+    MismatchError,
+    ModelParts,
+    RefusedError,
+    SelfCheck,
+    self_check,
+    selfcheck,
+    shared_prefix_logps,
+)
+
+from .conftest import random_tokens
 
 
 def ignore_positions(module: Any, args: Any, kwargs: Any) -> Any:
@@ -61,7 +74,7 @@ def test_a_model_that_ignores_positions_is_found(tiny: Any, groups: Any, compare
 def test_it_runs_once_for_a_class_kernels_and_dtype(tiny: Any, groups: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
     original = selfcheck.self_check
-    monkeypatch.setattr(selfcheck, "self_check", lambda *args: runs.append(args) or original(*args))
+    monkeypatch.setattr(selfcheck, "self_check", lambda *args, **kwargs: runs.append(args) or original(*args, **kwargs))
     for _ in range(3):
         shared_prefix_logps(tiny(), *groups)
     assert len(runs) == 1
@@ -113,3 +126,67 @@ def test_a_temperature_other_than_the_fused_heads_is_found(tiny: Any, groups: An
     shared_prefix_logps(model, *groups, temperature=0.5)
     with pytest.raises(MismatchError, match="differs from its own dense path"):
         shared_prefix_logps(model, *groups, temperature=0.6)
+
+
+class Watchful(nn.Module):
+    """A wrapper that treats rows with a certain token in another way."""
+
+    def __init__(self, model: nn.Module, token: int) -> None:
+        super().__init__()
+        self.model, self.token = model, token
+
+    def forward(self, input_ids: torch.Tensor, **arguments: Any) -> Any:
+        output = self.model(input_ids=input_ids, **arguments)
+        seen = (input_ids == self.token).sum(1)
+        output.logits = output.logits * (1 + seen)[:, None, None]
+        return output
+
+
+def test_a_wrapper_that_reads_its_rows_is_found(tiny: Any, padded: Any) -> None:
+    """Only a token of the run's own prompts makes the difference."""
+    rng = random.Random(0)
+    prompts = [[*random_tokens(rng, 20), 990], [*random_tokens(rng, 20), 990]]
+    batch = padded([(prompt, random_tokens(rng, 5)) for prompt in prompts for _ in range(3)])
+    model = Watchful(tiny(vocab_size=997), token=990)
+    with pytest.raises(MismatchError, match="differs from its own dense path"):
+        shared_prefix_logps(model, *batch)
+    assert self_check(model).ok
+    assert not self_check(model, sample=[990]).ok
+
+
+def test_an_adapter_that_reads_its_rows_is_found(tiny: Any) -> None:
+    """The check plants the tokens that the adapter's configuration names."""
+    settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj", "down_proj"]}
+    model = get_peft_model(tiny(), LoraConfig(**settings, alora_invocation_tokens=[7, 8]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    assert not self_check(model).ok
+
+
+def test_another_configuration_of_a_class_is_checked_again(tiny: Any, groups: Any) -> None:
+    shared_prefix_logps(tiny(initializer_range=0.2), *groups)
+    broken = tiny(initializer_range=0.2, num_hidden_layers=3)
+    broken.model.register_forward_pre_hook(ignore_positions, with_kwargs=True)
+    with pytest.raises(MismatchError):
+        shared_prefix_logps(broken, *groups)
+
+
+def test_a_model_that_fails_on_a_packed_row_is_refused(tiny: Any, groups: Any) -> None:
+    model = tiny()
+
+    def needs_several_rows(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if kwargs["input_ids"].shape[0] == 1 and kwargs.get("attention_mask") is None:
+            raise IndexError("row 1 is out of bounds")
+
+    model.register_forward_pre_hook(needs_several_rows, with_kwargs=True)
+    with pytest.raises(RefusedError, match=r"cannot run on a packed row \(IndexError: row 1 is out of bounds\)"):
+        shared_prefix_logps(model, *groups)
+    assert not shared_prefix_logps(model, *groups, on_refusal="dense")[2].packed
+
+
+def test_the_sizes_of_empty_shards_are_not_asked(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed stage 3 leaves parameters of shape [0] behind, which are whole only inside a forward."""
+    monkeypatch.setattr(ModelParts, "is_sharded", property(lambda self: True))
+    monkeypatch.setattr(ModelParts, "embedding_weight", property(lambda self: torch.empty(0)))
+    assert self_check(tiny()).ok

@@ -57,6 +57,10 @@ class View:
         return trainer_state.prompt_text(self._trainer, prompt)
 
     @property
+    def has_router_loss(self) -> bool:
+        return trainer_state.has_router_loss(self._trainer)
+
+    @property
     def device(self) -> torch.device:
         return cast(torch.device, self._trainer.accelerator.device)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from .attention import cascade_attention
 from .attention_patch import packed_attention
 from .backends import Backend, choose_backend
-from .errors import MismatchError, RefusedError, SharedPrefixError
+from .errors import BatchError, MismatchError, RefusedError, SharedPrefixError
 from .flops import ModelCost, flop_ratio
 from .forward import MIN_GAIN, Report, shared_prefix_logps, shared_prefix_scores
 from .layout import CascadeLayout
@@ -24,6 +24,7 @@ from .probes import Answers, ProbeCost, force_answers
 from .refusals import why_not
 from .sampled_probes import sample_answers
 from .selfcheck import SelfCheck, self_check
+from .traits import why_not_at_all
 from .tree import MIN_RUN, PrefixTree, build_tree
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "MIN_RUN",
     "Answers",
     "Backend",
+    "BatchError",
     "CascadeLayout",
     "MismatchError",
     "ModelCost",
@@ -58,4 +60,5 @@ __all__ = [
     "shared_prefix_logps",
     "shared_prefix_scores",
     "why_not",
+    "why_not_at_all",
 ]

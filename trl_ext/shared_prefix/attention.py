@@ -71,7 +71,7 @@ def cascade_attention(
     Args:
         q: (N, H, D) queries in packed order.
         k: (N, Hkv, D) keys. `H` is a multiple of `Hkv`, and query head `h` reads key head `h // (H / Hkv)`.
-        v: (N, Hkv, Dv) values, no wider than the keys.
+        v: (N, Hkv, Dv) values.
         layout: Where the nodes lie.
         backend: The kernels, see `backends.choose_backend`.
         scale: Factor of the scores, `D ** -0.5` if None.
@@ -86,14 +86,15 @@ def cascade_attention(
             f"cascade_attention expects q (N, H, D), k (N, Hkv, D) and v (N, Hkv, Dv) with N = {n}, got "
             f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}."
         )
-    if value_width > key_width:
-        raise ValueError(f"cascade_attention needs values no wider than keys, got {value_width} and {key_width}.")
     dtype = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else v.dtype
     if v.dtype == torch.float64:
         dtype = v.dtype  # autocast leaves float64 alone
     scale = key_width**-0.5 if scale is None else scale
-    # The kernels take values as wide as keys. Padding adds columns of zeros to the output, which are cut off again.
+    # The kernels take values as wide as keys. Zeros that widen queries and keys change no score, and zeros that widen
+    # values add columns of zeros to the output, which are cut off again.
     if value_width < key_width:
         v = nn.functional.pad(v, (0, key_width - value_width))
+    elif value_width > key_width:
+        q, k = (nn.functional.pad(x, (0, value_width - key_width)) for x in (q, k))
     out = _CascadeAttention.apply(q.to(dtype), k.to(dtype), v.to(dtype), layout, backend, scale, softcap)
     return out[..., :value_width]

@@ -64,8 +64,9 @@ class AttentionPatch:
             device = query.device
             autocast = torch.is_autocast_enabled(device.type)
             self.dtype = torch.get_autocast_dtype(device.type) if autocast else value.dtype
+            head_dim = max(query.shape[-1], value.shape[-1])
             self.backend = choose_backend(
-                device, self.dtype, head_dim=query.shape[-1], softcap=softcap, name=self._requested_backend
+                device, self.dtype, head_dim=head_dim, softcap=softcap, name=self._requested_backend
             )
         return self.backend
 

@@ -13,5 +13,9 @@ class RefusedError(SharedPrefixError):
     """Sharing would not be exact for this model, batch or setting."""
 
 
+class BatchError(RefusedError, ValueError):
+    """These rows cannot be packed."""
+
+
 class MismatchError(SharedPrefixError):
     """The first-use check found that the packed path differs from the dense path."""

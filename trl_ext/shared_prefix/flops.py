@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
-import torch
 from torch import nn
 
 from .model_parts import ModelParts
@@ -36,17 +36,16 @@ class ModelCost:
         visited = getattr(config, "num_experts_per_tok", None) or 1
         token = 0.0
         for name, parameter in backbone.named_parameters():
-            if parameter.dim() < 2 or id(parameter) in tables:
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # DeepSpeed stage 3 keeps no elements here
+            if len(shape) < 2 or id(parameter) in tables:
                 continue
             is_expert = ".experts." in f"{name}."
-            token += parameter.numel() * (visited / experts if is_expert else 1.0)
+            token += prod(shape) * (visited / experts if is_expert else 1.0)
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         # A pair takes a product of query and key, and one of probability and value, each over the width of a head.
         pair = 2.0 * width * heads * config.num_hidden_layers
-        head_weight = model_parts.head.weight
-        assert isinstance(head_weight, torch.Tensor)
-        return cls(token, float(head_weight.numel()), pair)
+        return cls(token, float(model_parts.vocabulary * config.hidden_size), pair)
 
 
 def flop_ratio(packing: Packing, cost: ModelCost) -> float:

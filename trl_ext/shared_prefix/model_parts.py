@@ -7,12 +7,14 @@ this package searches the model once, at its entrance, and passes the resulting 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .errors import RefusedError
@@ -65,6 +67,12 @@ class ModelParts:
         return backbone
 
     @property
+    def decoder(self) -> nn.Module:
+        """Returns the part of the backbone that reads text, without towers for images and sounds."""
+        decoder = self.causal_lm.get_decoder()
+        return decoder if isinstance(decoder, nn.Module) else self.backbone
+
+    @property
     def class_name(self) -> str:
         """Returns the name of the causal LM's class, for messages."""
         return type(self.causal_lm).__name__
@@ -90,13 +98,67 @@ class ModelParts:
         return weight.dtype
 
     @property
+    def vocabulary(self) -> int:
+        """Returns the number of tokens, by the configuration. A sharded weight has the shape of a shard, or none."""
+        return int(self.text_config.vocab_size)
+
+    @property
     def is_sharded(self) -> bool:
         """Returns whether parameters are split over processes (FSDP, DeepSpeed stage 3)."""
+        if any(isinstance(module, FullyShardedDataParallel) for module in self.modules):
+            return True
         return any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in self.model.parameters())
 
-    def unwrapped(self) -> ModelParts:
+    @property
+    def adapters(self) -> dict[str, Any]:
+        """Returns the configurations of PEFT's active adapters, by name."""
+        configs: dict[str, Any] = {}
+        active: set[str] = set()
+        for module in self.modules:
+            # PEFT's wrapper has the configurations, and so has the model inside it.
+            is_wrapper = hasattr(module, "get_base_model")
+            held: Any = module.peft_config if is_wrapper else vars(module).get("peft_config")
+            if isinstance(held, dict):
+                configs |= held
+                # An adapter that learns prompts has no layers that could name it.
+                if is_wrapper and any(config.is_prompt_learning for config in held.values()):
+                    active.add(str(module.active_adapter))
+            names: Any = vars(module).get("_active_adapter")
+            if names and not vars(module).get("_disable_adapters"):
+                active.update([names] if isinstance(names, str) else names)
+        return {name: config for name, config in configs.items() if name in active}
+
+    @property
+    def accelerators(self) -> list[torch.device]:
+        """Returns the devices other than the CPU that hold parameters."""
+        devices = {parameter.device for parameter in self.model.parameters()}
+        return sorted((device for device in devices if device.type not in ("cpu", "meta")), key=str)
+
+    def to_check(self) -> ModelParts:
+        """Returns the same parts with the module to call for a check.
+
+        It keeps whatever may change results, such as an adapter's wrapper. A data-parallel wrapper would wait for a
+        backward that never comes, and a compiled model would be compiled anew for the shapes of the check, so what is
+        inside them is called. Only the wrapper of a sharded model can gather its parameters.
+        """
+        if self.is_sharded:
+            return self
+        model = self.model
+        while (inner := _inside(model)) is not None:
+            model = inner
+        return self if model is self.model else replace(self, model=model, modules=tuple(model.modules()))
+
+    def of_causal_lm(self) -> ModelParts:
         """Returns the same parts with the causal LM itself as the module to call."""
         return replace(self, model=self.causal_lm, modules=tuple(self.causal_lm.modules()))
+
+    def text_only_arguments(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns what a model of text and images needs to be told about tokens that are all text."""
+        forward = signature(type(self.causal_lm).forward).parameters
+        names = [name for name in ("token_type_ids", "mm_token_type_ids") if name in forward]
+        if self.causal_lm.config is self.text_config:
+            return {}
+        return {name: torch.zeros_like(input_ids) for name in names}
 
 
 def has_fused_head(model: nn.Module) -> bool:
@@ -104,16 +166,60 @@ def has_fused_head(model: nn.Module) -> bool:
     return ModelParts.of(model).has_fused_head
 
 
-@contextmanager
-def evaluating(model_parts: ModelParts) -> Iterator[None]:
+def evaluating(model_parts: ModelParts) -> AbstractContextManager[None]:
     """Puts every module into evaluation mode while the context is open, then restores each module's own mode."""
+    return _in_mode(model_parts, training=False)
+
+
+def training(model_parts: ModelParts) -> AbstractContextManager[None]:
+    """Puts every module into training mode while the context is open, then restores each module's own mode."""
+    return _in_mode(model_parts, training=True)
+
+
+@contextmanager
+def _in_mode(model_parts: ModelParts, training: bool) -> Iterator[None]:
+    """Puts every module into a mode while the context is open."""
     modes = [(module, module.training) for module in model_parts.modules]
-    model_parts.model.eval()
+    model_parts.model.train(training)
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, mode in modes:
+            module.training = mode
+
+
+def random_states(model_parts: ModelParts) -> list[torch.Tensor]:
+    """Returns the states of the random generators of the CPU and of the model's other devices."""
+    states = [torch.get_rng_state()]
+    for device in model_parts.accelerators:
+        module = torch.get_device_module(device)
+        states.append(module.get_rng_state() if device.type == "mps" else module.get_rng_state(device))
+    return states
+
+
+@contextmanager
+def untouched_random_state(model_parts: ModelParts) -> Iterator[None]:
+    """Gives the random generators of the CPU and of the model's devices their state back at the end."""
+    cpu_state, *states = random_states(model_parts)
+    devices = model_parts.accelerators
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu_state)
+        for device, state in zip(devices, states, strict=True):
+            module = torch.get_device_module(device)
+            module.set_rng_state(state) if device.type == "mps" else module.set_rng_state(state, device)
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    """Returns the module inside a wrapper that changes no results, None if there is no such wrapper."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        inner = model.module
+    elif type(model).__name__ in ("OptimizedModule", "DeepSpeedEngine"):
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+    else:
+        return None
+    return inner if isinstance(inner, nn.Module) else None
 
 
 def _search(model: nn.Module) -> ModelParts:

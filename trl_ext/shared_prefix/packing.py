@@ -3,7 +3,8 @@
 Letters: `B` rows, `L` padded columns, `N` packed tokens, `M` scored predictions.
 
 The trainer's rows are `[left padding, prompt, completion, right padding]`. The depth of a token is its index among the
-real tokens of its row, and becomes its position id.
+real tokens of its row, and becomes its position id. For models that are not indifferent to left padding, its column in
+the padded batch does (see `traits`).
 
 A prediction consists of the hidden state that makes it, which is that of the token before, and the label that it is
 scored on. Where rows part, one hidden state predicts a different token for each branch, so there can be more
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .errors import BatchError
 from .layout import CascadeLayout, layout_of
 from .tree import MIN_RUN, IntArray, PrefixTree, common_prefix_length, tree_of_matrix, tree_of_neighbours
 
@@ -34,7 +36,7 @@ class PackedRow:
 
     Attributes:
         input_ids: (1, N) the tokens of each node, in depth-first order of the nodes.
-        position_ids: (1, N) the depth of each token in its own rows.
+        position_ids: (1, N) the depth of each token in its own rows, or its column if packed `by_column`.
         predictors: (M,) index of the packed token whose hidden state makes each prediction.
         layout: Where the nodes lie, for the attention.
         tree: The prefix tree.
@@ -105,6 +107,7 @@ def pack(
     *,
     score_mask: torch.Tensor | None = None,
     min_run: int = MIN_RUN,
+    by_column: bool = False,
 ) -> Packing:
     """Packs the padded rows of a micro-batch.
 
@@ -112,34 +115,36 @@ def pack(
         input_ids: (B, L) token ids, padded on the left, on the right, or on both sides.
         attention_mask: (B, L) 1 for real tokens, which must be contiguous in each row.
         logits_to_keep: Number of columns at the end that hold completions. Their real tokens are scored.
-        score_mask: (B, L) instead of `logits_to_keep`: nonzero for the tokens to score. They must be real, and none
-            may be the first token of its row.
+        score_mask: (B, L) instead of `logits_to_keep`: nonzero for the tokens to score. They must be real. Like TRL,
+            this never scores the first column, which nothing predicts.
         min_run: Length of the shortest run of tokens that is shared.
+        by_column: Whether the position of a token is its column instead of its depth. Rows then share tokens only if
+            they have equally much padding on the left.
 
     Returns:
         The packing, on the device of `input_ids`. It leaves out rows without a scored token, and in each row the tokens
         after the last one that predicts something.
+
+    Raises:
+        BatchError: These rows cannot be packed.
     """
-    if input_ids.dim() != 2 or input_ids.shape != attention_mask.shape:
-        raise ValueError(
-            f"input_ids and attention_mask must both be (B, L), got {tuple(input_ids.shape)} and "
-            f"{tuple(attention_mask.shape)}."
-        )
+    check_shapes(input_ids, attention_mask, logits_to_keep, score_mask)
     device = input_ids.device
     if score_mask is None:
-        if logits_to_keep is None or not 0 < logits_to_keep <= input_ids.shape[1]:
-            raise ValueError(f"logits_to_keep must be in 1..{input_ids.shape[1]}, got {logits_to_keep}.")
-        score_mask = attention_mask.bool().clone()
-        score_mask[:, :-logits_to_keep] = False
+        assert logits_to_keep is not None
+        score_mask = scored_completions(attention_mask, logits_to_keep)
+    else:
+        score_mask = without_first_column(score_mask)
     # A single transfer brings everything to the host. What follows is integer arithmetic in numpy.
     ids, real, scored = (
         torch.stack([input_ids, attention_mask.to(input_ids), score_mask.to(input_ids)]).cpu().numpy().astype(np.int64)
     )
     first_columns = _first_columns(real != 0, scored != 0)
     tokens, lengths = _left_aligned(ids, scored != 0, first_columns)
-    tree = tree_of_matrix(tokens, lengths, min_run)
+    offsets = first_columns if by_column else np.zeros_like(first_columns)
+    tree = tree_of_matrix(_told_apart(tokens, offsets), lengths, min_run)
     layout = layout_of(tree)
-    packed_ids, positions, packed_index = _place_tokens(tree, layout, tokens)
+    packed_ids, positions, packed_index = _place_tokens(tree, layout, tokens, offsets)
     predictors, labels, slots = _list_predictions(ids, scored != 0, first_columns, lengths, packed_index, layout.length)
     return Packing(
         input_ids=torch.from_numpy(packed_ids)[None].to(device),
@@ -152,6 +157,36 @@ def pack(
         dense_tokens=int(ids.size),
         row_tokens=int(lengths.sum()),
     )
+
+
+def check_shapes(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    logits_to_keep: int | None,
+    score_mask: torch.Tensor | None,
+) -> None:
+    """Raises a ValueError for arguments that do not fit together, whatever the rows hold."""
+    if input_ids.dim() != 2 or input_ids.shape != attention_mask.shape:
+        raise ValueError(
+            f"input_ids and attention_mask must both be (B, L), got {tuple(input_ids.shape)} and "
+            f"{tuple(attention_mask.shape)}."
+        )
+    if score_mask is None and (logits_to_keep is None or not 0 < logits_to_keep <= input_ids.shape[1]):
+        raise ValueError(f"logits_to_keep must be in 1..{input_ids.shape[1]}, got {logits_to_keep}.")
+
+
+def scored_completions(attention_mask: torch.Tensor, logits_to_keep: int) -> torch.Tensor:
+    """Returns a mask (B, L) of the real tokens in the last columns, which hold the completions."""
+    score_mask = attention_mask.bool().clone()
+    score_mask[:, :-logits_to_keep] = False
+    return score_mask
+
+
+def without_first_column(score_mask: torch.Tensor) -> torch.Tensor:
+    """Returns the mask as booleans, with nothing scored in the first column."""
+    score_mask = score_mask.bool().clone()
+    score_mask[:, 0] = False
+    return score_mask
 
 
 def pack_answers(
@@ -196,15 +231,18 @@ def _first_columns(real: BoolArray, scored: BoolArray) -> IntArray:
     width = real.sum(axis=1)
     behind = real.shape[1] - real[:, ::-1].argmax(axis=1)  # the column behind the last real token
     for row in np.flatnonzero((behind - first != width) & (width > 0)):
-        raise ValueError(
+        raise BatchError(
             f"Row {row} has padding between real tokens, so the depth of a token is not defined. Move all padding to "
             "the two ends (prompts padded left, completions padded right)."
         )
     for row in np.flatnonzero((scored & ~real).any(axis=1)):
-        raise ValueError(f"Row {row} scores a padding token, but only real tokens can be scored.")
+        raise BatchError(f"Row {row} scores a padding token, but only real tokens can be scored.")
     rows = np.arange(len(first))
     for row in np.flatnonzero(scored[rows, first] & (width > 0)):
-        raise ValueError(f"Row {row} scores its first real token, which no token predicts. Is its prompt empty?")
+        raise BatchError(
+            f"Row {row} scores its first real token, which no token of the row predicts. Is its prompt empty? Give it "
+            "a prompt of at least one token, or turn shared prefixes off."
+        )
     return first.astype(np.int64)
 
 
@@ -224,8 +262,19 @@ def _left_aligned(ids: IntArray, scored: BoolArray, first_columns: IntArray) -> 
     return np.take_along_axis(ids, np.minimum(columns, width - 1), axis=1), lengths
 
 
-def _place_tokens(tree: PrefixTree, layout: CascadeLayout, tokens: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-    """Writes each node's tokens to its place in the packed row.
+def _told_apart(tokens: IntArray, offsets: IntArray) -> IntArray:
+    """Gives rows with other offsets another first token, for the comparison of rows alone."""
+    if not tokens.size or not offsets.any():
+        return tokens
+    apart = tokens.copy()
+    apart[:, 0] = apart[:, 0] * (int(offsets.max()) + 1) + offsets
+    return apart
+
+
+def _place_tokens(
+    tree: PrefixTree, layout: CascadeLayout, tokens: IntArray, offsets: IntArray
+) -> tuple[IntArray, IntArray, IntArray]:
+    """Writes each node's tokens to its place in the packed row, and adds the offset of its rows to their positions.
 
     Returns:
         Packed token ids (N,), their positions (N,), and for each token (B, longest) of the rows its index in the packed
@@ -237,7 +286,7 @@ def _place_tokens(tree: PrefixTree, layout: CascadeLayout, tokens: IntArray) -> 
     for node, start in zip(tree.nodes, layout.bounds, strict=False):
         end = start + node.end - node.start
         packed_ids[start:end] = tokens[node.rows[0], node.start : node.end]
-        positions[start:end] = np.arange(node.start, node.end)
+        positions[start:end] = np.arange(node.start, node.end) + offsets[node.rows[0]]
         packed_index[list(node.rows), node.start : node.end] = np.arange(start, end)
     return packed_ids, positions, packed_index
 

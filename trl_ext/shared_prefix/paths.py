@@ -72,15 +72,16 @@ def dense_scores(
     """Scores tokens on the dense path, as TRL runs it. The fields are laid out as in `shared_prefix_scores`."""
     model_parts = ModelParts.of(model)
     scored = score_mask.bool()
+    text_only = model_parts.text_only_arguments(input_ids)
     if model_parts.has_fused_head:
         labels = input_ids.masked_fill(~scored, -100)
         output = model_parts.model(
-            input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True
+            input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True, **text_only
         )
         # The head returns at column j the value for token j + 1.
         fields = _fused_fields(output, compute_entropy)
         return {name: nn.functional.pad(values, (1, 0)) for name, values in fields.items()}
-    logits = model_parts.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    logits = model_parts.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **text_only).logits
     # The logits of a column predict the token of the next one.
     scored = scored[:, 1:]
     fields = _own_fields(logits[:, :-1][scored], input_ids[:, 1:][scored], compute_entropy, temperature)
@@ -96,10 +97,14 @@ def _packed_forward(
     rows = packing.predictors.unique()
     with (
         packed_attention(model_parts, packing.layout, backend, rows) as patch,
-        _only_predictors(model_parts.backbone, packing),
+        _only_predictors(model_parts, packing),
     ):
         output = model_parts.model(
-            input_ids=packing.input_ids, position_ids=packing.position_ids, use_cache=False, **head_arguments
+            input_ids=packing.input_ids,
+            position_ids=packing.position_ids,
+            use_cache=False,
+            **head_arguments,
+            **model_parts.text_only_arguments(packing.input_ids),
         )
     if patch.backend is None:
         raise SharedPrefixError(
@@ -110,9 +115,22 @@ def _packed_forward(
 
 
 @contextmanager
-def _only_predictors(backbone: nn.Module, packing: PackedRow) -> Iterator[None]:
-    """Makes the backbone return only the hidden states that make predictions, (1, M, hidden)."""
-    calls = 0
+def _only_predictors(model_parts: ModelParts, packing: PackedRow) -> Iterator[None]:
+    """Makes the backbone return only the hidden states that make predictions, (1, M, hidden).
+
+    Some models leave out their backbone and call the decoder inside it. The decoder is served then.
+    """
+    backbone, decoder = model_parts.backbone, model_parts.decoder
+    calls, inside = 0, False
+
+    def enter_backbone(module: nn.Module, args: Any) -> None:
+        """Notes that the decoder is called by the backbone, which will return the hidden states."""
+        nonlocal inside
+        inside = True
+
+    def select_in_decoder(module: nn.Module, args: Any, output: Any) -> Any:
+        """Replaces the last hidden states if the backbone will not."""
+        return None if inside else select_predictors(module, args, output)
 
     def select_predictors(module: nn.Module, args: Any, output: Any) -> Any:
         """Replaces the last hidden states by those of the predictors."""
@@ -131,11 +149,17 @@ def _only_predictors(backbone: nn.Module, packing: PackedRow) -> Iterator[None]:
         output.last_hidden_state = selected
         return output
 
-    handle = backbone.register_forward_hook(select_predictors)
+    handles = [
+        backbone.register_forward_pre_hook(enter_backbone),
+        backbone.register_forward_hook(select_predictors),
+    ]
+    if decoder is not backbone:
+        handles.append(decoder.register_forward_hook(select_in_decoder))
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     if calls != 1:
         raise SharedPrefixError(
             f"{type(backbone).__name__} was called {calls} times as a module in one forward, expected once. The head "
@@ -145,9 +169,8 @@ def _only_predictors(backbone: nn.Module, packing: PackedRow) -> Iterator[None]:
 
 def _own_head_is_faster(model_parts: ModelParts, packing: Packing) -> bool:
     """Returns whether the model's own head is faster than its fused one: in float32 on a CPU, if its logits fit."""
-    weight = model_parts.embedding_weight
-    logits = packing.predictors.numel() * weight.shape[0]
-    return weight.device.type == "cpu" and model_parts.compute_dtype == torch.float32 and logits <= MOST_LOGITS
+    logits = packing.predictors.numel() * model_parts.vocabulary
+    return model_parts.device.type == "cpu" and model_parts.compute_dtype == torch.float32 and logits <= MOST_LOGITS
 
 
 def _fused_fields(output: Any, entropy: bool) -> dict[str, torch.Tensor]:

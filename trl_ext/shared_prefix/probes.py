@@ -204,7 +204,7 @@ def tree_is_usable(
     try:
         if reason is not None:
             raise RefusedError(f"Shared prefixes refused: {reason}")
-        check_first_use(model_parts, backend)
+        check_first_use(model_parts, backend, padded=False)  # contexts have no padding, so depths are columns
     except SharedPrefixError as error:
         if shared == "always":
             raise

@@ -1,12 +1,13 @@
 """Refusals: models, settings and batches for which sharing would not be exact, each with its reason and a way out.
 
 They are checked before a packed forward. What shows only when a layer calls its attention is refused there, in
-`attention_patch`.
+`attention_patch`. What a model shows only when it runs is found by `traits` and `selfcheck`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -25,8 +26,8 @@ from .packing import Packing
 _FULL_ATTENTION = {"full_attention", "attention", "hybrid_full"}
 _WINDOWED_ATTENTION = {"sliding_attention", "chunked_attention"}
 _FEED_FORWARD = {"moe", "dense", "sparse", "mlp"}
-# Names of the embeddings that hold learned absolute positions.
-_POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+# Attributes of modules that make noise in training without a dropout module.
+_NOISE = ("attention_dropout", "dropout", "residual_dropout", "router_jitter_noise", "jitter_noise", "moe_jitter_eps")
 
 
 @dataclass(frozen=True)
@@ -34,20 +35,22 @@ class _Case:
     """The model and the batch in question.
 
     Attributes:
-        model: The model, wrappers included.
-        causal_lm: The transformers model with a head inside it.
+        parts: The parts of the model.
         backbone: The part of it below the head.
         config: The configuration of the language part.
         longest: Tokens of the longest row.
         width: Columns of the padded batch.
+        packed: Tokens of the packed row.
+        in_training: Whether all modules count as being in training mode.
     """
 
-    model: nn.Module
-    causal_lm: PreTrainedModel
+    parts: ModelParts
     backbone: nn.Module
     config: Any
     longest: int
     width: int
+    packed: int
+    in_training: bool
 
 
 def why_not(
@@ -58,6 +61,7 @@ def why_not(
     backend: str | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    in_training: bool = False,
 ) -> str | None:
     """Returns why shared prefixes cannot serve this model in its present mode, or None if they can.
 
@@ -68,6 +72,7 @@ def why_not(
         backend: The kernels to check as well. If only `dtype` is given, the best kernels are checked.
         device: Where the kernels run, None for the model's own device.
         dtype: The dtype that attention computes in. With None, the kernels stay unchecked until the first layer runs.
+        in_training: Whether to take all modules for being in training mode, in place of the present one.
 
     Returns:
         A sentence with the reason and a way out.
@@ -78,8 +83,10 @@ def why_not(
     except RefusedError as error:
         return str(error)
     config = model_parts.text_config
-    longest, width = (longest, longest) if packing is None else (packing.layout.longest, packing.slots.shape[1])
-    case = _Case(model_parts.model, model_parts.causal_lm, backbone, config, longest, width)
+    width = packed = longest
+    if packing is not None:
+        longest, width, packed = packing.layout.longest, packing.slots.shape[1], packing.packed_tokens
+    case = _Case(model_parts, backbone, config, longest, width, packed, in_training)
     for check in _CHECKS:
         for reason in check(case):
             return f"{model_parts.class_name} {reason}"
@@ -108,22 +115,13 @@ def _head_dim(config: Any) -> int | None:
 # Each check below yields its reasons as the rest of a sentence that begins with the class of the model.
 
 
-def _inputs(case: _Case) -> Iterator[str]:
-    """Refuses inputs other than text, and positions that are not a single number."""
-    for name in ("vision_config", "audio_config"):
-        if getattr(case.causal_lm.config, name, None) is not None:
-            yield f"takes more than text ({name}). Load its text model, or turn shared prefixes off."
-    for parameters in _rope_parameters(case.config):
-        if parameters.get("mrope_section") is not None or parameters.get("rope_type") == "mrope":
-            yield "has position ids of several axes (M-RoPE), but only positions on one axis can be packed."
-
-
 def _layers(case: _Case) -> Iterator[str]:
     """Refuses layers that carry a state along the row, and attention to later tokens."""
     types = set(getattr(case.config, "layer_types", None) or ())
     unknown_types = sorted(types - _FULL_ATTENTION - _WINDOWED_ATTENTION - _FEED_FORWARD)
-    is_stateful = bool(unknown_types) or getattr(case.causal_lm, "_is_stateful", False)
-    is_stateful = is_stateful or any(isinstance(module, nn.Conv1d) for module in case.backbone.modules())
+    # A class of hybrid models is marked as stateful even if all layers of this model are attention.
+    is_stateful = bool(unknown_types) or (not types and getattr(case.parts.causal_lm, "_is_stateful", False))
+    is_stateful = is_stateful or any(isinstance(module, nn.Conv1d) for module in case.parts.decoder.modules())
     if is_stateful:
         kinds = ", ".join(unknown_types) or "recurrent or convolutional"
         yield (
@@ -136,17 +134,17 @@ def _layers(case: _Case) -> Iterator[str]:
 
 def _interface(case: _Case) -> Iterator[str]:
     """Refuses models whose attention or positions cannot be set from outside."""
-    if case.causal_lm.config.is_encoder_decoder:
+    if case.parts.causal_lm.config.is_encoder_decoder:
         yield "is an encoder-decoder, but shared prefixes need a decoder alone."
-    attention_owner = case.backbone if isinstance(case.backbone, PreTrainedModel) else case.causal_lm
+    attention_owner = case.backbone if isinstance(case.backbone, PreTrainedModel) else case.parts.causal_lm
     if not attention_owner._can_set_attn_implementation():
         yield (
             "does not call its attention through transformers' attention interface, so it cannot be replaced without "
             "editing the model file. Turn shared prefixes off for it."
         )
-    if "position_ids" not in signature(type(case.causal_lm).forward).parameters:
+    if "position_ids" not in signature(type(case.parts.causal_lm).forward).parameters:
         yield "takes no position_ids, so it cannot be told where the tokens of a packed row stand."
-    if isinstance(case.model, nn.DataParallel):
+    if isinstance(case.parts.model, nn.DataParallel):
         yield "runs under DataParallel, whose threads do not see the packed row. Use DistributedDataParallel."
     if getattr(case.config, "output_attentions", False) or getattr(case.config, "output_hidden_states", False):
         yield "is configured to return attentions or hidden states of every layer. Set both options to False."
@@ -181,20 +179,16 @@ def _attention_extras(case: _Case) -> Iterator[str]:
             "prefixes off for it."
         )
     if getattr(case.config, "attn_temperature_tuning", False):
-        yield (
-            "scales its queries by their place in the row that it is given, not by their position. Set "
-            "attn_temperature_tuning=False."
-        )
+        scale = getattr(case.config, "floor_scale", 0)
+        if max(case.width, case.packed) >= scale:
+            yield (
+                f"scales its queries by their place in the row that it is given, not by their position, from place "
+                f"{scale} on. Set attn_temperature_tuning=False, or keep micro-batches below that many tokens."
+            )
 
 
 def _positions(case: _Case) -> Iterator[str]:
-    """Refuses positions that depend on the padding of a row."""
-    for name, module in case.backbone.named_modules():
-        if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in _POSITION_TABLES:
-            yield (
-                f"has learned absolute positions ({name}): the padded path counts a row's left padding, so its shared "
-                "tokens stand at several positions. Turn shared prefixes off for it."
-            )
+    """Refuses rotary frequencies that depend on the padding of a row."""
     for parameters in _rope_parameters(case.config):
         if parameters.get("rope_type") in ("dynamic", "longrope"):
             limit = parameters.get("original_max_position_embeddings") or case.config.max_position_embeddings
@@ -216,57 +210,90 @@ def _rope_parameters(config: Any) -> Iterator[dict[str, Any]]:
 
 def _randomness(case: _Case) -> Iterator[str]:
     """Refuses dropout and noise, which are independent for each row on the dense path."""
-    for name, module in case.model.named_modules():
-        if not module.training:
+    for name, module in case.parts.model.named_modules():
+        if not module.training and not case.in_training:
             continue
         if isinstance(module, _DropoutNd) and module.p > 0:
+            way_out = "lora_dropout=0" if "lora_dropout" in name else "disable_dropout=True in the trainer's arguments"
             yield (
                 f"drops activations in training ({name}, p={module.p}): rows would share the mask of their shared "
-                "tokens. Set disable_dropout=True in the trainer's arguments, and lora_dropout=0 for adapters."
+                f"tokens. Set {way_out}."
             )
-        for attribute in ("attention_dropout", "dropout", "router_jitter_noise", "jitter_noise"):
-            value = getattr(module, attribute, None)
+        for attribute in _NOISE:
+            value = vars(module).get(attribute)
             if isinstance(value, float) and value > 0:
                 yield (
                     f"has {attribute}={value} in training ({name}): rows would share the noise of their shared tokens. "
-                    "Set it to 0 in the model's configuration, or disable_dropout=True in the trainer's arguments."
+                    f"{_way_out_of_noise(case.parts, attribute, value)} (disable_dropout does not reach it)."
                 )
+    embeddings = case.parts.embeddings
+    if getattr(embeddings, "neftune_noise_alpha", None) and (embeddings.training or case.in_training):
+        yield "gets noise on its embeddings in training, which rows would share. Leave out neftune_noise_alpha."
 
 
-def _router(case: _Case) -> Iterator[str]:
-    """Refuses an auxiliary loss that is averaged over tokens."""
-    if getattr(case.config, "output_router_logits", False):
-        yield (
-            "asks for its router's auxiliary loss, which would count a shared token once instead of once per row. Set "
-            "output_router_logits=False (model_init_kwargs), or turn shared prefixes off."
-        )
+def named_noise(model_parts: ModelParts, in_training: bool = False) -> str | None:
+    """Returns the reason of `why_not` if it is dropout or noise that modules name, None otherwise."""
+    config = model_parts.text_config
+    case = _Case(model_parts, model_parts.backbone, config, 0, 0, 0, in_training)
+    reason = next(_randomness(case), None)
+    return None if reason is None else f"{model_parts.class_name} {reason}"
+
+
+@contextmanager
+def named_noise_off(model_parts: ModelParts) -> Iterator[None]:
+    """Switches off all dropout and noise that modules name while the context is open."""
+    values: list[tuple[nn.Module, str, float]] = []
+    for module in model_parts.modules:
+        for attribute in ("p",) if isinstance(module, _DropoutNd) else _NOISE:
+            value = vars(module).get(attribute)
+            if isinstance(value, float) and value > 0:
+                values.append((module, attribute, value))
+                setattr(module, attribute, 0.0)
+    try:
+        yield
+    finally:
+        for module, attribute, value in values:
+            setattr(module, attribute, value)
+
+
+def _way_out_of_noise(model_parts: ModelParts, attribute: str, value: float) -> str:
+    """Names the setting that a module's attribute comes from: one with its name, or a name like it and its value."""
+    settings = [
+        (config, name)
+        for config in model_parts.configs
+        for name, setting in vars(config).items()
+        if setting == value and (attribute in name or name in attribute)
+    ]
+    settings.sort(key=lambda setting: setting[1] != attribute)
+    config, name = settings[0] if settings else (model_parts.causal_lm.config, attribute)
+    if config is model_parts.causal_lm.config:
+        return f"Set {name}=0.0 in the model's configuration, with model_init_kwargs={{{name!r}: 0.0}}"
+    return f"Set {name}=0.0 in the {type(config).__name__} of the model"
 
 
 def _adapters(case: _Case) -> Iterator[str]:
-    """Refuses adapters that put virtual tokens before each row."""
-    for module in case.model.modules():
-        # Only a PeftModel has this method. The model inside it carries the adapters' configurations as well.
-        if not hasattr(module, "get_base_model"):
-            continue
-        configs: Any = module.peft_config
-        active: Any = module.active_adapter
-        for name in [active] if isinstance(active, str) else active:
-            if getattr(configs.get(name), "is_prompt_learning", False):
-                yield (
-                    f"has a prompt-learning adapter ({name}, {configs[name].peft_type}), whose virtual tokens would "
-                    "stand before the packed row only once. Use LoRA, or turn shared prefixes off."
-                )
+    """Refuses adapters that put virtual tokens before each row, or that look for tokens in it."""
+    for name, config in case.parts.adapters.items():
+        if getattr(config, "is_prompt_learning", False):
+            yield (
+                f"has a prompt-learning adapter ({name}, {config.peft_type}), whose virtual tokens would stand before "
+                "the packed row only once. Use LoRA, or turn shared prefixes off."
+            )
+        if getattr(config, "alora_invocation_tokens", None):
+            yield (
+                f"has an activated LoRA ({name}), which looks for its invocation tokens once in each row that it is "
+                "given, and a packed row holds several. Use LoRA without alora_invocation_tokens, or turn shared "
+                "prefixes off."
+            )
 
 
 # In this order: the first reason found is the one reported, so the more fundamental ones come first.
 _CHECKS: tuple[Callable[[_Case], Iterator[str]], ...] = (
-    _inputs,
     _layers,
     _interface,
     _windows,
     _attention_extras,
     _positions,
     _randomness,
-    _router,
     _adapters,
 )

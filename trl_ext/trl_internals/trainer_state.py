@@ -34,6 +34,11 @@ def environments(trainer: Any) -> list[Any] | None:
     return getattr(trainer, "environments", None)
 
 
+def has_router_loss(trainer: Any) -> bool:
+    """Whether a trainer adds its model's auxiliary loss for routers. TRL decides by coefficient and configuration."""
+    return bool(getattr(trainer, "aux_loss_enabled", False))
+
+
 def optimizer_callback(run: Callable[[], None]) -> Any:
     """Makes a callback that runs after every step of the trainer's optimizer."""
     from transformers import TrainerCallback

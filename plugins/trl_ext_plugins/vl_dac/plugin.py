@@ -180,11 +180,11 @@ class VLDAC(Plugin):
         config = trainer.unwrapped_model.config.get_text_config()
         head = ValueHead(config.hidden_size, self.options.head_sizes, trainer.args.seed)
         self.critic = Critic(head, self.options.value_lr, trainer.device)
-        if self.options.value_warmup_iterations and getattr(config, "output_router_logits", False):
+        if self.options.value_warmup_iterations and trainer.has_router_loss:
             return [
                 Refuse(
                     "the router's auxiliary loss would change the policy while only the value is trained.",
-                    "Set output_router_logits=False, or vl-dac.value_warmup_iterations=0.",
+                    "Set router_aux_loss_coef=0.0, or vl-dac.value_warmup_iterations=0.",
                 )
             ]
         return []

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from trl import GRPOConfig
 
 import trl_ext
 from trl_ext import ConfigError, OptionError
@@ -173,6 +175,29 @@ def test_settings_that_cannot_work(settings: dict[str, Any], message: str, build
 
     with trl_ext.enable({"vl-dac": {"head_sizes": [8]}}), pytest.raises(ConfigError, match=message):
         build(model=tool_model, trainer={"tools": [calculator]}, **settings)
+
+
+@pytest.mark.skipif(not hasattr(GRPOConfig, "router_aux_loss_coef"), reason="TRL adds no router's loss without it")
+def test_a_router_must_not_move_while_the_value_warms_up(build: Any, tool_model: str) -> None:
+    """The trainer decides on the loss of a router. The model's `output_router_logits` is False in all cases."""
+    tokenizer = AutoTokenizer.from_pretrained(tool_model)
+
+    def trainer(**settings: Any) -> Any:
+        from trl_ext.tools import calculator
+
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+        experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 24, "head_dim": 8}
+        ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+        policy = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=len(tokenizer), **sizes, **experts, **ids))
+        policy.config._name_or_path = policy.name_or_path = tool_model
+        return build(model=policy, trainer={"tools": [calculator], "processing_class": tokenizer}, **settings)
+
+    with trl_ext.enable({"vl-dac": {"head_sizes": [8]}}):
+        with pytest.raises(ConfigError, match=r"the router's auxiliary loss would .* Set router_aux_loss_coef=0\.0"):
+            trainer()
+        trainer(router_aux_loss_coef=0.0)
+    with trl_ext.enable({"vl-dac": SMALL}):
+        trainer()
 
 
 def test_it_needs_something_to_act_on(build: Any) -> None:

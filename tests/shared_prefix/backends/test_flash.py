@@ -260,6 +260,46 @@ def test_a_version_without_the_functions_is_refused(monkeypatch: pytest.MonkeyPa
     assert reason == "flash-attn 1.0 has no _flash_attn_varlen_forward. Install flash-attn 2.6.3 to 2.8."
 
 
+@pytest.mark.parametrize("rows", [[[1] * 20 + [2, 3], [1] * 20 + [4]], [[1, 2, 3, 4]], [[1, 2], [3, 4]]])
+def test_a_log_sum_exp_of_tokens_and_heads(rows: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Triton kernels for ROCm return it so, and take it so. With as many tokens as heads, no shape tells it."""
+    functions = version_2_6()
+    original_forward = functions["_flash_attn_varlen_forward"]
+    original_backward = functions["_flash_attn_varlen_backward"]
+
+    def _flash_attn_varlen_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+    ):  # fmt: skip
+        sizes = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        result = list(original_forward(q, k, v, *sizes, dropout_p, softmax_scale, causal))
+        result[5] = result[5].t().contiguous()
+        return result
+
+    def _flash_attn_varlen_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        dropout_p, softmax_scale, causal, deterministic, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+    ):  # fmt: skip
+        assert softmax_lse.shape == q.shape[:2]
+        sizes = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal)
+        named = {"deterministic": deterministic, "window_size": window_size, "softcap": 0.0, "alibi_slopes": None}
+        return original_backward(dout, q, k, v, out, softmax_lse.t().contiguous(), dq, dk, dv, *sizes, **named)
+
+    functions["_flash_attn_varlen_forward"] = _flash_attn_varlen_forward
+    functions["_flash_attn_varlen_backward"] = _flash_attn_varlen_backward
+    backend = install(monkeypatch, "2.8.3", functions)
+    layout = layout_of(build_tree(rows, 1))
+    results = []
+    for kernels in (backend, get_backend("math")):
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(layout.length, heads, 8) for heads in (4, 2, 2)]
+        inputs = [torch.randn(s, dtype=torch.float64, generator=generator).requires_grad_() for s in shapes]
+        out = cascade_attention(*inputs, layout, kernels)
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for value, expected in zip(*results, strict=True):
+        torch.testing.assert_close(value, expected, atol=1e-12, rtol=0)
+
+
 def test_a_log_sum_exp_of_another_shape_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     functions = version_2_6()
     original = functions["_flash_attn_varlen_forward"]

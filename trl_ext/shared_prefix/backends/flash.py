@@ -119,6 +119,8 @@ class Kernels:
         self._forward, forward_arguments = self._checked(module, "_flash_attn_varlen_forward", _FORWARD)
         self._backward, backward_arguments = self._checked(module, "_flash_attn_varlen_backward", _BACKWARD)
         self.arguments = forward_arguments & backward_arguments
+        # Whether the log-sum-exp comes as (tokens, heads), as from the Triton kernels for ROCm. None until it is known.
+        self._token_major: bool | None = None
         # A window of -1 on both sides is no window. 2.6 takes it as a pair, later versions as two numbers.
         if "window_size_left" in self.arguments:
             self._no_window: dict[str, Any] = {"window_size_left": -1, "window_size_right": -1}
@@ -139,13 +141,18 @@ class Kernels:
         softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns `out` (n, H, D) and `lse` (H, n)."""
-        result = self._forward(q=q, k=k, v=v, **self._call_arguments(call, scale, softcap))
-        # 2.6 returns (out, q, k, v, padded out, lse, mask, rng), later versions return (out, lse, mask, rng).
-        out, lse = (result[0], result[5]) if len(result) == 8 else (result[0], result[1])
-        if lse.shape != (q.shape[1], q.shape[0]):
+        out, lse = self._call_forward(q, k, v, call, scale, softcap)
+        tokens, heads = q.shape[:2]
+        if tokens == heads and self._token_major is None:
+            # The shape does not tell which of the two comes first, so a call of another shape is made.
+            self._learn_order(q, k, v, scale, softcap)
+        elif tokens != heads:
+            self._token_major = lse.shape == (tokens, heads)
+        lse = lse.t() if self._token_major else lse
+        if lse.shape != (heads, tokens):
             raise RefusedError(
                 f"flash-attn {self.version} returned its log-sum-exp as {tuple(lse.shape)}, expected (heads, tokens) "
-                f"= {(q.shape[1], q.shape[0])}. Install flash-attn 2.6.3 to 2.8."
+                f"= {(heads, tokens)} or the reverse. Install flash-attn 2.6.3 to 2.8."
             )
         return out, lse
 
@@ -170,7 +177,7 @@ class Kernels:
             k=k,
             v=v,
             out=out,
-            softmax_lse=lse,
+            softmax_lse=lse.t().contiguous() if self._token_major else lse,
             dq=dq,
             dk=dk,
             dv=dv,
@@ -178,6 +185,31 @@ class Kernels:
             **self._call_arguments(call, scale, softcap),
         )
         return dq, dk, dv
+
+    def _call_forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        call: VarlenCall,
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns `out` and the log-sum-exp as the kernels order it."""
+        result = self._forward(q=q, k=k, v=v, **self._call_arguments(call, scale, softcap))
+        # 2.6 returns (out, q, k, v, padded out, lse, mask, rng), later versions return (out, lse, mask, rng).
+        return (result[0], result[5]) if len(result) == 8 else (result[0], result[1])
+
+    def _learn_order(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float | None
+    ) -> None:
+        """Calls the kernels on one token more than there are heads, to see in which order they return both."""
+        tokens = q.shape[1] + 1
+        q, k, v = (x.new_zeros(tokens, *x.shape[1:]) for x in (q, k, v))
+        bounds = torch.tensor([0, tokens], dtype=torch.int32, device=q.device)
+        call = VarlenCall(True, slice(0, tokens), slice(0, tokens), bounds, bounds, tokens, tokens)
+        _, lse = self._call_forward(q, k, v, call, scale, softcap)
+        self._token_major = lse.shape == (tokens, q.shape[1])
 
     def _call_arguments(self, call: VarlenCall, scale: float, softcap: float | None) -> dict[str, Any]:
         """Returns the arguments that both functions take besides the tensors."""
