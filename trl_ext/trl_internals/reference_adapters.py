@@ -117,13 +117,22 @@ def add_copy(policy: Any, plugin: str) -> None:
         if name in trained:
             value.requires_grad_(trained[name])
         elif name not in buffers:
-            source = values[".".join(active if part == ADAPTER else part for part in name.split("."))]
+            source = values.get(".".join(active if part == ADAPTER else part for part in name.split(".")))
+            if source is None or source.shape != value.shape:
+                remove_copy(policy)
+                raise ConfigError(f"{wanted}, and the adapter {active!r} has nothing that matches {name}.")
             value.data = source.data.clone()
             value.requires_grad_(False)
     for layer in policy.modules():
         scaling = getattr(layer, "scaling", None) if isinstance(layer, BaseTunerLayer) else None
         if isinstance(scaling, dict) and active in scaling:
             scaling[ADAPTER] = scaling[active]
+
+
+def remove_copy(policy: Any) -> None:
+    """Removes the copy of an adapter, if it is still there."""
+    if ADAPTER in policy.peft_config:
+        policy.delete_adapter(ADAPTER)
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -50,7 +50,7 @@ def provide(trainer: Any, plugin: str) -> tuple[Any, Callable[[], None]]:
         return None, lambda: None
     if adapted:
         reference_adapters.add_copy(policy, plugin)
-        return None, functools.partial(policy.delete_adapter, ADAPTER)
+        return None, functools.partial(reference_adapters.remove_copy, policy)
     model = _prepare(trainer, _copy_model(trainer, policy, plugin))
     return model, lambda: _unload(trainer, model)
 
