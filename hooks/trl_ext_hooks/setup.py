@@ -37,8 +37,8 @@ class Config:
     columns: tuple[str, ...] | None
     plugins: tuple[str, ...]
     tool_sources: tuple[str, ...] = ()
-    data: Any = field(default=None, repr=False, compare=False)
     rewriters: tuple[str, ...] = ()
+    data: Any = field(default=None, kw_only=True, repr=False, compare=False)
 
     def first_rows(self, *columns: str, count: int = 1000) -> list[dict[str, Any]]:
         """Returns the first rows of the training data, for checks of what they hold.

@@ -134,13 +134,13 @@ def _config_of_arguments(kind: TrainerKind, bound: Mapping[str, Any]) -> Config:
     names = None if by_environment else rewards.distinct(map(rewards.reward_name, functions))
     sources = tuple(name for name in TOOL_SOURCES if bound.get(name))
     data = bound.get("train_dataset")
-    return Config(kind, bound["args"], names, _columns(data), (), sources, _readable(data))
+    return Config(kind, bound["args"], names, _columns(data), (), sources, data=_readable(data))
 
 
 def _config_of_trainer(trainer: Any, kind: TrainerKind) -> Config:
     names, columns = rewards.reward_names(trainer), _columns(trainer.train_dataset)
     sources, data = trainer_state.tool_sources(trainer), _readable(trainer.train_dataset)
-    return Config(kind, trainer.args, names, columns, (), sources, data)
+    return Config(kind, trainer.args, names, columns, (), sources, data=data)
 
 
 def _columns(dataset: Any) -> tuple[str, ...] | None:

@@ -103,7 +103,7 @@ def test_the_answer_of_a_row() -> None:
 )
 def test_columns_are_read_before_training(values: list[Any], reason: str | None, tmp_path: Any) -> None:
     data = Dataset.from_dict({"prompt": ["p"] * len(values), "truth": values})
-    config = Config("grpo", tiny_args("grpo", tmp_path), (), ("prompt", "truth"), (), (), data)
+    config = Config("grpo", tiny_args("grpo", tmp_path), (), ("prompt", "truth"), (), data=data)
     found = list(answer_requirements(config, "truth", "spae.answer_column"))
     if reason is None:
         assert found == []
@@ -114,5 +114,5 @@ def test_columns_are_read_before_training(values: list[Any], reason: str | None,
 
 def test_unknown_data_are_not_refused(tmp_path: Any) -> None:
     for columns, data in ((None, None), (("truth",), None), (("prompt",), Dataset.from_dict({"prompt": ["p"]}))):
-        config = Config("grpo", tiny_args("grpo", tmp_path), (), columns, (), (), data)
+        config = Config("grpo", tiny_args("grpo", tmp_path), (), columns, (), data=data)
         assert list(answer_requirements(config, "truth", "spae.answer_column")) == []

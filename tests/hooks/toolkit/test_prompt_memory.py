@@ -153,7 +153,7 @@ ENV, ROLLOUT = "environment_factory", "rollout_func"
 def test_tasks_that_lie_outside_the_data(data: Any, sources: Any, settings: Any, refusal: Any, tmp_path: Any) -> None:
     table = None if data is None else Dataset.from_dict(data)
     columns = None if table is None else tuple(table.column_names)
-    config = Config("grpo", tiny_args("grpo", tmp_path, **settings), (), columns, (), sources, table)
+    config = Config("grpo", tiny_args("grpo", tmp_path, **settings), (), columns, (), sources, data=table)
     asked = list(PromptMemory(min).requirements(config, "otc.id_column", "otc.n_scope=local"))
     if refusal is None:
         assert asked == []

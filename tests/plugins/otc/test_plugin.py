@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import trl_ext
-from tests.refusals import refused
-from trl_ext.testing import Scripted, reported, tiny_data, tiny_trainer
+from trl_ext.testing import Scripted, reported, tiny_data
 from trl_ext_hooks.toolkit.groups import group_normalize
 from trl_ext_plugins.otc import falling_coefficient
 
@@ -292,28 +291,6 @@ def test_images_need_an_id(build: Any) -> None:
     data = tiny_data(rows=8).add_column("image", ["x"] * 8)
     with trl_ext.enable("otc", otc={"c": 4}), pytest.raises(trl_ext.ConfigError, match=r"images.*Set otc\.id_column"):
         build(cls=unloadable, data=data)
-
-
-class Drawing:
-    """An environment that owns its tasks."""
-
-    def reset(self, **row: Any) -> str:
-        return "find it"
-
-    def look(self) -> str:
-        """Looks."""
-        return "seen"
-
-
-@pytest.mark.parametrize("data", [None, tiny_data(rows=1).select_columns("prompt").select([0] * 16)], ids=["no", "one"])
-def test_an_environment_that_owns_its_tasks(data: Any, tool_model: str, tmp_path: Path) -> None:
-    given = {"environment_factory": Drawing, "train_dataset": data}
-    with trl_ext.enable("otc", otc={"c": 4}), refused(trl_ext.ConfigError, ", or otc.n_scope=local."):
-        tiny_trainer("grpo", tool_model, tmp_path, cls=unloadable, trainer=given)
-    with trl_ext.enable("otc", otc={"c": 4, "n_scope": "local"}):
-        trainer = tiny_trainer("grpo", tool_model, tmp_path, trainer=given)
-    with refused(trl_ext.ConfigError, "rows of the data are equal"):
-        trl_ext.attach(trainer, {"otc": {"c": 4}})
 
 
 def test_rloo_must_be_told_what_a_call_is(build: Any) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import trl_ext
+from tests.refusals import refused, unloadable
 from trl_ext.testing import calls, digits, metrics_of, tiny_data, tiny_trainer
 from trl_ext.tools import calculator
 from trl_ext_hooks.toolkit.prompt_memory import prompt_key
@@ -114,3 +115,25 @@ def test_calls_in_plain_text_under_rloo(train: Any, look: str) -> None:
             round.rewards[:, 0].double(), base * falling_coefficient(counted, 2), atol=1e-6, rtol=0
         )
     assert sum(logged(trainer, "otc/tool_calls_mean")) > 0
+
+
+class Drawing:
+    """An environment that owns its tasks."""
+
+    def reset(self, **row: Any) -> str:
+        return "find it"
+
+    def look(self) -> str:
+        """Looks."""
+        return "seen"
+
+
+@pytest.mark.parametrize("data", [None, tiny_data(rows=1).select_columns("prompt").select([0] * 16)], ids=["no", "one"])
+def test_an_environment_that_owns_its_tasks(data: Any, tool_model: str, tmp_path: Path) -> None:
+    given = {"environment_factory": Drawing, "train_dataset": data}
+    with trl_ext.enable("otc", otc={"c": 4}), refused(trl_ext.ConfigError, ", or otc.n_scope=local."):
+        tiny_trainer("grpo", tool_model, tmp_path, cls=unloadable("grpo"), trainer=given)
+    with trl_ext.enable("otc", otc={"c": 4, "n_scope": "local"}):
+        trainer = tiny_trainer("grpo", tool_model, tmp_path, trainer=given)
+    with refused(trl_ext.ConfigError, "rows of the data are equal"):
+        trl_ext.attach(trainer, {"otc": {"c": 4}})
