@@ -201,6 +201,11 @@ def test_columns_that_trl_drops(check: Any, tmp_path: Path) -> None:
         check(rewards=[path], remove_unused_columns=True)
 
 
+def test_columns_that_a_plugin_needs_are_not_dropped(check: Any, tmp_path: Path) -> None:
+    path = reward_module(tmp_path, "completions, answer, **rest")
+    check(rewards=[path], plugins={"spae": {"prober": "json:dumps"}}, remove_unused_columns=True)
+
+
 def test_no_reward_check_leaves_all_of_this_out(check: Any, tried: Any) -> None:
     check(rewards=["accuracy_reward"], look=False)
     assert tried == []

@@ -94,6 +94,13 @@ def instances(specs: Sequence[PluginSpec]) -> dict[str, Plugin]:
     return {spec.name: spec.cls(spec.options) for spec in specs}
 
 
+def needed_columns(specs: Sequence[PluginSpec]) -> set[str]:
+    """Returns the columns of the data that plugins need by declaration or by an option."""
+    needs = {need for spec in specs for need in spec.cls.needs}
+    needs |= {need for spec in specs for need, _ in plugin_options.named_needs(spec.options, spec.name)}
+    return {need.partition(":")[2] for need in needs if need.startswith("column:")}
+
+
 def implemented(cls: type[Plugin]) -> tuple[str, ...]:
     """Returns the hooks that a plugin implements, in the order of the documentation."""
     return tuple(hook for hook in HOOKS if hasattr(getattr(cls, hook, None), "trl_ext_impl"))

@@ -50,10 +50,10 @@ def construct(
         _check_device(bound["args"])
         config = _config_of_arguments(kind, bound)
         steps.check_rows(kind, config.args, bound.get("train_dataset"), type(trainer))
-        functions = _functions(bound)
-        if kind != "dpo" and rewards.calls_them(kind, type(trainer), functions):
-            rewards.check_columns(arguments.kept_columns(kind, config.args, config.columns or ()))
         plan = make_plan(specs, config, plugins)
+        if kind != "dpo" and rewards.calls_them(kind, type(trainer), _functions(bound)):
+            kept = arguments.kept_columns(kind, config.args, config.columns or (), plan.columns())
+            rewards.check_columns(kept)
         if "tools" in plan.needs and not generation.renders_tool_calls(bound):
             raise ConfigError(
                 f"{' and '.join(plan.needs['tools'])}: rollouts must be able to call tools, and the chat template of "

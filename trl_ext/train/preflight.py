@@ -7,7 +7,7 @@ from typing import Any
 
 from trl_ext_hooks import TrainerKind
 
-from ..catalog.declaration import PluginSpec
+from ..catalog.declaration import PluginSpec, needed_columns
 from ..errors import ConfigError
 from ..plan.ownership import owner
 from ..support.reward_functions import parameters, reward_functions
@@ -72,7 +72,7 @@ def check(
         steps.check_rows(kind, parsed[1], parts["training"])
     if rewards and kind != "dpo":
         for part, row in rows.items():
-            kept = trl_arguments.kept_columns(kind, parsed[1], list(row))
+            kept = trl_arguments.kept_columns(kind, parsed[1], list(row), needed_columns(specs))
             _check_arguments(trl_rewards.of_trl(names) | functions, part, list(row), kept, specs)
         _try_rewards(kind, parsed[1], functions, parts["training"], warn, specs)
 
@@ -197,7 +197,7 @@ def _try_rewards(
     group = int(args.num_generations)
     count = min(int(args.train_batch_size) * int(args.steps_per_generation), 2 * group)
     prompts = list(data.take(-(-count // group)))
-    kept = trl_arguments.kept_columns(kind, args, list(prompts[0]))
+    kept = trl_arguments.kept_columns(kind, args, list(prompts[0]), needed_columns(specs))
     rows = [{name: row[name] for name in kept} for row in prompts for _ in range(group)][:count]
     state = {
         "max_steps": steps.planned_steps(kind, args, _length(data)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
@@ -90,13 +90,19 @@ def load_splits(parsed: Parsed) -> Any:
     return None
 
 
-def kept_columns(kind: TrainerKind, args: Any, columns: Sequence[str]) -> list[str]:
-    """Returns the columns of the data that reach the trainer's reward functions; `remove_unused_columns` drops others.
+def kept_columns(kind: TrainerKind, args: Any, columns: Sequence[str], needed: Collection[str] = ()) -> list[str]:
+    """Returns the columns of the data that reach the trainer's reward functions. `remove_unused_columns` drops others.
 
     The trainer class is asked, without a trainer.
+
+    Args:
+        kind: The trainer.
+        args: Its arguments.
+        columns: The columns of the data.
+        needed: The columns that plugins need, which the core keeps.
     """
     if not args.remove_unused_columns:
         return list(columns)
     asked = SimpleNamespace(_signature_columns=None)
     trainer_class(kind)._set_signature_columns_if_needed(asked)
-    return [name for name in columns if name in asked._signature_columns]
+    return [name for name in columns if name in asked._signature_columns or name in needed]
