@@ -202,6 +202,7 @@ class LocalJob:
         found |= reward_functions(functions)
         scales = [1.0] * len(functions) if weights is None else list(weights)
         tokenizer = self._tokenizer()
+        loop = asyncio.Runner()  # one for all calls, since judges are bound to the loop of the first
 
         def score(rows: list[dict[str, Any]], completions: list[Any]) -> list[float]:
             totals = [math.nan] * len(rows)
@@ -212,7 +213,7 @@ class LocalJob:
             for name, scale in zip(functions, scales, strict=True):
                 result = found[name](**given)
                 if asyncio.iscoroutine(result):
-                    result = asyncio.run(result)
+                    result = loop.run(result)
                 values = check_result(name, result, len(rows))
                 for i, value in enumerate(values):
                     if value is not None and not math.isnan(value):
