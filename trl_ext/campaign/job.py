@@ -210,6 +210,7 @@ class LocalJob:
         found |= reward_functions(functions)
         scales = [1.0] * len(functions) if weights is None else list(weights)
         tokenizer = self._tokenizer()
+        loop = asyncio.Runner()  # one for all calls, since judges are bound to the loop of the first
 
         def score(rows: list[dict[str, Any]], completions: list[Any]) -> list[float]:
             totals = [math.nan] * len(rows)
@@ -220,7 +221,7 @@ class LocalJob:
             for name, scale in zip(functions, scales, strict=True):
                 result = found[name](**given)
                 if asyncio.iscoroutine(result):
-                    result = asyncio.run(result)
+                    result = loop.run(result)
                 values = check_result(name, result, len(rows))
                 complaint = infinite_rewards(f"reward function {name!r}", values)
                 if complaint:
