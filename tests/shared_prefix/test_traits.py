@@ -75,7 +75,7 @@ def test_noise_that_no_setting_switches_off_is_told_first(tiny: Any, groups: Any
         RefusedError, match=r"draws random numbers in training in model\.layers\.0\.mlp\.router"
     ) as caught:
         shared_prefix_logps(model, *groups)
-    assert "let them run dense" in str(caught.value)
+    assert "Otherwise turn shared prefixes off" in str(caught.value)
     assert {module.router_jitter_noise for module in model.modules() if hasattr(module, "router_jitter_noise")} == {0.1}
     assert not shared_prefix_logps(model, *groups, on_refusal="dense")[2].packed
     assert why_not_at_all(model.eval()) is None

@@ -141,10 +141,7 @@ def _way_out(model_parts: ModelParts) -> str:
     """Returns how to get rid of noise."""
     if getattr(model_parts.embeddings, "neftune_noise_alpha", None):
         return "Leave out neftune_noise_alpha."
-    return (
-        "If a setting of the model switches this off, set it. Otherwise turn shared prefixes off, or let them run "
-        "dense (on_refusal='dense')."
-    )
+    return "If a setting of the model switches this off, set it. Otherwise turn shared prefixes off."
 
 
 def _find_positions(model_parts: ModelParts, width: int) -> bool:
