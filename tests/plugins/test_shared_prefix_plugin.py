@@ -305,7 +305,7 @@ def test_text_alone_for_a_model_of_images(other, model, family):
 @NEEDS_FUSED
 def test_pairs_with_an_activated_adapter(train):
     """The forward of pairs is below PEFT's wrapper. The reference has no adapter, so it is shared."""
-    adapter = LoraConfig(r=4, target_modules=["q_proj"], alora_invocation_tokens=[2])
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[2])
     settings = {"trainer": {"peft_config": adapter}, "optim": "sgd", "learning_rate": 0.1}
     with trl_ext.enable("shared-prefix"), pytest.raises(trl_ext.ConfigError, match="looks for its invocation tokens"):
         train("dpo", **settings)

@@ -90,6 +90,22 @@ def test_named_noise_is_told_with_its_setting(tiny: Any, groups: Any) -> None:
     assert shared_prefix_logps(tiny("Starcoder2", **noisy | {"residual_dropout": 0.0}), *groups)[2].packed
 
 
+def test_draws_without_an_effect_are_no_obstacle(tiny: Any) -> None:
+    """DBRX multiplies by random numbers between 1 - 0 and 1 + 0."""
+    feed_forward = {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}
+    sizes = {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 1,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+    }
+    for epsilon, reason in ((0.0, None), (0.1, "Set moe_jitter_eps=0.0")):
+        model = tiny("Dbrx", ffn_config={**feed_forward, "moe_jitter_eps": epsilon}, **sizes)
+        assert traits.why_noisy(ModelParts.of(model)) is None
+        assert (why_not_at_all(model) is None) == (reason is None)
+        assert reason is None or reason in str(why_not_at_all(model))
+
+
 def test_no_trace(tiny: Any) -> None:
     model = tiny()
     add_noise(model.model.layers[0], lambda x: torch.randn_like(x))
