@@ -113,7 +113,8 @@ class SharedPrefix(Plugin):
 
     @hookimpl
     def logps(self, call: LogpsCall, compute: Compute) -> Logps:
-        self._forwards = []
+        if call.role == "policy":
+            self._forwards = []  # a reference scores the pairs of a micro-batch after the policy
         refusal = _refusal(call)
         if refusal is not None:
             if self.options.on_refusal == "error":

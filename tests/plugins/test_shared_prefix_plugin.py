@@ -303,6 +303,24 @@ def test_text_alone_for_a_model_of_images(other, model, family):
 
 
 @NEEDS_FUSED
+def test_pairs_with_an_activated_adapter(train):
+    """The forward of pairs is below PEFT's wrapper. The reference has no adapter, so it is shared."""
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[2])
+    settings = {"trainer": {"peft_config": adapter}, "optim": "sgd", "learning_rate": 0.1}
+    with trl_ext.enable("shared-prefix"), pytest.raises(trl_ext.ConfigError, match="looks for its invocation tokens"):
+        train("dpo", **settings)
+    torch.manual_seed(0)
+    dense = train("dpo", **settings)
+    torch.manual_seed(0)
+    with trl_ext.enable(shared_prefix={"on_refusal": "dense", "min_gain": 0}):
+        shared = train("dpo", **settings)
+    # Policy and reference are equal at first, so the share of pairs in which one is higher is a matter of rounding.
+    for expected, parameter in zip(dense.model.parameters(), shared.model.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, atol=5e-5, rtol=0)
+    assert set(metric(shared, "shared-prefix/dense_share")) == {0.5}
+
+
+@NEEDS_FUSED
 def test_pairs_with_an_empty_prompt(train):
     pairs = [{"prompt": "" if row == 1 else "What is 1 + 1? " * 4, "chosen": f"yes {row}", "rejected": f"no {row}"}
              for row in range(8)]  # fmt: skip

@@ -75,7 +75,7 @@ def test_noise_that_no_setting_switches_off_is_told_first(tiny: Any, groups: Any
         RefusedError, match=r"draws random numbers in training in model\.layers\.0\.mlp\.router"
     ) as caught:
         shared_prefix_logps(model, *groups)
-    assert "let them run dense" in str(caught.value)
+    assert "Otherwise turn shared prefixes off" in str(caught.value)
     assert {module.router_jitter_noise for module in model.modules() if hasattr(module, "router_jitter_noise")} == {0.1}
     assert not shared_prefix_logps(model, *groups, on_refusal="dense")[2].packed
     assert why_not_at_all(model.eval()) is None
@@ -88,6 +88,22 @@ def test_named_noise_is_told_with_its_setting(tiny: Any, groups: Any) -> None:
     with pytest.raises(RefusedError, match=r"Set residual_dropout=0\.0 in the model's configuration"):
         shared_prefix_logps(tiny("Starcoder2", **noisy), *groups)
     assert shared_prefix_logps(tiny("Starcoder2", **noisy | {"residual_dropout": 0.0}), *groups)[2].packed
+
+
+def test_draws_without_an_effect_are_no_obstacle(tiny: Any) -> None:
+    """DBRX multiplies by random numbers between 1 - 0 and 1 + 0."""
+    feed_forward = {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}
+    sizes = {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 1,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+    }
+    for epsilon, reason in ((0.0, None), (0.1, "Set moe_jitter_eps=0.0")):
+        model = tiny("Dbrx", ffn_config={**feed_forward, "moe_jitter_eps": epsilon}, **sizes)
+        assert traits.why_noisy(ModelParts.of(model)) is None
+        assert (why_not_at_all(model) is None) == (reason is None)
+        assert reason is None or reason in str(why_not_at_all(model))
 
 
 def test_no_trace(tiny: Any) -> None:

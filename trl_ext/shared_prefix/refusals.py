@@ -239,6 +239,11 @@ def named_noise(model_parts: ModelParts, in_training: bool = False) -> str | Non
     return None if reason is None else f"{model_parts.class_name} {reason}"
 
 
+def names_noise(module: nn.Module) -> bool:
+    """Returns whether a module has a setting for noise, on or off."""
+    return any(isinstance(vars(module).get(attribute), float) for attribute in _NOISE)
+
+
 @contextmanager
 def named_noise_off(model_parts: ModelParts) -> Iterator[None]:
     """Switches off all dropout and noise that modules name while the context is open."""

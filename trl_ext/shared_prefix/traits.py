@@ -19,7 +19,7 @@ from .comparison import Result, coarser, compared_parameters, gradients, same
 from .errors import RefusedError
 from .model_parts import ModelParts, evaluating, random_states, training, untouched_random_state
 from .packing import Packing
-from .refusals import named_noise, named_noise_off, why_not
+from .refusals import named_noise, named_noise_off, names_noise, why_not
 
 _TOKENS = 16  # of a row that a model is asked about
 _NARROWEST, _WIDEST = 64, 4096
@@ -117,9 +117,13 @@ def _find_noise(model_parts: ModelParts) -> str | None:
         named_noise_off(model_parts),
         untouched_random_state(model_parts),
         torch.no_grad(),
-        _drawing_modules(called) as drawing,
     ):
-        logits, dtype = _logits(called, rows)
+        with _drawing_modules(called) as drawing:
+            logits, dtype = _logits(called, rows)
+        if drawing and all(names_noise(module) for _, module in drawing):
+            # Some modules draw even where their noise is set to 0. Then other numbers change nothing at all.
+            again, _ = _logits(called, rows)
+            drawing = [] if torch.equal(logits, again) else drawing
     culprits = [
         f"{name or 'the model itself'} ({type(module).__name__})"
         for name, module in drawing
@@ -141,10 +145,7 @@ def _way_out(model_parts: ModelParts) -> str:
     """Returns how to get rid of noise."""
     if getattr(model_parts.embeddings, "neftune_noise_alpha", None):
         return "Leave out neftune_noise_alpha."
-    return (
-        "If a setting of the model switches this off, set it. Otherwise turn shared prefixes off, or let them run "
-        "dense (on_refusal='dense')."
-    )
+    return "If a setting of the model switches this off, set it. Otherwise turn shared prefixes off."
 
 
 def _find_positions(model_parts: ModelParts, width: int) -> bool:
