@@ -71,6 +71,10 @@ class Observer(Plugin):
         return None
 
     @hookimpl
+    def token_weights(self, round: Any) -> None:
+        return None
+
+    @hookimpl
     def batch_fields(self, round: Any) -> None:
         return None
 

@@ -71,7 +71,8 @@ def mortal(model: str, folder: Path, diary: Path, options: dict[str, Any], setti
 
     def move_file(source: Any, target: Any) -> None:
         path = Path(target)
-        if folder not in path.parents or not str(source).endswith(".part") or released(path):
+        # a checkpoint that a kill leaves unfinished is made again, steps included, so only the run's own files count
+        if folder not in path.parents or path.suffix != ".json" or released(path):
             return replace(source, target)
         at(f"before {target}")
         replace(source, target)
