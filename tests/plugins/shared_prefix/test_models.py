@@ -52,7 +52,7 @@ def pair_of(other, kind, family, model_settings, **settings):
 
 
 @ROUTER_COEFFICIENT
-@pytest.mark.parametrize("kind", ["grpo", "rloo", "dpo"])
+@pytest.mark.parametrize("kind", ["grpo", "rloo", pytest.param("dpo", marks=NEEDS_FUSED)])
 def test_a_mixture_of_experts_is_refused_before_generation(other, kind):
     with trl_ext.enable("shared-prefix"), pytest.raises(trl_ext.ConfigError, match=r"Set router_aux_loss_coef=0\.0"):
         other(kind, "qwen3_moe", {**MIXTURE, "head_dim": 8})
