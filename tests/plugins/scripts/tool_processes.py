@@ -118,10 +118,10 @@ def publish(cls: type) -> str:
 
 
 RUNS: dict[str, tuple[list[Any], dict[str, Any]]] = {
-    "otc": (["otc"], {"loss_type": "grpo", "save_strategy": "steps", "save_steps": 1}),
+    "otc": ([{"otc": {"id_column": "task"}}], {"loss_type": "grpo", "save_strategy": "steps", "save_steps": 1}),
     "hdpo": (["hdpo"], {"loss_type": "dapo", "save_strategy": "steps", "save_steps": 1}),
     "hdpo-rows": (["hdpo"], {"loss_type": "grpo"}),
-    "hdpo-otc": (["otc", {"hdpo": {"format_reward": "form"}}], {"loss_type": "dr_grpo"}),
+    "hdpo-otc": ([{"otc": {"id_column": "task"}}, {"hdpo": {"format_reward": "form"}}], {"loss_type": "dr_grpo"}),
 }
 
 
@@ -133,9 +133,9 @@ def main(model: str, folder: Path) -> dict[str, Any]:
     world, rank = state.num_processes, state.process_index
     report: dict[str, Any] = {"world": world}
     scripted = publish(Scripted)
-    # the first and the last row are one prompt
+    # the first and the last row are one task
     prompts = [[{"role": "user", "content": text}] for text in ("1+1=", "2+2=", "1+1=")]
-    data = Dataset.from_dict({"prompt": prompts, "index": [0, 1, 2]})
+    data = Dataset.from_dict({"prompt": prompts, "index": [0, 1, 2], "task": ["a", "b", "a"]})
     common = {"num_generations": GROUP, "max_completion_length": 8, "max_steps": 3, "optim": "sgd"}
     common |= {"learning_rate": 0.05, "seed": 7, "max_tool_calling_iterations": 4}
 
