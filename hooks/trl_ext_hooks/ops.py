@@ -1,7 +1,7 @@
 """Tensor functions of the toolkit under one short name: `from trl_ext_hooks import ops`."""
 
 from .toolkit.groups import GroupStats, group_normalize, group_pairs, group_stats
-from .toolkit.losses import clipped_surrogate, masked_mean, scale_gradient
+from .toolkit.losses import clipped_surrogate, importance_ratio, masked_mean, scale_gradient
 from .toolkit.messages import count_executed_calls, count_tag, count_tool_messages
 from .toolkit.tokens import align_tokens, predicting
 
@@ -15,6 +15,7 @@ __all__ = [
     "group_normalize",
     "group_pairs",
     "group_stats",
+    "importance_ratio",
     "masked_mean",
     "predicting",
     "scale_gradient",

@@ -36,7 +36,7 @@ from trl_ext_hooks import (
     option,
 )
 from trl_ext_hooks.toolkit.groups import group_normalize, group_stats
-from trl_ext_hooks.toolkit.losses import clipped_surrogate, masked_mean
+from trl_ext_hooks.toolkit.losses import clipped_surrogate, importance_ratio, masked_mean
 from trl_ext_hooks.toolkit.tool_calls import CallOptions
 
 CLIPPED = ("dapo", "bnpo", "grpo", "dr_grpo", "luspo")
@@ -76,17 +76,6 @@ def tool_advantages(
     return torch.where(at_mean, 0.0, out).nan_to_num(nan=0.0)
 
 
-def importance_ratio(
-    per_token_logps: torch.Tensor, old_per_token_logps: torch.Tensor, mask: torch.Tensor, level: str = "token"
-) -> torch.Tensor:
-    """Returns rho = exp(log pi - log pi_old) of every token (m, T).
-
-    With the level `"sequence"` it is (m, 1): exp of the mean difference over the row's counted tokens.
-    """
-    difference = per_token_logps - old_per_token_logps
-    return torch.exp(difference if level == "token" else masked_mean(difference, mask, dim=1).unsqueeze(1))
-
-
 def round_share(
     signal: torch.Tensor, kept: torch.Tensor, lengths: torch.Tensor, tokens: torch.Tensor | None
 ) -> torch.Tensor:
@@ -118,28 +107,16 @@ class HDPO(Plugin):
     class Options(CallOptions):
         """The accuracy loss has the weight 1. Clipping is the trainer's `epsilon` and `delta`."""
 
-        w_tool: float = option(
-            0.15, ge=0, help="weight of the tool loss; useful: 0.05 to 0.3", source="authors' script"
-        )
-        w_ans: float = option(0.9, gt=0, help="weight of the correctness reward", source="authors' reward manager")
-        w_fmt: float = option(
-            0.1, ge=0, help="weight of the format reward; 1 - w_ans", source="authors' reward manager"
-        )
-        correct_reward: RewardName | None = option(
-            None, help="reward function that judges the answer; default: the first one", source="ours"
-        )
-        format_reward: RewardName | None = option(
-            None, help="reward function that judges the form; default: the other one of two", source="ours"
-        )
-        correct_threshold: float = option(
-            0.0, help="an answer is right when its reward is above this", source="authors' reward manager"
-        )
+        w_tool: float = option(0.15, ge=0, help="weight of the tool loss, 0.05 to 0.3", source="authors' script")
+        w_ans: float = option(0.9, gt=0, help="weight of the correctness reward", source="authors' code")
+        w_fmt: float = option(0.1, ge=0, help="weight of the format reward, 1 - w_ans", source="authors' code")
+        correct_reward: RewardName | None = option(None, help="judges the answer, by default the first", source="ours")
+        format_reward: RewardName | None = option(None, help="judges the form, of two the other one", source="ours")
+        correct_threshold: float = option(0.0, help="a reward above it is a right answer", source="authors' code")
         eps: float = option(1e-6, gt=0, help="added to standard deviations", source="authors' code")
         scale_by_std: bool = option(True, help="divide both advantages by their deviation", source="authors' code")
         tool_loss_denominator: Literal["signal", "all"] = option(
-            "signal",
-            help="average the tool loss over rollouts with a tool advantage, or over all",
-            source="authors' code; README: all",
+            "signal", help="average the tool loss over rollouts with a tool advantage, or all", source="authors' code"
         )
 
         def __post_init__(self) -> None:
@@ -154,17 +131,11 @@ class HDPO(Plugin):
     @hookimpl
     def configure(self, config: Config) -> Iterator[Requirement]:
         yield from self.options.counter.requirements(config, self.name)
-        if config.reward_names and self.options.correct_reward is None:
-            first = config.reward_names[0]
-            if self.options.format_reward == first:
-                what = f"format_reward is {first!r}, the first reward function, which judges the answer by default."
-                yield Refuse(what, "Set hdpo.correct_reward.")
         yield from self.check_weights(config)
         yield Require("loss_type", CLIPPED, "the tool loss is the clipped surrogate, as the accuracy loss must be")
         yield Require("top_entropy_quantile", (1.0,), "the tool loss counts every token of a rollout")
         yield Require("off_policy_mask_threshold", (None,), "the mask is made of the accuracy advantages only")
-        why = "HDPO normalises itself; hdpo.scale_by_std=false divides by nothing"
-        yield Require("scale_rewards", ("group",), why)
+        yield Require("scale_rewards", ("group",), "HDPO normalises itself; hdpo.scale_by_std=false divides by nothing")
         yield Require("multi_objective_aggregation", ("sum_then_normalize",), "HDPO has its own two channels")
         yield Recommend("delta", 3.0, "authors' code: dual clip")
 
@@ -185,6 +156,9 @@ class HDPO(Plugin):
                 f"trainer's weights"
             )
         correct = options.correct_reward or (names[0] if names else None)
+        if correct is not None and options.format_reward == correct:
+            what = f"format_reward is {correct!r}, the first reward function, which judges the answer by default."
+            yield Refuse(what, "Set hdpo.correct_reward.")
         others = [name for name in names if name not in (correct, form)]
         if others and options.w_ans != 1 and config.args.reward_weights is None:
             yield Refuse(

@@ -19,6 +19,17 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor, dim: int | None = None
     return (values * mask).sum(dims) / mask.sum(dims).clamp(min=1)
 
 
+def importance_ratio(
+    per_token_logps: torch.Tensor, old_per_token_logps: torch.Tensor, mask: torch.Tensor, level: str = "token"
+) -> torch.Tensor:
+    """Returns rho = exp(log pi - log pi_old) of every token (m, T).
+
+    With the level `"sequence"` it is (m, 1): exp of the mean difference over the row's counted tokens.
+    """
+    difference = per_token_logps - old_per_token_logps
+    return torch.exp(difference if level == "token" else masked_mean(difference, mask, dim=1).unsqueeze(1))
+
+
 def clipped_surrogate(
     ratio: torch.Tensor, advantages: torch.Tensor, low: float, high: float, delta: float | None = None
 ) -> torch.Tensor:

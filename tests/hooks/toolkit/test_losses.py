@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from trl_ext_hooks.toolkit.losses import clipped_surrogate, masked_mean, scale_gradient
+from trl_ext_hooks.toolkit.losses import clipped_surrogate, importance_ratio, masked_mean, scale_gradient
 
 
 def test_masked_mean_is_a_loop_and_0_where_nothing_counts() -> None:
@@ -52,3 +54,10 @@ def test_the_dual_clip_bounds_a_ratio_that_exploded() -> None:
     loss = clipped_surrogate(ratio, torch.tensor([-1.0]), 0.2, 0.2, 3.0)
     loss.sum().backward()
     assert loss.item() == 3.0 and ratio.grad.item() == 0.0
+
+
+def test_importance_ratio_per_token_and_per_row() -> None:
+    new, old = torch.tensor([[0.0, -1.0, -9.0]]), torch.tensor([[0.0, -2.0, 0.0]])
+    mask = torch.tensor([[1, 1, 0]])
+    torch.testing.assert_close(importance_ratio(new, old, mask)[0, :2], torch.tensor([1.0, math.e]))
+    torch.testing.assert_close(importance_ratio(new, old, mask, "sequence"), torch.tensor([[math.exp(0.5)]]))
