@@ -90,13 +90,12 @@ def test_a_log_that_cannot_be_written(outside: Any, tmp_path: Path) -> None:
 def test_stopping_cleans_up_and_ends_what_does_not_listen(
     outside: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(child_process, "PATIENCE", 1.0)
+    monkeypatch.setattr(child_process, "PATIENCE", 3.0)
     work = outside(
         "import signal\nfrom trl_ext.compare.child_process import Said\n"
         "def work(deaf, file, tell):\n"
         "    if deaf: signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "    tell(Said('ready'))\n"
-        "    try:\n        time.sleep(60)\n"
+        "    try:\n        tell(Said('ready')); time.sleep(60)\n"
         "    finally:\n        open(file, 'w').write('cleaned up')\n"
     )
     children = [
