@@ -62,35 +62,35 @@ def compose(specs: Sequence[PluginSpec]) -> tuple[PluginSpec, ...]:
                     f"one out."
                 )
             owners[claim] = spec.name
-    without_advantages = owners.get("no_advantages")
-    for spec in specs:
-        makes = {"advantages", "token_weights"} & set(spec.hooks) or "estimator" in spec.claims
-        if without_advantages not in (None, spec.name) and makes:
-            raise ConfigError(
-                f"plugins {without_advantages!r} and {spec.name!r} cannot be combined: {spec.name!r} makes advantages, "
-                f"and the loss of {without_advantages!r} uses none. Leave one out."
-            )
-    reader = owners.get("reward_labels")
-    for spec in specs:
-        if reader not in (None, spec.name) and "rewards" in spec.hooks:
-            raise ConfigError(
-                f"plugins {reader!r} and {spec.name!r} cannot be combined: {spec.name!r} rewrites rewards, and "
-                f"{reader!r} reads them as labels, not as amounts. Leave one out."
-            )
-    loss_owner = owners.get("policy_loss")
-    for spec in specs:
-        if loss_owner not in (None, spec.name) and "token_weights" in spec.hooks:
-            raise ConfigError(
-                f"plugins {loss_owner!r} and {spec.name!r} cannot be combined: {spec.name!r} weighs tokens for the "
-                f"averages of TRL's loss, and {loss_owner!r} replaces that loss. Leave one out."
-            )
-    forward_owner = owners.get("logps")
-    for spec in specs:
-        if forward_owner not in (None, spec.name) and "hidden_positions" in spec.hooks:
-            raise ConfigError(
-                f"plugins {forward_owner!r} and {spec.name!r} cannot be combined: {spec.name!r} reads hidden states of "
-                f"the policy's forward, and {forward_owner!r} runs a forward of its own. Leave one out."
-            )
+    for claim, clashes, why in (
+        (
+            "no_advantages",
+            lambda spec: {"advantages", "token_weights"} & set(spec.hooks) or "estimator" in spec.claims,
+            "{other!r} makes advantages, and the loss of {owner!r} uses none",
+        ),
+        (
+            "reward_labels",
+            lambda spec: "rewards" in spec.hooks,
+            "{other!r} rewrites rewards, and {owner!r} reads them as labels, not as amounts",
+        ),
+        (
+            "policy_loss",
+            lambda spec: "token_weights" in spec.hooks,
+            "{other!r} weighs tokens for the averages of TRL's loss, and {owner!r} replaces that loss",
+        ),
+        (
+            "logps",
+            lambda spec: "hidden_positions" in spec.hooks,
+            "{other!r} reads hidden states of the policy's forward, and {owner!r} runs a forward of its own",
+        ),
+    ):
+        owner = owners.get(claim)
+        for spec in specs:
+            if owner not in (None, spec.name) and clashes(spec):
+                raise ConfigError(
+                    f"plugins {owner!r} and {spec.name!r} cannot be combined: "
+                    f"{why.format(other=spec.name, owner=owner)}. Leave one out."
+                )
     return tuple(sorted(specs, key=lambda spec: "estimator" not in spec.claims))
 
 
