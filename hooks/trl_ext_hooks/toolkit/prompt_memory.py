@@ -1,4 +1,4 @@
-"""What a method remembers about each task from step to step."""
+"""Memory of a method: one value for each task, kept from step to step."""
 
 from __future__ import annotations
 

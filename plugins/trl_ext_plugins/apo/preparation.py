@@ -1,4 +1,4 @@
-"""What must hold before the rounds, the rows of each round, and the record of a run in its folder."""
+"""Preparation of an APO run: what must hold before it, the rows of each round, and its record in the folder."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def episodes(
     """Joins what the model wrote with what the environments gave.
 
     The k-th run of tokens is what the model wrote in turn k, so its reward is that of turn k. A row stops at the turn
-    after which its environment is done or truncated. What the model says then is no step.
+    after which its environment is done or truncated. What the model says after that is not a step.
 
     Args:
         loss_mask: (b, T), 1 on tokens that the model wrote.
