@@ -1,10 +1,8 @@
 """The console script: help, errors, and what they cost."""
 
-import subprocess
-import sys
-
 import pytest
 
+from tests import processes
 from trl_ext.cli import main
 
 LIGHT = """
@@ -24,7 +22,7 @@ print("RESULT", seconds, *heavy)
 def test_import_and_help_are_light():
     best = None
     for _ in range(3):  # the best of three, as other processes may keep the machine busy
-        done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=True)
+        done = processes.run_python(LIGHT, check=True)
         _, seconds, *heavy = done.stdout.splitlines()[-1].split()
         assert heavy == []
         best = min(float(seconds), best or 1e9)

@@ -1,11 +1,11 @@
 """`trl_ext new`: a package that installs, and whose tests pass."""
 
 import os
-import subprocess
 import sys
 
 import pytest
 
+from tests import processes
 from trl_ext import ConfigError
 from trl_ext.cli import new
 
@@ -14,18 +14,13 @@ def test_the_scaffold_installs_and_its_tests_pass(package, tmp_path):
     """A real install into a folder of its own; then its own tests, and its name works like a built-in's."""
     site = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(site)]
-    subprocess.run([*pip, str(package)], check=True, capture_output=True)
+    processes.run([*pip, str(package)], check=True)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), *sys.path])}
-    tests = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(package)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(package)]
+    tests = processes.run(command, env=environment, cwd=tmp_path)
     assert "2 passed" in tests.stdout, tests.stdout[-2000:]
     code = "from trl_ext.catalog.find import resolve; print(resolve({'my_method': {'eps': 0.1}})[0].origin)"
-    shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    shown = processes.run([sys.executable, "-c", code], env=environment, check=True)
     assert shown.stdout.strip() == "trl-ext-my-method"
 
 

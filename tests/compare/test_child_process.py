@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import processes
 from trl_ext.compare import child_process
 from trl_ext.compare.child_process import Failure, Result, Said, Step
 from trl_ext.errors import ConfigError, TrlExtError
@@ -133,11 +133,10 @@ def test_an_interrupt_of_the_terminal_is_for_the_parent(outside: Any, tmp_path: 
 
 
 def test_this_process_needs_neither_torch_nor_trl() -> None:
-    import subprocess
 
     code = (
         "import sys, trl_ext.compare.schedule, trl_ext.compare.html_report, trl_ext.cli.compare\n"
         "print(sorted({'torch', 'trl', 'transformers'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = processes.run_python(code)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -8,12 +8,12 @@ import hashlib
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import processes
 from trl_ext.compare import html_report, plots, store
 
 from .pages import CONTENT, Reader, check_curves
@@ -158,7 +158,7 @@ def test_a_browser_shows_the_curves_and_runs_the_script(text: str, tmp_path: Pat
     assert policy  # it would not let the probe run
     file.write_text(text.replace(policy[0], "").replace("</body>", probe))
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    done = subprocess.run([*command, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120)
+    done = processes.run([*command, "--dump-dom", file.as_uri()], timeout=120)
     shown = done.stdout
     assert done.returncode == 0 and "data-error" not in shown, done.stderr[-2000:]
     check_curves(shown, CONTENT["curves"])

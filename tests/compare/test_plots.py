@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import processes
 from trl_ext.compare import plots
 
 from .pages import CONTENT, check_curves
@@ -51,12 +52,8 @@ def test_equal_numbers_are_equal_files_in_another_process() -> None:
         "from tests.compare.test_plots import *\n"
         "print(plots.curve_chart(ARMS, COLORS, 0.9).svg + plots.seed_chart(CONTENT['metrics'][0], COLORS).svg)"
     )
-    from pathlib import Path
-
-    done = [
-        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
-        for _ in range(2)
-    ]
+    command = [sys.executable, "-c", code]
+    done = [processes.run(command, cwd=Path(__file__).parents[2]) for _ in range(2)]
     assert done[0].returncode == 0, done[0].stderr
     assert done[0].stdout == done[1].stdout and len(done[0].stdout) > 5000
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
+from tests import processes
 from trl_ext.catalog import builtins, declaration
 from trl_ext.cli.new import scaffold
 from trl_ext.testing import conformance
@@ -45,7 +45,7 @@ def test_plugins_conform(name: str, folder: Path) -> None:
 
 def test_the_test_of_the_guide_passes(folder: Path) -> None:
     (test,) = [name for name in FILES if name.startswith("test_")]
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", test], cwd=folder, capture_output=True, text=True)
+    done = processes.run([sys.executable, "-m", "pytest", "-q", test], cwd=folder)
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-2000:]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from types import ModuleType
 
 import pytest
 
+from tests import processes
 from trl_ext.catalog import builtins, find
 from trl_ext.trl_internals import seams
 
@@ -178,7 +178,7 @@ def test_fingerprints_ignore_comments_and_see_code() -> None:
 def test_importing_is_light(module: str) -> None:
     heavy = {"torch", "trl", "transformers", "numpy", "pydantic"}
     code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = processes.run_python(code)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
@@ -196,3 +196,10 @@ def test_what_is_public_is_what_is_listed() -> None:
     assert public == set(trl_ext_hooks.__all__)
     with pytest.raises(AttributeError, match="module 'trl_ext' has no attribute 'enabel'"):
         trl_ext.enabel  # noqa: B018
+
+
+def test_tests_start_programs_with_a_limit() -> None:
+    """A program that hangs must fail its test, and with what it has started it must end."""
+    unlimited = re.compile(r"subprocess\.(run|call|check_call|check_output)\(")
+    found = [str(file.relative_to(ROOT)) for file in sources(ROOT / "tests") if unlimited.search(file.read_text())]
+    assert not found, f"{found}: use tests/processes.py"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 import yaml
 
 import trl_ext
+from tests import processes
 from trl_ext.catalog import builtins, find
 from trl_ext.cli.main import COMMANDS
 from trl_ext.cli.show import declaration
@@ -130,7 +129,7 @@ def test_python_runs(code: str, model: str, tmp_path: Path, monkeypatch: pytest.
     code = code.replace('GRPOConfig("run",', f'GRPOConfig("run", {ON_CPU},')
     code = code.replace("train_dataset=data)", f"train_dataset=data, {SHORT})")
     assert code.count(ON_CPU) == (".train()" in code)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = processes.run_python(code)
     assert done.returncode == 0, done.stderr[-2000:]
     if ".train()" in code:
         assert "advantages" in done.stderr and "gdpo" in done.stderr  # the printed plan

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import processes
+
 ROOT = Path(__file__).parents[2]
 SOURCES = [str(ROOT), str(ROOT / "hooks"), str(ROOT / "plugins")]
 
@@ -75,16 +77,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (source / "acme_methods.py").write_text(METHOD)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]
     command += ["--no-deps", "--no-build-isolation", "--target", str(target), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = processes.run(command)
     assert done.returncode == 0, done.stderr
     return target
 
 
 def run(site: Path | None, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([*([str(site)] if site else []), *SOURCES, os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
-    )
+    return processes.run([sys.executable, "-c", code, *arguments], env={**os.environ, "PYTHONPATH": path})
 
 
 def test_an_installed_package_trains_by_name(installed: Path, model: str, tmp_path: Path) -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import processes
 from trl_ext.testing import tiny_data, tiny_trainer
 from trl_ext.trl_internals import seams
 
@@ -32,16 +30,7 @@ def test_one_and_two_processes_agree(model: str, tmp_path: Path) -> None:
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     one = script.main(*arguments, tmp_path)
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(SCRIPT), *arguments, str(tmp_path)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    processes.launch(2, SCRIPT, *arguments, str(tmp_path))
     two = [json.loads((tmp_path / f"report-2-{rank}.json").read_text()) for rank in range(2)]
     assert [report["world"] for report in (one, *two)] == [1, 2, 2]
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests import processes
 
 SCRIPT = Path(__file__).parent / "scripts" / "processes.py"
 STRADDLING = ("gdpo", "gdpo-tokens", "shared-prefix", "token-wise", "rloo", "thinkless", "resumed")
@@ -31,16 +30,7 @@ def here(model: str, folder: Path, script: Path = SCRIPT) -> Report:
 
 def two_processes(model: str, folder: Path, script: Path = SCRIPT) -> list[Report]:
     """What each of two processes wrote down; they really run, under accelerate's launcher with gloo."""
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script), model, str(folder)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,  # a collective that one process skips would hang
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    processes.launch(2, script, model, str(folder))
     return [json.loads((folder / f"report-2-{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +12,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 import trl_ext
+from tests import processes
 from trl_ext import ConfigError
 from trl_ext.testing import tiny_data
 from trl_ext_hooks import Plugin, hookimpl
@@ -38,7 +37,7 @@ handle.disable()
 assert type(trainer) is GRPOTrainer and GRPOTrainer.__init__.__qualname__ == "GRPOTrainer.__init__"
 assert not hasattr(GRPOTrainer.__init__, "__wrapped__")
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = processes.run_python(script)
     assert done.returncode == 0, done.stderr
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +10,7 @@ import gymnasium
 import pytest
 from transformers.utils import get_json_schema
 
+from tests import processes
 from trl_ext import ConfigError
 from trl_ext.environments import GymEnvironment, gym
 from trl_ext.environments.actions import action_reader
@@ -66,7 +65,7 @@ def test_without_gymnasium_it_is_said_what_to_install() -> None:
         sys.modules["gymnasium"] = None
         trl_ext.environments.gym("FrozenLake-v1")
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    done = processes.run_python(textwrap.dedent(code))
     assert 'gymnasium is not installed: pip install "trl_ext[environments]"' in done.stderr, done.stderr
 
 

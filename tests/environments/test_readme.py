@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import yaml
 
 import trl_ext.environments
+from tests import processes
 from trl_ext.testing import calls
 
 README = (Path(trl_ext.environments.__file__).parent / "README.md").read_text()
@@ -28,7 +28,7 @@ def test_python_runs(code: str, tool_model: str, tmp_path: Path, monkeypatch: py
     assert ("GRPOTrainer(" in code) == (HUB in code)
     script = code.replace(HUB, tool_model).replace("max_completion_length=2048", "max_completion_length=64")
     script = script.replace('GRPOConfig("run",', 'GRPOConfig("run", use_cpu=True, bf16=False, report_to="none",')
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = processes.run_python(script)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -51,7 +51,7 @@ def test_the_yaml_file_trains_on_the_rows_of_the_script(tool_model: str, tmp_pat
     paths = os.pathsep.join(path for path in sys.path if path)
     env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     for command in ([sys.executable, "-c", script], [sys.executable, "-m", "trl_ext", "train", "--config", "run.yaml"]):
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        done = processes.run(command, cwd=tmp_path, env=env)
         assert done.returncode == 0, done.stderr[-2000:]
     text = (tmp_path / "out" / "trl_ext_run.json").read_text()
     assert "environment/steps" in text and "rewards/episode_return/mean" in text

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
 
 import pytest
 
 import trl_ext_hooks
+from tests import processes
 
 OLD = {
     "types": "Config Require Need Refuse Warn Requirement TrainerView Generation Turns Rollout Rewards Scored Round "
@@ -35,7 +35,7 @@ def test_an_old_module_holds_the_same_objects(module: str) -> None:
 
 def test_both_ways_to_import_a_module() -> None:
     code = "from trl_ext_hooks import judges, ops; import trl_ext_hooks.segments as segments; print(ops.group_stats)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = processes.run_python(code)
     assert done.stdout.startswith("<function group_stats"), done.stderr
 
 

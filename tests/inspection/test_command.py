@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests import processes
 from trl_ext.cli import inspect as command
 from trl_ext.cli import main
 from trl_ext.inspection import file_format
@@ -93,7 +93,7 @@ def test_looking_needs_no_torch(copy: Path) -> None:
         "import sys; from trl_ext.cli import main; main.main(['inspect', sys.argv[1]]);"
         "print(sorted({'torch', 'trl', 'transformers', 'numpy'} & set(sys.modules)), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(copy)], capture_output=True, text=True)
+    done = processes.run_python(code, str(copy))
     assert done.stderr.splitlines()[-1] == "[]", done.stderr
 
 
@@ -226,11 +226,11 @@ def test_it_records_and_shows_one_round(model: str, rounds: Any, tmp_path: Path)
     }  # fmt: skip
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     paths = os.pathsep.join(path for path in sys.path if path)
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-m", "trl_ext", "inspect", "--plugin", "gdpo", "steps.py:Steps", "--config", "run.yaml",
          "--output_dir", "look", "--group", "1", "--html", "look.html"],
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "step 1/1" in done.stdout and "TRL → gdpo → steps" in done.stdout and "\x1b" not in done.stdout

@@ -9,12 +9,12 @@ import html as markup
 import json
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from tests import processes
 from trl_ext import ConfigError
 from trl_ext.inspection import file_format, formatting, html, page_data
 from trl_ext.inspection.file_format import Recording
@@ -132,7 +132,7 @@ def test_a_page_that_cannot_be_written(recordings: list[Recording], tmp_path: Pa
 def drawn(path: Path, profile: Path) -> str:
     """The page after its script ran, as HTML."""
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}", "--dump-dom"]
-    done = subprocess.run([BROWSER, *options, path.as_uri()], capture_output=True, text=True, timeout=120)
+    done = processes.run([BROWSER, *options, path.as_uri()], timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import processes
 from trl_ext.inspection import file_format
 from trl_ext.inspection.file_format import Recording
 
@@ -18,16 +16,7 @@ SCRIPT = Path(__file__).parent / "scripts" / "rounds.py"
 
 @pytest.mark.slow
 def test_one_and_two_processes_record_the_same(model: str, recorded: Recording, tmp_path: Path) -> None:
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(SCRIPT), model, str(tmp_path)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,  # a collective that one process skips would hang
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = processes.launch(2, SCRIPT, model, str(tmp_path))
     assert done.stderr.count("Look at them with: trl_ext inspect") == 1
     files = file_format.find(str(tmp_path))
     assert [path.name for path in files] == ["round-1.json", "round-2.json"]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import processes
 from trl_ext import ConfigError, lab
 from trl_ext.lab import pictures
 from trl_ext.lab.tokenizer import Vocabulary, tools_of
@@ -82,5 +81,5 @@ def test_without_gymnasium_other_tasks_work_and_these_say_what_to_install() -> N
         assert lab.task("letters").rows("train", 2, 0) and "minigrid" in lab.tasks()
         lab.task("minigrid").traces(2, 0)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    done = processes.run_python(textwrap.dedent(code))
     assert 'gymnasium is not installed: pip install "trl_ext[environments]"' in done.stderr, done.stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests import processes
 from trl_ext.cli import main
 from trl_ext.testing import tiny_data
 from trl_ext.train import command_line, handover
@@ -78,9 +79,7 @@ def script(tmp_path):
         command = [sys.executable, "-m", program] if program != "trl" else [sys.executable, "-m", "trl.cli.main"]
         paths = os.pathsep.join([str(tmp_path), *(path for path in sys.path if path)])
         env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | environment
-        return subprocess.run(
-            [*command, *map(str, argv)], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=1200
-        )
+        return processes.run([*command, *map(str, argv)], env=env, cwd=tmp_path, timeout=1200)
 
     return run
 

@@ -1,11 +1,10 @@
 """What the parent process hands over is what its workers get, options included, and nothing is checked twice."""
 
 import dataclasses
-import subprocess
-import sys
 
 import pytest
 
+from tests import processes
 from trl_ext.catalog import options
 from trl_ext.train import command_line, handover
 
@@ -64,7 +63,7 @@ def test_another_process_loads_the_plugin_file_itself(method, tmp_path):
         f"spec, = handover.read(Path({str(file)!r})).specs\n"
         "print(spec.name, spec.options.rate, type(spec.options) is spec.cls.Options)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = processes.run_python(code, check=True)
     assert done.stdout.split() == ["method", "0.25", "True"]
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import processes
 from trl_ext.cli import main
 from trl_ext.train import worker
 
@@ -22,7 +22,7 @@ def test_it_trains_on_the_task(recipe: Any, cache: str, tmp_path: Path) -> None:
     path = recipe({"train_size": 16, "arms": {"a": None, "b": None}}, save_strategy="no", logging_steps=1)
     environment = os.environ | {"TRL_EXT_CACHE": cache, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-m", "trl_ext", "train", "--config", path, "--output_dir", "out", "--max_steps", "2"]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    done = processes.run(command, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "step 2/2" in done.stdout and "digits" in done.stdout and "embedded" not in done.stderr
     found = json.loads((tmp_path / "out/trl_ext_run.json").read_text())

@@ -15,6 +15,7 @@ from trl.trainer import grpo_trainer
 import trl_ext
 from trl_ext import ConfigError
 from trl_ext.testing import metrics_of
+from trl_ext.trl_internals import row_order
 from trl_ext.trl_internals.row_order import GROUP_IDS, groups_in_a_row, keep_groups_together
 from trl_ext_hooks import Plugin, hookimpl
 
@@ -86,6 +87,30 @@ def test_the_original_is_back_when_the_last_user_has_undone() -> None:
     assert grpo_trainer.shuffle_sequence_dict is STOCK
 
 
+def test_a_trainer_that_is_collected_meanwhile_undoes_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python collects dropped trainers wherever it likes, also while another trainer is being wrapped."""
+    first = keep_groups_together("grpo")
+    wrapped_for_second: list[bool] = []
+
+    class Collects(dict[str, set[object]]):
+        def setdefault(self, *args: Any) -> Any:
+            first()
+            return super().setdefault(*args)
+
+    def wrap() -> None:
+        second = keep_groups_together("grpo")
+        wrapped_for_second.append(grpo_trainer.shuffle_sequence_dict is not STOCK)
+        second()
+        second()  # twice is as once
+
+    monkeypatch.setattr(row_order, "_users", Collects(row_order._users))
+    thread = threading.Thread(target=wrap, daemon=True)
+    thread.start()
+    thread.join(timeout=10)
+    assert not thread.is_alive(), "it waits for the lock that it holds itself"
+    assert wrapped_for_second == [True] and grpo_trainer.shuffle_sequence_dict is STOCK
+
+
 def test_a_replacement_in_between_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     undo = keep_groups_together("grpo")
     with monkeypatch.context() as patch:
@@ -146,12 +171,12 @@ def test_two_trainers_in_threads_do_not_disturb_each_other(build: Any, plugin: C
         except BaseException as error:  # shown below, in the thread of the test
             failures.append(error)
 
-    threads = [threading.Thread(target=run, args=(trainer,)) for trainer in (*trainers, plain)]
+    threads = [threading.Thread(target=run, args=(trainer,), daemon=True) for trainer in (*trainers, plain)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
-    assert not failures
+        thread.join(timeout=120)
+    assert not failures and not any(thread.is_alive() for thread in threads)
     for trainer in trainers:
         groups = trainer._trl_ext.plugins["grouped"].groups
         assert len(groups) == 8 and all(in_a_row(batch) for batch in groups)

@@ -23,8 +23,14 @@ GROUP_IDS = "trl_ext_group_ids"
 """The key of a batch that holds the group of every row."""
 _NAME = "shuffle_sequence_dict"
 
-_lock = threading.Lock()
-_users: dict[str, int] = {}  # module -> how many trainers need the wrapper
+# Python may collect a dropped trainer at any time, also inside these functions, and the trainer undoes its part in the
+# thread that collects it. So the lock lets its own thread in again. Trainers are entries of a set, because an undo
+# between the reading and the writing of a count would be lost.
+_lock = threading.RLock()
+_users: dict[str, set[object]] = {}
+"""By module, an entry for each trainer that needs the wrapper."""
+_originals: dict[str, Any] = {}
+"""By module, the function that is wrapped now."""
 
 
 def keep_groups_together(kind: TrainerKind) -> Callable[[], None]:
@@ -34,22 +40,25 @@ def keep_groups_together(kind: TrainerKind) -> Callable[[], None]:
         The undo. The original function is back when every caller has undone.
     """
     module: Any = importlib.import_module(trainer_class(kind).__module__)
+    name, user = module.__name__, object()
     with _lock:
-        if not _users.get(module.__name__):
-            setattr(module, _NAME, _wrapped(getattr(module, _NAME)))
-        _users[module.__name__] = _users.get(module.__name__, 0) + 1
+        users = _users.setdefault(name, set())
+        users.add(user)
+        if name not in _originals:
+            _originals[name] = getattr(module, _NAME)
+            setattr(module, _NAME, _wrapped(_originals[name]))
 
     def undo() -> None:
         with _lock:
-            _users[module.__name__] -= 1
-            if _users[module.__name__]:
+            users.discard(user)
+            if users or name not in _originals:
                 return
-            current = getattr(module, _NAME)
-            if not hasattr(current, "trl_ext_original"):
+            original = _originals.pop(name)
+            if not hasattr(getattr(module, _NAME), "trl_ext_wrapper"):
                 raise ConfigError(
-                    f"{module.__name__}.{_NAME} was replaced after trl_ext wrapped it; undo that first, then detach."
+                    f"{name}.{_NAME} was replaced after trl_ext wrapped it; undo that first, then detach."
                 )
-            setattr(module, _NAME, current.trl_ext_original)
+            setattr(module, _NAME, original)
 
     return undo
 
@@ -64,7 +73,7 @@ def _wrapped(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
         order = groups_in_a_row(torch.randperm(len(groups)), groups)
         return {name: _permuted(value, order) for name, value in seq_dict.items()}
 
-    shuffle.trl_ext_original = original  # type: ignore[attr-defined]
+    shuffle.trl_ext_wrapper = True  # type: ignore[attr-defined]
     return shuffle
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import datetime
 import decimal
 import io
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
+from tests import processes
 from trl_ext.testing import tiny_args
 from trl_ext_hooks import Config, Need, Refuse
 from trl_ext_hooks.toolkit.prompt_memory import PromptMemory, prompt_key
@@ -47,7 +46,7 @@ def test_a_key_is_a_number_of_the_content() -> None:
     assert min(prompt_key(f"{i}") for i in range(100)) < 0
     code = "from trl_ext_hooks.toolkit.prompt_memory import prompt_key as key; "
     code += "print(key([{'role': 'user', 'content': 'äß'}]))"
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    other = processes.run_python(code, check=True)
     assert int(other.stdout) == prompt_key(prompt("äß"))  # Python's own hash of a text differs between processes
 
 
