@@ -20,8 +20,8 @@ import trl_ext
 import trl_ext_hooks
 from trl_ext.catalog import declaration
 from trl_ext.plan.stages import BUILDING
+from trl_ext.support.quiet import quiet
 from trl_ext.testing import tiny_args, tiny_data, tiny_model, tiny_trainer
-from trl_ext.testing.checks import quiet
 from trl_ext_hooks import Plugin, ops, specs, toolkit
 
 HOOKS = Path(__file__).parents[2] / "hooks"

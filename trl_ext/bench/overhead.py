@@ -19,8 +19,8 @@ import torch
 from trl_ext_hooks import Loss, Plugin, Round, hookimpl
 
 from .. import api
+from ..support.quiet import quiet
 from ..testing import tiny_model, tiny_trainer
-from ..testing.checks import quiet
 from .turns import step_times
 
 

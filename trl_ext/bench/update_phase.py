@@ -15,8 +15,8 @@ import torch
 from trl_ext_hooks import Generation, Plugin, hookimpl
 
 from .. import api
+from ..support.quiet import quiet
 from ..testing import tiny_data, tiny_model, tiny_trainer
-from ..testing.checks import quiet
 from .shared_prefix import Shape, default_model
 from .turns import step_times
 

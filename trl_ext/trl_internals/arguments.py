@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import difflib
 import importlib
 from collections.abc import Collection, Mapping, Sequence
 from types import ModuleType, SimpleNamespace
@@ -29,6 +32,13 @@ class _Parser(TrlParser):
         known = {action.dest for action in self._actions}
         self.set_defaults_with_config(**{name: value for name, value in settings.items() if name in known})
         return [name for name in settings if name not in known]
+
+    def given(self, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+        """Returns the options that a command line names, and what is none. Changes the parser's defaults."""
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+        namespace, unknown = argparse.ArgumentParser.parse_known_args(self, list(argv))
+        return vars(namespace), unknown
 
     def options(self) -> list[str]:
         return [action.dest for action in self._actions]
@@ -61,6 +71,27 @@ def parse(kind: TrainerKind, argv: Sequence[str], settings: Mapping[str, Any]) -
     training = parsed[1]
     training.resume_from_checkpoint = resume_value(training.resume_from_checkpoint)
     return (parsed[0], training, parsed[2], parsed[3])
+
+
+def training_options(kind: TrainerKind, argv: Sequence[str]) -> dict[str, Any]:
+    """Returns the training arguments that a command line names, as TRL reads them. Defaults are left out.
+
+    Raises:
+        ConfigError: An option is unknown, has a wrong value, or is no argument of training.
+    """
+    parser = trl_parser(kind)
+    given, unknown = parser.given(argv)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0].lstrip("-"), parser.options(), n=1)
+        hint = f" Did you mean --{close[0]}?" if close else ""
+        raise ConfigError(
+            f"{unknown[0]} is no option of `trl {kind}`.{hint} `trl_ext train --help-trl` lists TRL's options."
+        )
+    _, training, *_ = _script(kind).make_parser().dataclass_types
+    outside = sorted(given.keys() - {field.name for field in dataclasses.fields(training)})
+    if outside:
+        raise ConfigError(f"`{outside[0]}` is no argument of training, and only these can be given here.")
+    return given
 
 
 def resume_value(value: Any) -> str | bool | None:
