@@ -45,3 +45,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(job if name == "run" else api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -20,6 +20,7 @@ from .errors import CompatError, ConfigError
 from .inspection.file_format import FOLDER
 from .inspection.recorder import Recorder
 from .plan.compose import Plan, common_trainers, compose
+from .plan.overview import Overview
 from .plan.ownership import owner
 from .plan.stages import ROUNDS
 from .trl_internals import seams
@@ -32,6 +33,9 @@ _active: Handle | None = None
 def enable(*plugins: str | Mapping[str, Any], **options: Mapping[str, Any]) -> Handle:
     """Gives every TRL trainer built from now on these plugins, whatever was imported before.
 
+    Called again with the same plugins and options, it returns the same handle. Every call counts: leaving a `with`
+    block takes back one of them, and `disable` takes back all. So a block inside another leaves the outer one on.
+
     Args:
         plugins: Names, `file.py` paths or `module:attribute`, or mappings of them to options.
         options: Plugin names with their options; naming a plugin here enables it.
@@ -40,7 +44,7 @@ def enable(*plugins: str | Mapping[str, Any], **options: Mapping[str, Any]) -> H
         A handle. `handle.disable()`, `trl_ext.disable()`, or leaving a `with` block, undoes everything.
 
     Raises:
-        TrlExtError: A plugin, an option, a combination or the installed TRL cannot work.
+        TrlExtError: A plugin, an option, a combination or the installed TRL cannot work, or others are enabled.
 
     Example:
         >>> import trl_ext
@@ -55,9 +59,15 @@ def enable_specs(specs: tuple[PluginSpec, ...]) -> Handle:
     """Does the same for plugins that are found already, with their options."""
     global _active
     if _active is not None:
-        raise ConfigError(
-            f"{_active!r} is already enabled. Name all plugins in one call, or call trl_ext.disable() first."
-        )
+        asked = compose(specs)
+        difference = _difference(_active.specs, asked)
+        if difference:
+            raise ConfigError(
+                f"{_active!r} is already enabled, and {difference}. To switch, call trl_ext.disable() first. To have "
+                f"the plugins of both, call it too, and then name all of them in one call of trl_ext.enable."
+            )
+        _active._requests += 1
+        return _active
     handle = Handle(specs)
     try:
         handle._install()
@@ -134,7 +144,11 @@ def record(trainer: T, rounds: int = 1, folder: str | Path | None = None, max_ro
 
 
 class Handle:
-    """Plugins that are enabled for every trainer. See `enable`."""
+    """Plugins that are enabled for every trainer. See `enable`.
+
+    In a notebook it shows its plan, the options that differ from their defaults, and how often hooks ran. `describe`
+    returns the same as text.
+    """
 
     def __init__(self, specs: tuple[PluginSpec, ...]) -> None:
         self.specs = compose(specs)
@@ -143,6 +157,7 @@ class Handle:
         self._trainers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._undo: list[Callable[[], None]] = []
         self._listeners: list[Callable[[Any], None]] = []
+        self._requests = 1  # calls of `enable` that no `with` block has taken back
 
     def __repr__(self) -> str:
         return f"<trl_ext: {', '.join(spec.name for spec in self.specs)} on {', '.join(self.kinds)}>"
@@ -153,9 +168,27 @@ class Handle:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._requests -= 1
+        if self._requests > 0:
+            return
         if error is not None:  # which says enough
             self._watch.served = True
         self.disable()
+
+    def describe(self) -> str:
+        """Returns as text who acts at each stage, how often, and which options differ from their defaults.
+
+        What ran is counted over the living trainers of this process.
+        """
+        return self._overview().text()
+
+    def _repr_html_(self) -> str:
+        """Returns the same as HTML. Notebooks call it."""
+        return self._overview().html()
+
+    def _overview(self) -> Overview:
+        hosts = [host for host in map(host_of, self.trainers) if host is not None]
+        return Overview(self.specs, self.kinds, bool(self._undo), [host.calls for host in hosts])
 
     @property
     def trainers(self) -> list[Any]:
@@ -169,6 +202,7 @@ class Handle:
         """
         global _active
         self._say_if_unused()
+        self._requests = 0
         while self._undo:
             self._undo[-1]()
             self._undo.pop()
@@ -230,6 +264,25 @@ class Handle:
         self._trainers.add(trainer)
         for listener in self._listeners:
             listener(trainer)
+
+
+def _difference(enabled: tuple[PluginSpec, ...], asked: tuple[PluginSpec, ...]) -> str:
+    """Returns what tells two sets of plugins in their order apart, or nothing if they are the same."""
+    names = [spec.name for spec in asked]
+    if names != [spec.name for spec in enabled]:
+        return f"{' and '.join(names)} {'were' if len(names) > 1 else 'was'} asked for"
+    differences = []
+    for old, new in zip(enabled, asked, strict=True):
+        if old.cls is not new.cls:
+            differences.append(f"{new.name} is another class now, for example because its file was edited")
+        elif old.options != new.options:
+            was, wanted = old.option_values, new.option_values
+            differences += [
+                f"{new.name}.{name} is {was[name]!r} and was asked for as {value!r}"
+                for name, value in wanted.items()
+                if value is not was[name] and value != was[name]
+            ]
+    return ", ".join(differences)
 
 
 def _wrap_init(owner: type[Any], handle: Handle) -> Callable[[], None]:

@@ -67,6 +67,19 @@ class PluginSpec:
         values: dict[str, Any] = _plain(self.options)
         return values
 
+    @property
+    def changed_options(self) -> dict[str, Any]:
+        """The options that differ from their defaults, as plain values. One without a default always does."""
+        defaults = {
+            field.name: field.default_factory() if callable(field.default_factory) else field.default
+            for field in dataclasses.fields(self.options)
+        }
+        return {
+            name: value
+            for name, value in self.option_values.items()
+            if value is not defaults[name] and value != _plain(defaults[name])
+        }
+
 
 def _plain(value: Any) -> Any:
     """Returns dataclasses as mappings. Unlike `dataclasses.asdict` it copies nothing, for options may hold anything."""

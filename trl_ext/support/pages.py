@@ -28,6 +28,11 @@ def render(template: Path, *, data: Any, **values: Any) -> str:
     return _environment(template.parent).get_template(template.name).render(data=data, **values)
 
 
+def fragment(template: Path, **values: Any) -> str:
+    """Fills a template that is a piece of a page, such as a table in a notebook. Every value is escaped."""
+    return _environment(template.parent).get_template(template.name).render(**values)
+
+
 def source(text: str) -> str:
     """Returns the hash of a style or a script as a content security policy names it."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
