@@ -7,7 +7,7 @@ TORCH_VERSION ?= 2.13.0
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test slow setup lint docs matrix experiments clean
+.PHONY: demo test slow setup lint docs site matrix experiments clean
 
 demo: setup
 	$(BIN)/trl_ext train --plugin gdpo
@@ -43,6 +43,10 @@ docs: setup
 	$(BIN)/python hooks/reference.py
 	$(BIN)/python plugins/pairs.py
 	$(BIN)/python plugins/options.py
+
+# The documentation as static pages, with a reference of the Python API and llms.txt, in build/site.
+site: setup
+	$(BIN)/python hooks/website.py
 
 # The parity and GDPO tests on every supported TRL that runs on a CPU.
 matrix: setup

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,16 +36,16 @@ Examples leave out `import torch`, `import time`, `from trl_ext_hooks import ...
 
 
 class Source:
-    """A module of the contract.
+    """A module of the contract, or of another package.
 
     Attributes:
-        name: Name inside `trl_ext_hooks`, such as `toolkit.groups`.
+        name: Name inside `trl_ext_hooks`, such as `toolkit.groups`, or inside the other folder.
         title, text: Its docstring: what stands before the first colon, and the rest.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, folder: Path = FOLDER) -> None:
         self.name = name
-        self.text_of_file = (FOLDER / f"{name.replace('.', '/')}.py").read_text()
+        self.text_of_file = (folder / f"{name.replace('.', '/')}.py").read_text()
         self.tree = ast.parse(self.text_of_file)
         self.title, _, rest = (ast.get_docstring(self.tree) or "").partition(":")
         self.text = rest.strip()[:1].upper() + rest.strip()[1:]
@@ -119,8 +120,14 @@ def markdown(docstring: str) -> str:
             blocks[-1] += "".join(
                 f"\n- {name}: {text.partition(': ')[2]}" for name, text in zip(names, texts, strict=True)
             )
-        blocks += [line.strip() for line in lines[1:] if line.strip()]
+        blocks += [example(line.strip()) for line in lines[1:] if line.strip()]
     return "\n\n".join(block for block in blocks if block)
+
+
+def example(block: str) -> str:
+    """Returns the section `Example:` as code, and any other block as it is."""
+    head, _, session = block.partition("\n")
+    return f"{head}\n\n```pycon\n{textwrap.dedent(session)}\n```" if head == "Example:" else block
 
 
 def first_sentence(docstring: str) -> str:
