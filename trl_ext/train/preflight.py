@@ -88,8 +88,8 @@ def _check_weights(parsed: trl_arguments.Parsed, names: Sequence[str], specs: Se
     count = len(names) + bool(getattr(parsed[0], "reward_model_name_or_path", None))
     if weights is not None and len(weights) != count and count and not _gives_tools(specs):
         raise ConfigError(
-            f"reward_weights has {len(weights)} numbers, and there are {count} reward functions: {', '.join(names)}. Give "
-            f"every function a weight."
+            f"reward_weights has {len(weights)} numbers, and there are {count} reward functions. Give each of them a "
+            f"weight, or leave reward_weights out."
         )
 
 

@@ -68,8 +68,9 @@ class _Parser(TrlParser):
         settings = {}
         for cls in self.dataclass_types:
             for name, hint in typing.get_type_hints(cls).items():
-                if (action := actions.get(name)) is None:
+                if name not in actions:
                     continue
+                action = actions[name]
                 choices = None if action.choices is None else tuple(action.choices)
                 text = (action.help or "").replace("%%", "%")
                 read: Any = action.type or str

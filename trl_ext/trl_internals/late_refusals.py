@@ -26,7 +26,7 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 from transformers.training_args import ParallelMode
-from transformers.utils import is_bitsandbytes_available, is_liger_kernel_available
+from transformers.utils.import_utils import is_bitsandbytes_available, is_liger_kernel_available
 from trl.import_utils import is_vllm_available
 
 from trl_ext_hooks import TrainerKind
@@ -102,7 +102,8 @@ def _unknown_values(kind: TrainerKind, parsed: Parsed) -> Iterator[str]:
             continue
         for value in given if isinstance(given, list) else [given]:
             if isinstance(value, str) and value not in known:
-                yield f"{name}={value!r}: TRL {trl.__version__} has no such value for {kind.upper()}.{near(value, known)}"
+                where = f"TRL {trl.__version__} has no such value for {kind.upper()}"
+                yield f"{name}={value!r}: {where}.{near(value, known)}"
 
 
 def accepted(kind: TrainerKind) -> dict[str, frozenset[str]]:
