@@ -88,5 +88,6 @@ def _read_number(value: Any) -> float:
         raise ConfigError(f"expected a number, got {value!r}.") from None
 
 
-Number = Annotated[float, BeforeValidator(_read_number, json_schema_input_type=float | str), Field(allow_inf_nan=False)]
+Number = Annotated[float, BeforeValidator(_read_number), Field(allow_inf_nan=False)]
+Margin = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_read_number)]
 Count = Annotated[int, Field(ge=1)]

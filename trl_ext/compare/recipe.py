@@ -19,7 +19,7 @@ from trl_ext_hooks import TrainerKind
 from ..catalog import find
 from ..errors import ConfigError, OptionError, near
 from ..train import command_line
-from .blocks import Block, Count, Number, explain
+from .blocks import Block, Count, Margin, Number, explain
 from .measures import KINDS, Direction, Measure
 
 Claim = Literal["better", "not worse", "identical"]
@@ -171,7 +171,7 @@ class Expectation(Block):
     against: ArmName = Field(description=_EXAMPLE)
     by: Annotated[Number, AfterValidator(_share)] | None = None
     apart: bool = False
-    within: Annotated[Number, Field(ge=0)] | None = None
+    within: Margin | None = None
 
     @model_validator(mode="after")
     def _check_margins(self) -> Expectation:

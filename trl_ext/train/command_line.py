@@ -167,7 +167,10 @@ def understand(args: argparse.Namespace, rest: list[str]) -> Request:
             raise ConfigError(f"experiment.trainer is {kind!r}.{near(str(kind), declaration.KINDS)}")
         check_kind(specs, kind)
     except TrlExtError as error:
-        raise type(error)(_with_sources(str(error), args, block, typed_trainer)) from error
+        message = _with_sources(str(error), args, block, typed_trainer)
+        if block and args.plugin and isinstance(error, ConfigError):
+            message += "\n--no_file_plugins leaves out those of the file."
+        raise type(error)(message) from error
     if args.inspect and kind not in ROUNDS:
         raise ConfigError(f"--inspect records rounds of completions, and the {kind.upper()} trainer generates none.")
     sizes = {name: experiment[name] for name in SIZES if name in experiment}
@@ -221,17 +224,13 @@ def _with_sources(message: str, args: argparse.Namespace, block: Any, trainer: s
     """Says of an error which plugins stand in the YAML file and which were typed."""
     if not block:
         return message
-    typed = [
-        f"{name} {' '.join(values)}" for name, values in (("--plugin", args.plugin), ("--set", args.set)) if values
-    ]
+    lists = {"--plugin": args.plugin, "--set": args.set}
+    typed = [f"{name} {' '.join(values)}" for name, values in lists.items() if values]
     typed += [f"--trainer {trainer}"] if trainer else []
     if not typed:
         return f"{args.config}: {message}"
     listed = ", ".join(map(str, block)) if isinstance(block, Mapping) else block
-    return (
-        f"{message}\nFrom `plugins:` of {args.config}: {listed}. From the command line: {', '.join(typed)}.\n"
-        f"--no_file_plugins leaves out those of the file."
-    )
+    return f"{message}\nFrom `plugins:` of {args.config}: {listed}. From the command line: {', '.join(typed)}."
 
 
 def read_config(path: str | None) -> dict[str, Any]:

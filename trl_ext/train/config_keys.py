@@ -57,20 +57,20 @@ def _hint(key: str, known: Sequence[str], specs: Sequence[PluginSpec]) -> str:
         if key in {field.name for field in dataclasses.fields(spec.options)}:
             return f" It is an option of the plugin {spec.name}: `plugins: {{{spec.reference}: {{{key}: VALUE}}}}`."
     hint = near(key, known).partition(" Known:")[0].removesuffix(".")
-    return f"{hint} `trl_ext schema` writes all keys, and editors check a file against it as you type."
+    return f"{hint} `trl_ext schema` prints all keys, for an editor that checks the file."
 
 
 def _problem(key: str, value: Any, setting: Setting) -> str | None:
     """Returns what is wrong with a value, None if nothing is."""
     if value is setting.default:
         return None
-    if isinstance(value, str):
-        return _text_problem(key, value, setting)
     if value is False and "no" in (setting.choices or ()):
         return f'YAML reads a bare no as false. Put quotes around it: {key}: "no"'
     (entry,) = [arm for arm in arms_of(setting.hint) if get_origin(arm) is list][:1] or [None]
     if entry is not None and dataclasses.is_dataclass(get_args(entry)[0]):
         return _entries_problem(value, [field.name for field in dataclasses.fields(get_args(entry)[0])])
+    if isinstance(value, str):
+        return _text_problem(key, value, setting)
     # TRL and transformers take more for a text than they annotate, such as `fsdp: true`, so only numbers are checked
     if not all(arm in _CHECKED for arm in arms_of(setting.hint)):
         return None

@@ -69,7 +69,7 @@ def given_options(launch: Sequence[str]) -> dict[str, Any]:
         action.default = argparse.SUPPRESS
         if not action.option_strings:
             action.nargs = "*"  # the training script, which is ours to name
-    parser.add_argument("--accelerate_config")
+    parser.add_argument("--accelerate_config", default=argparse.SUPPRESS)
     values = vars(parser.parse_known_args(list(launch))[0])
     return {name: value for name, value in values.items() if name in options()}
 
