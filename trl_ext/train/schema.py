@@ -11,7 +11,7 @@ from trl_ext_hooks import TrainerKind
 from ..catalog import builtins, find
 from ..errors import TrlExtError
 from ..support.json_schema import DIALECT, any_of, described, of_dataclass, of_type, plain
-from ..trl_internals import late_refusals
+from ..trl_internals import accepted_values
 from ..trl_internals import launch as trl_launch
 from ..trl_internals.arguments import Setting, trl_parser
 from .command_line import file_keys
@@ -75,7 +75,7 @@ def _of_trl(kinds: Sequence[TrainerKind]) -> dict[str, dict[str, Any]]:
     """Returns the schemas of TRL's options. One that trainers describe differently takes what any of them takes."""
     found: dict[str, list[tuple[dict[str, Any], Setting]]] = {}
     for kind in kinds:
-        accepted = late_refusals.accepted(kind)
+        accepted = accepted_values.accepted(kind)
         for name, setting in trl_parser(kind).settings().items():
             found.setdefault(name, []).append((_of_setting(name, setting, accepted.get(name)), setting))
     return {
