@@ -283,6 +283,8 @@ def test_every_reward_function_has_a_weight(check: Callable[..., None]) -> None:
         check(reward_weights=[1.0, 0.5])
 
 
-@pytest.mark.parametrize(("weights", "plugins"), [([0.5], {}), ([1.0, 0.5], {"tools": {"functions": ["a.b"]}})])
+@pytest.mark.parametrize(
+    ("weights", "plugins"), [([0.5], {}), ([1.0, 0.5], {"tools": {"functions": ["trl_ext.tools.calculator"]}})]
+)
 def test_as_many_weights_as_there_may_be_rewards(weights: Any, plugins: Any, check: Any, tried: Any) -> None:
     check(reward_weights=weights, plugins=plugins)  # an environment may bring one more
