@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  trl_ext schema dpo > dpo.schema.json\n\n"
         "first line of a YAML file, for editors with the YAML language server:\n"
         "  # yaml-language-server: $schema=trl_ext.schema.json\n\n"
-        "Write it again after an update of TRL, or after installing a plugin."
+        "Print it again after an update of TRL, or after installing a plugin."
     )
     parser.add_argument(
         "trainer", nargs="?", choices=KINDS, help="the trainer (default: the options of all three, in one schema)"
@@ -34,6 +34,9 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     from ..catalog.declaration import KINDS
     from ..compare.recipe import Experiment
+    from ..train import command_line
+
+    command_line.say("loading TRL")
     from ..train import schema
 
     def warn(text: str) -> None:

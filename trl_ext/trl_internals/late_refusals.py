@@ -147,7 +147,7 @@ def _precision(kind: TrainerKind, parsed: Parsed) -> Iterator[str]:
 
 def _sharding(kind: TrainerKind, parsed: Parsed) -> Iterator[str]:
     args = parsed[1]
-    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
+    if args.fsdp and not args.fsdp_config.get("xla") and args.parallel_mode != ParallelMode.DISTRIBUTED:
         yield "fsdp needs several processes, and this run has one. Set --num_processes, or leave fsdp out"
 
 
