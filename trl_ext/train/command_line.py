@@ -159,12 +159,13 @@ def understand(args: argparse.Namespace, rest: list[str]) -> Request:
     block = None if args.no_file_plugins else block
     # recipes of `trl_ext compare` are accepted too: their block names the trainer and the task
     experiment = experiment if isinstance(experiment, Mapping) else {}
+    wanted = experiment.get("trainer")
+    if wanted not in (None, *declaration.KINDS):
+        raise ConfigError(f"{args.config}: experiment.trainer is {wanted!r}.{near(str(wanted), declaration.KINDS)}")
     try:
         requests = find.merge(args.plugin, block, options.parse_set(args.set))
         specs = compose(find.resolve(requests))
-        kind: TrainerKind = args.trainer or experiment.get("trainer") or common_trainers(specs)[0]
-        if kind not in declaration.KINDS:
-            raise ConfigError(f"experiment.trainer is {kind!r}.{near(str(kind), declaration.KINDS)}")
+        kind: TrainerKind = args.trainer or wanted or common_trainers(specs)[0]
         check_kind(specs, kind)
     except TrlExtError as error:
         message = _with_sources(str(error), args, block, typed_trainer)

@@ -65,7 +65,7 @@ def launch(
     settings = defaults | divided.given
     unused = [name for name in divided.given if name.startswith(("lora_", "use_dora", "use_rslora"))]
     if unused and not settings.get("use_peft"):
-        say(f"all parameters are trained: {', '.join(unused)} has no effect without use_peft")
+        say(f"use_peft is not set, so all parameters are trained and these have no effect: {', '.join(unused)}")
     if not request.specs:
         say(f"no plugin is enabled: this is plain TRL ({request.kind.upper()})")
     for_workers = dataclasses.replace(
