@@ -2,8 +2,11 @@
 
 import os
 
+from trl_ext import ConfigError, OptionError
 from trl_ext.train import command_line
 from trl_ext.trl_internals import launch as trl_launch
+
+from ..refusals import refused
 
 
 def understood(*argv):
@@ -38,3 +41,36 @@ def test_settings_survive_as_arguments():
     values = {"reward_funcs": ["a.b", "c.d"], "use_peft": True, "save_strategy": "no", "learning_rate": 1e-3}
     divided = trl_launch.split("grpo", command_line.as_arguments(values), {})
     assert divided.given == values and divided.launch == []
+
+
+def test_no_file_plugins_leaves_out_those_of_the_file(config):
+    path = config(plugins={"gdpo": {"group_eps": 0.5}})
+    assert understood("--config", path)[1].plugins == {"gdpo": {"group_eps": 0.5}}
+    assert understood("--config", path, "--no_file_plugins")[1].plugins == {}
+    assert understood("--config", path, "--no_file_plugins", "--plugin", "p3o")[1].plugins == {"p3o": {}}
+
+
+def test_our_own_options_stand_in_the_file_too_and_the_command_line_wins(config):
+    path = config(trainer="rloo", inspect=2, no_save=True, no_reward_check=False, experiment={"trainer": "grpo"})
+    _, request = understood("--config", path)
+    assert (request.kind, request.inspect, request.save, request.check_rewards) == ("rloo", 2, False, True)
+    assert not {"trainer", "inspect", "no_save", "no_reward_check"} & set(request.settings)
+    assert request.own == {"trainer": "rloo", "inspect": 2, "no_save": True}
+    _, request = understood("--config", path, "--trainer", "grpo", "--inspect", "1")
+    assert (request.kind, request.inspect) == ("grpo", 1)
+
+
+def test_a_conflict_says_what_stands_in_the_file_and_what_was_typed(config):
+    path = config(plugins={"gdpo": {}})
+    with refused(
+        ConfigError,
+        "plugins 'p3o' and 'gdpo' cannot be combined",
+        f"\nFrom `plugins:` of {path}: gdpo. From the command line: --plugin p3o.\n--no_file_plugins leaves out those",
+    ):
+        understood("--config", path, "--plugin", "p3o")
+    with refused(ConfigError, "cannot serve the RLOO trainer", f"{path}: gdpo. From the command line: --trainer rloo."):
+        understood("--config", path, "--trainer", "rloo")
+    with refused(OptionError, "no option 'x'", "From the command line: --set gdpo.x=1."):
+        understood("--config", path, "--set", "gdpo.x=1")
+    with refused(ConfigError, f"{config(plugins={'gdpo': {}, 'p3o': {}})}: plugins ", "cannot be combined"):
+        understood("--config", path)

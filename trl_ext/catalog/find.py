@@ -111,6 +111,7 @@ def merge(
         raise OptionError(f"`plugins:` must be a mapping of plugin names to options, got {block!r}.")
     requests: dict[str, dict[str, Any]] = {}
     for reference, values in [*(block or {}).items(), *((plugin, None) for plugin in plugins)]:
+        reference = str(reference)  # YAML reads a bare 3 or on as a number and as true
         if values is not None and not isinstance(values, Mapping):
             raise OptionError(f"options of plugin {reference!r} must be a mapping, got {values!r}.")
         key = reference if ":" in reference or reference.endswith(".py") else canonical(reference)

@@ -17,6 +17,7 @@ COMMANDS: dict[str, str] = {
     "inspect": "show what each plugin did to tokens, rewards and advantages of a run",
     "check": "check a plugin on a tiny model, in seconds",
     "compare": "compare plugin sets and plain TRL over seeds, with intervals",
+    "schema": "print a JSON Schema of the YAML file, for editors",
     "new": "write a package with a working plugin, its tests and its entry point",
     "doctor": "check versions, devices, extras and every part of TRL that is used",
     "bench": "measure the overhead, shared-prefix forwards, or SPAE's probes",

@@ -65,4 +65,4 @@ def main(argv: Sequence[str], demo_settings: Mapping[str, Any] | None = None) ->
     if args.help_trl:
         print(arguments.trl_parser(request.kind).format_help())
         return 0
-    return launch.launch(request, ["trl_ext", "train", *argv], demo_settings)
+    return launch.launch(request, ["trl_ext", "train", *argv], demo_settings, args.write_config)

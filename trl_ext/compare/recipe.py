@@ -19,7 +19,7 @@ from trl_ext_hooks import TrainerKind
 from ..catalog import find
 from ..errors import ConfigError, OptionError, near
 from ..train import command_line
-from .blocks import Block, Count, Number, explain
+from .blocks import Block, Count, Margin, Number, explain
 from .measures import KINDS, Direction, Measure
 
 Claim = Literal["better", "not worse", "identical"]
@@ -148,8 +148,13 @@ Level = Annotated[float | str | None, BeforeValidator(_read_level)]
 class Arm(Block):
     """One side of the comparison: a plugin set with its options, and settings that differ from the recipe's."""
 
-    plugins: Annotated[dict[str, dict[str, Any]], BeforeValidator(_read_plugins)] = Field(default_factory=dict)
-    settings: Annotated[dict[str, Any], BeforeValidator(_mapping_or_null)] = Field(default_factory=dict)
+    plugins: Annotated[
+        dict[str, dict[str, Any]],
+        BeforeValidator(_read_plugins, json_schema_input_type=dict[str, dict[str, Any] | None] | list[str] | None),
+    ] = Field(default_factory=dict)
+    settings: Annotated[
+        dict[str, Any], BeforeValidator(_mapping_or_null, json_schema_input_type=dict[str, Any] | None)
+    ] = Field(default_factory=dict)
 
 
 class Expectation(Block):
@@ -166,7 +171,7 @@ class Expectation(Block):
     against: ArmName = Field(description=_EXAMPLE)
     by: Annotated[Number, AfterValidator(_share)] | None = None
     apart: bool = False
-    within: Annotated[Number, Field(ge=0)] | None = None
+    within: Margin | None = None
 
     @model_validator(mode="after")
     def _check_margins(self) -> Expectation:
@@ -218,9 +223,14 @@ class Metric(Block):
     """A logged metric, how its curve becomes a number, and what is expected of the arms."""
 
     name: str = Field(description="the logged metric such as rewards/format/mean")
-    reduce: Annotated[Reduction, BeforeValidator(_spell_out)] = Reduction(final=None)
+    reduce: Annotated[Reduction, BeforeValidator(_spell_out, json_schema_input_type=Reduction | str)] = Reduction(
+        final=None
+    )
     better: Direction = Field(default_factory=lambda values: values["reduce"].measure().good_direction)
-    expect: Annotated[list[Expectation], BeforeValidator(_list_of_one)] = Field(default_factory=list)
+    expect: Annotated[
+        list[Expectation],
+        BeforeValidator(_list_of_one, json_schema_input_type=list[Expectation] | Expectation | None),
+    ] = Field(default_factory=list)
 
     @property
     def measure(self) -> Measure:
@@ -242,11 +252,17 @@ class Experiment(Block):
     trainer: TrainerKind | None = None
     train_size: Count | None = None
     test_size: Count | None = None
-    arms: Annotated[dict[str, Arm], BeforeValidator(_read_arms)] = Field(default=None, validate_default=True)
-    seeds: Annotated[tuple[int, ...], BeforeValidator(_read_seeds)] = (1, 2, 3, 4, 5)
-    metrics: Annotated[list[Metric], BeforeValidator(_list_of_one), BeforeValidator(_some)] = Field(
-        default_factory=list
+    arms: Annotated[
+        dict[str, Arm], BeforeValidator(_read_arms, json_schema_input_type=dict[str, Arm | None] | None)
+    ] = Field(default=None, validate_default=True)
+    seeds: Annotated[tuple[int, ...], BeforeValidator(_read_seeds, json_schema_input_type=Count | list[int])] = Field(
+        default=(1, 2, 3, 4, 5)
     )
+    metrics: Annotated[
+        list[Metric],
+        BeforeValidator(_list_of_one),
+        BeforeValidator(_some, json_schema_input_type=list[Metric] | Metric | None),
+    ] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _check_labels(self) -> Experiment:
