@@ -30,10 +30,10 @@ a recipe is a YAML file of TRL with two blocks more:
   plugins:
     gdpo: {}
   experiment:
-    task: loud-quiet              # or model_name_or_path and dataset_name above
+    task: loud-quiet  # or model_name_or_path and dataset_name above
     seeds: 10
     metrics:
-      - name: rewards/quiet/mean      # anything that the runs log
+      - name: rewards/quiet/mean  # anything that the runs log
         reduce: {steps_to: 0.9}
         expect: {arm: gdpo, is: better, against: plain}
 recipes/README.md explains every key.

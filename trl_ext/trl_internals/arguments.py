@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Collection, Mapping, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
@@ -22,6 +23,8 @@ class _Parser(TrlParser):
     """TRL's parser with YAML settings that were read before, and with our errors."""
 
     def error(self, message: str) -> NoReturn:
+        if re.search(r"'none'|got none", message, re.IGNORECASE):
+            message += "\nLeave the setting out for TRL's default."
         raise ConfigError(f"{message}\n`trl_ext train --help-trl` lists TRL's options.")
 
     def apply(self, settings: Mapping[str, Any]) -> list[str]:
@@ -32,6 +35,20 @@ class _Parser(TrlParser):
 
     def options(self) -> list[str]:
         return [action.dest for action in self._actions]
+
+    def refuse_none(self, given: Mapping[str, Any]) -> None:
+        """Refuses `None` for a setting that holds a text or null, as it would be taken for a text of four letters.
+
+        Raises:
+            ConfigError: With what to write instead.
+        """
+        for action in self._actions:
+            null = action.dest == "resume_from_checkpoint"  # which takes the word
+            if action.type is str and action.default is None and given.get(action.dest) == "None" and not null:
+                raise ConfigError(
+                    f"{action.dest}: 'None' would be taken for a text. Leave the setting out, or write `{action.dest}: "
+                    f"null` in the YAML file."
+                )
 
 
 def _script(kind: TrainerKind) -> ModuleType:
