@@ -5,7 +5,8 @@ import json
 from trl_ext.cli import main
 
 
-def test_show_prints_every_option_with_its_source(capsys):
+def test_show_prints_every_option_with_its_source(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
     assert main.main(["show", "gdpo", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     options = {option["name"]: option for option in found["options"]}

@@ -100,7 +100,7 @@ def test_what_is_left_out_and_what_did_nothing(recorded: Recording) -> None:
     plugins = [*recorded.plugins, lazy, free]
     out = shown(dataclasses.replace(recorded, left_out=52, plugins=plugins), [0])
     assert "free trains without advantages: those of this round are not used." in out
-    assert "52 further rows of the round were not recorded." in out
+    assert "not recorded: 52 further rows of the round." in out
     assert "lazy left the advantages of this round as they were." in out and "steps left" not in out
 
 

@@ -180,7 +180,7 @@ def _choose_rows(recording: Recording, groups: Sequence[str] | None, rows: Seque
     if groups is not None and rows is not None:
         raise ConfigError("--group and --rows choose the same thing; give only one of them.")
     rows_by_group = recording.groups()
-    left_out = f" {recording.left_out} rows of the round were not recorded." if recording.left_out else ""
+    left_out = f" Not recorded: {counted(recording.left_out, 'row')} of the round." if recording.left_out else ""
     if rows is not None:
         recorded = {row.row for row in recording.rows}
         missing = [row for row in rows if row not in recorded]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from ..support.files import write_atomically
 
 FORMAT = 1
@@ -139,7 +139,7 @@ class Recording:
         """Returns what a reader has to know besides the numbers."""
         notes = []
         if self.left_out:
-            notes.append(f"{self.left_out} further rows of the round were not recorded.")
+            notes.append(f"not recorded: {counted(self.left_out, 'further row')} of the round.")
         for plugin in self.plugins:
             if "no_advantages" in plugin["claims"]:
                 notes.append(f"{plugin['name']} trains without advantages: those of this round are not used.")

@@ -53,12 +53,12 @@ def reflow(text: str, width: int) -> list[str]:
             command = " ".join(line.strip().removesuffix("\\").rstrip() for line in block)
             lines += _broken_command(command, width, space)
         elif indent == 0 or example:
-            lines.append(_wrap(" ".join(line.strip() for line in block), width, space, space))
+            lines += _wrap(" ".join(line.strip() for line in block), width, space, space).split("\n")
         else:
             for line in block:
                 column = re.match(r" +\S+(?: \S+)*  +(?=\S)", line)  # the second column of a listing
                 hanging = " " * (len(column.group()) if column else indent)
-                lines.append(line if len(line) <= width else _wrap(line.strip(), width, space, hanging))
+                lines += [line] if len(line) <= width else _wrap(line.strip(), width, space, hanging).split("\n")
         example = block[0].startswith(_COMMAND)
     return lines
 

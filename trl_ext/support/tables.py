@@ -74,15 +74,21 @@ def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -
     if sum(wanted) <= room:
         return wanted
     longest = [max((cell_len(word) for cell in column for word in cell.split()), default=1) for column in cells]
-    for whole in range(_WHOLE, _NARROWEST - 1, -1):
-        widths = [min(word, whole) for word in longest]
-        if sum(widths) > room:
-            continue
-        for _ in range(room - sum(widths)):  # what is left goes to the column that would need the most lines
-            tallest = max(range(len(widths)), key=lambda index: wanted[index] / widths[index])
-            widths[tallest] += 1
-        return widths
-    return None
+    candidates = [[min(word, whole) for word in longest] for whole in range(_WHOLE, _NARROWEST - 1, -1)]
+    if sum(line for line in wanted if line <= _WHOLE) <= room / 2:
+        # there is enough for the long columns even if the short ones stay on one line
+        whole_lines = [line if line <= _WHOLE else word for line, word in zip(wanted, candidates[0], strict=True)]
+        candidates.insert(0, whole_lines)
+    least = next((widths for widths in candidates if sum(widths) <= room), None)
+    return None if least is None else _widened(least, wanted, room)
+
+
+def _widened(widths: list[int], wanted: Sequence[int], room: int) -> list[int]:
+    """Gives the room that is left, character by character, to the column that would need the most lines."""
+    for _ in range(room - sum(widths)):
+        lines = [line / width for line, width in zip(wanted, widths, strict=True)]
+        widths[lines.index(max(lines))] += 1
+    return widths
 
 
 def _print_list(columns: Sequence[str], rows: Sequence[Sequence[str]], stream: IO[str]) -> None:
