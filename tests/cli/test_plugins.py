@@ -1,9 +1,10 @@
 """`trl_ext plugins`: the list, with broken packages."""
 
+import functools
 import json
 
 from trl_ext.catalog import builtins
-from trl_ext.cli import main
+from trl_ext.cli import main, plugins
 
 
 def test_plugins_lists_built_ins(capsys):
@@ -27,7 +28,8 @@ def names(argv, capsys):
     return listed
 
 
-def test_plugins_of_a_trainer_or_with_a_word(capsys):
+def test_plugins_of_a_trainer_or_with_a_word(capsys, monkeypatch):
+    monkeypatch.setattr(plugins, "listing", functools.cache(plugins.listing))
     everything, of_dpo = names([], capsys), names(["--trainer", "dpo"], capsys)
     assert {"apo", "tgdpo", "shared-prefix"} <= set(of_dpo) and "gdpo" not in of_dpo
     assert names(["--trainer", "DPO"], capsys) == of_dpo

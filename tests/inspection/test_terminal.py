@@ -15,6 +15,12 @@ from trl_ext.inspection.file_format import Recording
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal in which every row of a table has one line."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+
 def shown(recording: Recording, rows: Any, color: bool = False) -> str:
     stream = io.StringIO()
     terminal.show(recording, set(rows), file=stream, color=color)
@@ -45,7 +51,7 @@ def test_a_pipe_gets_plain_text(recorded: Recording, rounds: Any) -> None:
 def test_the_table_of_a_group_has_every_change(recorded: Recording) -> None:
     out = shown(recorded, [0, 1])
     row = recorded.rows[0]
-    cells = re.split(r"\s{2,}", next(line for line in out.splitlines() if re.match(r"  0 +\d+ ", line)).strip())
+    cells = re.split(r"\s{2,}", next(line for line in out.splitlines() if re.match(r"0 +\d+ ", line)).strip())
     digits, short, bonus = (formatting.number(value) for value in row.rewards[1])
     weights = [stage.weights for stage in recorded.reward_stages]
     totals = [formatting.number(row.total(stage, weights[stage])) for stage in range(2)]

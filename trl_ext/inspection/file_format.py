@@ -86,8 +86,8 @@ class Row:
         advantage = self.advantages[stage]
         if not isinstance(advantage, list):
             return advantage
-        counted = [value for value, use in zip(advantage, self.mask, strict=True) if use]
-        return sum(counted) / max(1, len(counted))
+        in_loss = [value for value, use in zip(advantage, self.mask, strict=True) if use]
+        return sum(in_loss) / max(1, len(in_loss))
 
     def token_advantages(self, stage: int) -> list[float | None]:
         """Returns an advantage for each token, None on tokens that the loss does not count."""

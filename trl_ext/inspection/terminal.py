@@ -59,7 +59,7 @@ def show(recording: Recording, rows: Collection[int], file: IO[str] | None = Non
 
 
 def _say(console: Console, line: str | Text) -> None:
-    console.print(line if isinstance(line, Text) else Text(line), soft_wrap=True)
+    console.print(line if isinstance(line, Text) else Text(line), soft_wrap=not console.is_terminal)
 
 
 def _head(recording: Recording, console: Console) -> None:
@@ -160,8 +160,8 @@ def _completion(recording: Recording, row: Row, console: Console) -> None:
     if any(isinstance(stage, list) for stage in row.advantages):
         for by, advantage in zip(recording.advantage_stages, row.advantages, strict=True):
             if isinstance(advantage, list):
-                counted = [value for value, use in zip(advantage, row.mask, strict=True) if use]
-                ends = f"{signed(min(counted))} … {signed(max(counted))}" if counted else "nothing is counted"
+                in_loss = [value for value, use in zip(advantage, row.mask, strict=True) if use]
+                ends = f"{signed(min(in_loss))} … {signed(max(in_loss))}" if in_loss else "nothing is counted"
                 _say(console, f"  advantage after {by}: {sparkline(advantage)} {ends}")
     for call in row.calls:
         result = visible(str(call["result"])).replace("\n", " ")
