@@ -23,6 +23,9 @@ def test_show_prints_every_option_with_its_source(capsys, monkeypatch):
     assert main.main(["show", "gdpo"]) == 0
     text = capsys.readouterr().out
     assert all(option["name"] in text and option["source"] in text for option in options.values())
+    assert main.main(["show", "p3o"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("reward_clip ")]
+    assert " null " in line and "None" not in line  # as one writes it
 
 
 PLUGIN = """

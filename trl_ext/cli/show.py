@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
             [
                 option["name"],
                 ", ".join([option["type"], *options.limits(option["bounds"])]),
-                "required" if option["required"] else repr(option["default"]),
+                _written(option),
                 option["help"],
                 option["source"],
             ]
@@ -115,3 +115,10 @@ def _option(field: dataclasses.Field[Any], hints: dict[str, Any]) -> dict[str, A
         "source": field.metadata.get("source", ""),
         "bounds": dict(field.metadata.get("bounds", {})),
     }
+
+
+def _written(option: dict[str, Any]) -> str:
+    """Returns the default of an option as it is written on the command line, where None is null."""
+    if option["required"]:
+        return "required"
+    return "null" if option["default"] is None else repr(option["default"])
