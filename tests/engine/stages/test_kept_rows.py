@@ -151,7 +151,7 @@ class KeepNone(Plugin):
 def test_keeping_everything_changes_nothing(kind: str, run: Any) -> None:
     plain, kept = run([], kind=kind), run([KeepAll], kind=kind)
     assert moved(plain, kept) == 0
-    own = [{k: v for k, v in entry.items() if not k.startswith("trl_ext/")} for entry in metrics_of(kept)]
+    own = [{k: v for k, v in entry.items() if not k.startswith("keep-all/")} for entry in metrics_of(kept)]
     assert own == metrics_of(plain)
     assert logged(kept, "keep-all/rows_kept") == [1.0] * 2
 
