@@ -5,7 +5,8 @@ import json
 from trl_ext.cli import main
 
 
-def test_show_prints_every_option_with_its_source(capsys):
+def test_show_prints_every_option_with_its_source(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
     assert main.main(["show", "gdpo", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     options = {option["name"]: option for option in found["options"]}
@@ -22,6 +23,9 @@ def test_show_prints_every_option_with_its_source(capsys):
     assert main.main(["show", "gdpo"]) == 0
     text = capsys.readouterr().out
     assert all(option["name"] in text and option["source"] in text for option in options.values())
+    assert main.main(["show", "p3o"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("reward_clip ")]
+    assert " null " in line and "None" not in line  # as one writes it
 
 
 PLUGIN = """

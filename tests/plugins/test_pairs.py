@@ -28,14 +28,14 @@ _spec.loader.exec_module(pairs)
 
 TRIGGERS = {
     "decs": ("decs/redundant_tokens", 0.0, 1.0),
-    "gdpo": ("trl_ext/gdpo/advantage_change", 0.0, math.inf),
+    "gdpo": ("gdpo/advantage_change", 0.0, math.inf),
     "hdpo": ("hdpo/signal", 0.0, math.inf),
     "otc": ("otc/r_tool_mean", -1.0, 1.0),
     "p3o": ("p3o/pairs", 0.0, math.inf),
     "shared-prefix": ("shared-prefix/token_ratio", 1.0, math.inf),
     "spae": ("spae/probes", 0.0, math.inf),
     "tgdpo": ("tgdpo/factor/chosen", 1.0, math.inf),
-    "thinkless": ("trl_ext/thinkless/advantage_change", 0.0, math.inf),
+    "thinkless": ("thinkless/advantage_change", 0.0, math.inf),
     "tools": ("tools/call_frequency", 0.0, math.inf),
     "trpa": ("trpa/pairs", 0.0, math.inf),
     "vl-dac": ("vl-dac/steps", 1.0, math.inf),

@@ -16,11 +16,12 @@ from ..support import imports
 from . import options as plugin_options
 from .builtins import BUILTINS, GROUP
 from .declaration import PluginSpec, check_plugin
+from .names import canonical, check_single, is_place, unknown
 
 
-def canonical(name: str) -> str:
-    """Returns the one spelling of a name: `Shared_Prefix` and `shared-prefix` are the same plugin."""
-    return name.lower().replace("_", "-")
+def known() -> set[str]:
+    """Returns the names of all plugins, built in or of installed packages."""
+    return {*BUILTINS, *outside()}
 
 
 def outside() -> dict[str, list[importlib.metadata.EntryPoint]]:
@@ -59,7 +60,8 @@ def find(reference: str) -> tuple[type[Plugin], str, str]:
         module, _, attribute = BUILTINS[name].partition(":")
         return _pick(_import(module, name), attribute, module), "built in", __version__
     if name not in points:
-        raise UnknownPluginError(f"no plugin is called {reference!r}.{near(name, {*BUILTINS, *points})}")
+        check_single(reference)
+        raise unknown(reference, known())
     if len(points[name]) > 1:
         raise PluginError(
             f"plugin name {name!r} is provided by {_providers(points[name])}. "
@@ -114,7 +116,8 @@ def merge(
         reference = str(reference)  # YAML reads a bare 3 or on as a number and as true
         if values is not None and not isinstance(values, Mapping):
             raise OptionError(f"options of plugin {reference!r} must be a mapping, got {values!r}.")
-        key = reference if ":" in reference or reference.endswith(".py") else canonical(reference)
+        check_single(reference)
+        key = reference if is_place(reference) else canonical(reference)
         requests.setdefault(key, {}).update(values or {})
     for name, values in assignments.items():
         matches = [reference for reference in requests if means(reference, name)]
@@ -129,7 +132,7 @@ def merge(
 
 def means(reference: str, name: str) -> bool:
     """Returns whether `name` is the plugin behind a reference, by its own name or by the reference itself."""
-    if ":" in reference or reference.endswith(".py"):
+    if is_place(reference):
         return reference == name or find(reference)[0].name == canonical(name)
     return canonical(reference) == canonical(name)
 

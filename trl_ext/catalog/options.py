@@ -56,6 +56,11 @@ def build(options: type, values: Mapping[str, Any], plugin: str) -> Any:
     typed = {}
     for key, value in values.items():
         bounds = fields[key].metadata.get("bounds", {})
+        if _meant_null(value, hints[key]):
+            raise OptionError(
+                f"{plugin}.{key}: {value!r} is a text. For no value write null: --set {plugin}.{key}=null, or `{key}: "
+                f"null` in YAML. In Python it is None, without quotes."
+            )
         try:
             typed[key] = coerce(value, hints[key], bounds)
         except ValueError as error:
@@ -71,6 +76,13 @@ def build(options: type, values: Mapping[str, Any], plugin: str) -> Any:
         return options(**typed)
     except (TypeError, ValueError) as error:
         raise OptionError(f"plugin {plugin!r}: {error}") from error
+
+
+def _meant_null(value: Any, hint: Any) -> bool:
+    """Returns whether a value is Python's None as a text, for an option that takes null and has no choice `none`."""
+    arms = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
+    choices = [choice for arm in arms if get_origin(arm) is Literal for choice in get_args(arm)]
+    return value in ("None", "none") and type(None) in arms and value not in choices
 
 
 def required(field: dataclasses.Field[Any]) -> bool:

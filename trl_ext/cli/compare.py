@@ -30,10 +30,10 @@ a recipe is a YAML file of TRL with two blocks more:
   plugins:
     gdpo: {}
   experiment:
-    task: loud-quiet              # or model_name_or_path and dataset_name above
+    task: loud-quiet  # or model_name_or_path and dataset_name above
     seeds: 10
     metrics:
-      - name: rewards/quiet/mean      # anything that the runs log
+      - name: rewards/quiet/mean  # anything that the runs log
         reduce: {steps_to: 0.9}
         expect: {arm: gdpo, is: better, against: plain}
 recipes/README.md explains every key.
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     from ..compare import html_report, plots, recipe, schedule, store, text_report
-    from ..support.console import console
+    from ..support.console import console, print_line
     from ..support.tables import print_table
 
     for name in ("seeds", "jobs"):
@@ -86,6 +86,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         print_table(text_report.COLUMNS, text_report.rows(content), title=content["claim"])
         for line in text_report.sentences(content):
-            print(line)
-        print(f"compare.html, compare.png, compare.json in {folder}")
+            print_line(line)
+        print_line(f"compare.html, compare.png, compare.json in {folder}")
     return 0 if content["complete"] and content["met"] else 1

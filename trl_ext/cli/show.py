@@ -22,14 +22,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     from ..catalog import options
+    from ..support.console import print_line
     from ..support.tables import print_table
 
     plugin = declaration(args.plugin)
     if args.json:
         print(json.dumps(plugin, indent=2, default=str))
         return 0
-    print(f"{plugin['name']} {plugin['version']} ({plugin['origin']})")
-    print(plugin["summary"] or "no summary")
+    print_line(f"{plugin['name']} {plugin['version']} ({plugin['origin']})")
+    print_line(plugin["summary"] or "no summary")
+    print()
     rows = [
         [label, ", ".join(plugin[key])]
         for label, key in (
@@ -43,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
         if plugin[key]
     ]
     print_table(["", ""], [["paper", plugin["paper"] or "none"], *rows])
+    print()
     if not plugin["options"]:
         print("It has no options.")
         return 0
@@ -52,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
             [
                 option["name"],
                 ", ".join([option["type"], *options.limits(option["bounds"])]),
-                "required" if option["required"] else repr(option["default"]),
+                _written(option),
                 option["help"],
                 option["source"],
             ]
@@ -60,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
         ],
     )
     name, first = plugin["name"], plugin["options"][0]["name"]
-    print(f"Set one with --set {name}.{first}=VALUE, or in YAML: plugins: {{{name}: {{{first}: VALUE}}}}")
+    print()
+    print_line(f"Set one with --set {name}.{first}=VALUE, or in YAML: plugins: {{{name}: {{{first}: VALUE}}}}")
     return 0
 
 
@@ -111,3 +115,10 @@ def _option(field: dataclasses.Field[Any], hints: dict[str, Any]) -> dict[str, A
         "source": field.metadata.get("source", ""),
         "bounds": dict(field.metadata.get("bounds", {})),
     }
+
+
+def _written(option: dict[str, Any]) -> str:
+    """Returns the default of an option as it is written on the command line, where None is null."""
+    if option["required"]:
+        return "required"
+    return "null" if option["default"] is None else repr(option["default"])

@@ -51,11 +51,7 @@ def main(argv: Sequence[str], demo_settings: Mapping[str, Any] | None = None) ->
         argv: Everything after `trl_ext train`.
         demo_settings: Settings of TRL that replace those of the embedded default, if that is what is trained.
     """
-    parser = command_line.Parser()
-    parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
-    parser.usage = "trl_ext train [--plugin PLUGIN ...] [--config FILE] [TRL options]\n       [accelerate options]"
-    parser.add_argument("--help-trl", action="store_true", help="print the options of TRL's trainer and exit")
-    args, rest = parser.parse_known_args(argv)
+    args, rest = build_parser().parse_known_args(argv)
     request = command_line.understand(args, rest)
     command_line.say("loading TRL")
     from ..train import launch
@@ -66,3 +62,12 @@ def main(argv: Sequence[str], demo_settings: Mapping[str, Any] | None = None) ->
         print(arguments.trl_parser(request.kind).format_help())
         return 0
     return launch.launch(request, ["trl_ext", "train", *argv], demo_settings, args.write_config)
+
+
+def build_parser() -> command_line.Parser:
+    """Makes the parser of our own options."""
+    parser = command_line.Parser()
+    parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
+    parser.usage = "trl_ext train [--plugin PLUGIN ...] [--config FILE] [TRL options] [accelerate options]"
+    parser.add_argument("--help-trl", action="store_true", help="print the options of TRL's trainer and exit")
+    return parser

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import counted
 from ..support import pages
 from ..support.tables import duration
 from . import plots
@@ -43,8 +44,7 @@ def _facts(content: Mapping[str, Any]) -> str:
     """Names trainer, task, size of the model, and numbers of arms and seeds."""
     size = f", a model of {_parameters(content['parameters'])}" if content["parameters"] else ""
     place = f"task {content['task']}" if content["task"] else content["model"] or "model unknown"
-    seeds = len(content["seeds"])
-    numbers = f"{len(content['arms'])} arms, {seeds} seed{'s' * (seeds != 1)}"
+    numbers = f"{counted(len(content['arms']), 'arm')}, {counted(len(content['seeds']), 'seed')}"
     return f"{content['trainer'].upper()} on {place}{size}; {numbers}"
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from ..support.console import bars
 from ..support.tables import duration
 from .runs import Run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
 
 
 class ProgressDisplay:
@@ -29,10 +32,7 @@ class ProgressDisplay:
         self.began = time.monotonic()
         self.shares: dict[str, float] = {}
         self.bars: dict[str, TaskID] = {}
-        names, notes = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[note]"))
-        self.progress = Progress(
-            names, BarColumn(), notes, console=console, transient=True, disable=not console.is_terminal
-        )
+        self.progress = bars(console)
         self.whole = self.progress.add_task("all runs", total=total, completed=done, note="")
 
     def __enter__(self) -> ProgressDisplay:

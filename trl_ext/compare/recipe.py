@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, Va
 from trl_ext_hooks import TrainerKind
 
 from ..catalog import find
-from ..errors import ConfigError, OptionError, near
+from ..errors import ConfigError, OptionError, counted, near
 from ..train import command_line
 from .blocks import Block, Count, Margin, Number, explain
 from .measures import KINDS, Direction, Measure
@@ -308,7 +308,7 @@ class Recipe:
         seeds = self.seeds[:count]
         if count is not None and count > len(seeds):
             if seeds != tuple(range(1, len(seeds) + 1)):
-                raise ConfigError(f"--seeds {count}: the recipe lists {len(seeds)} seeds.")
+                raise ConfigError(f"--seeds {count}: the recipe lists {counted(len(seeds), 'seed')}.")
             seeds = tuple(range(1, count + 1))
         return dataclasses.replace(self, seeds=seeds)
 

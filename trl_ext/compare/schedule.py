@@ -10,11 +10,9 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from ..errors import ConfigError, near
+from ..errors import ConfigError, counted, near
 from ..support.console import status
 from . import child_process, mean_curves, store, verdicts
 from .child_process import ChildProcess, Failure, Result, Said, Step, Tell
@@ -22,6 +20,9 @@ from .progress import ProgressDisplay
 from .recipe import Metric, Recipe
 from .runs import Prepared, Records, Run, list_runs
 from .store import UnwritableError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _NONE = object()
 
@@ -75,7 +76,7 @@ def run_comparison(recipe: Recipe, folder: Path, at_once: int | None, console: C
                 if record["completions"]
             },
         }
-        console.print(f"{len(runs)} runs, {time.monotonic() - began:.0f} s", highlight=False)
+        console.print(f"{counted(len(runs), 'run')}, {time.monotonic() - began:.0f} s", highlight=False)
         store.write(folder / "compare.json", content)
     return content
 

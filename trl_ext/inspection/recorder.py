@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from .._version import __version__
 from ..engine.context import Context
 from ..engine.stages.kept_rows import KEPT
 from ..errors import ConfigError, PluginError
+from ..support.console import tell
 from ..support.random_state import untouched_random_state
 from ..trl_internals import trainer_state
 from . import file_format
@@ -60,7 +60,7 @@ class Recorder:
                 old.unlink()
         file_format.write(recording, self.folder)
         if recording.round == 1:
-            print(f"trl_ext: recording rounds. Look at them with: trl_ext inspect {self.folder}", file=sys.stderr)
+            tell(f"trl_ext: recording rounds. Look at them with: trl_ext inspect {self.folder}")
 
 
 class RoundRecord:

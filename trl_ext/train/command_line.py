@@ -5,20 +5,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import sys
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
 from trl_ext_hooks import TrainerKind
 
-from ..catalog import declaration, find, options
+from ..catalog import declaration, find, names, options
 from ..catalog.declaration import PluginSpec
 from ..errors import ConfigError, TrlExtError, near
 from ..plan.compose import check_kind, common_trainers, compose
 from ..plan.stages import ROUNDS
+from ..support import help
+from ..support.console import tell
 
 BLOCKS = ("plugins", "experiment")
 """Blocks of the YAML file that are ours. TRL gets the file without them."""
@@ -74,15 +76,12 @@ class Request:
     experiment: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-class Parser(argparse.ArgumentParser):
-    """The parser of `trl_ext train`. It takes no abbreviations and raises our errors."""
+class Parser(help.Parser):
+    """The parser of `trl_ext train`."""
 
     def __init__(self) -> None:
-        super().__init__("trl_ext train", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__("trl_ext train")
         add_arguments(self)
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}\nSee `{self.prog} --help`.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,6 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trainer",
         choices=declaration.KINDS,
+        type=str.lower,
         help="TRL's trainer (default: the first of these that all plugins serve)",
     )
     parser.add_argument(
@@ -151,6 +151,7 @@ def understand(args: argparse.Namespace, rest: list[str]) -> Request:
     Raises:
         TrlExtError: The request cannot work. Nothing of TRL has been loaded by then.
     """
+    check_words(rest)
     settings, environment = read_file(args.config)
     os.environ.update(environment)
     block, experiment = (settings.pop(name, None) for name in BLOCKS)
@@ -234,6 +235,23 @@ def _with_sources(message: str, args: argparse.Namespace, block: Any, trainer: s
     return f"{message}\nFrom `plugins:` of {args.config}: {listed}. From the command line: {', '.join(typed)}."
 
 
+def check_words(rest: Sequence[str]) -> None:
+    """Refuses a value before the first option that is not ours, such as `gdpo` in `trl_ext train gdpo`.
+
+    Args:
+        rest: The command line without our own options.
+
+    Raises:
+        ConfigError: With the option that the value belongs to.
+    """
+    if rest and not rest[0].startswith("-"):
+        option = names.option_for(rest[0], find.known())
+        way = "Values follow an option, as in --learning_rate 1e-6; a text with spaces needs quotes."
+        if option is not None:
+            way = f"Write {option} {shlex.quote(rest[0])} instead."
+        raise ConfigError(f"unexpected value {rest[0]!r}. {way}")
+
+
 def read_config(path: str | None) -> dict[str, Any]:
     """Reads the YAML file, takes `env:` out and sets it in the environment, as TRL does.
 
@@ -282,4 +300,4 @@ def as_arguments(settings: Mapping[str, Any]) -> list[str]:
 
 def say(message: str) -> None:
     """Tells the user on standard error what happens."""
-    print(f"trl_ext: {message}", file=sys.stderr, flush=True)
+    tell(f"trl_ext: {message}")

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib
+import re
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import ModuleType, SimpleNamespace
@@ -45,6 +46,8 @@ class _Parser(TrlParser):
     """TRL's parser with YAML settings that were read before, and with our errors."""
 
     def error(self, message: str) -> NoReturn:
+        if re.search(r"'none'|got none", message, re.IGNORECASE):
+            message += "\nLeave the setting out for TRL's default."
         raise ConfigError(f"{message}\n`trl_ext train --help-trl` lists TRL's options.")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -84,6 +87,20 @@ class _Parser(TrlParser):
                 read: Any = action.type or str
                 settings[name] = Setting(hint, action.default, text, choices, read)
         return settings
+
+    def refuse_none(self, given: Mapping[str, Any]) -> None:
+        """Refuses `None` for a setting that holds a text or null, as it would be taken for a text of four letters.
+
+        Raises:
+            ConfigError: With what to write instead.
+        """
+        for action in self._actions:
+            null = action.dest == "resume_from_checkpoint"  # which takes the word
+            if action.type is str and action.default is None and given.get(action.dest) == "None" and not null:
+                raise ConfigError(
+                    f"{action.dest}: 'None' would be taken for a text. Leave the setting out, or write `{action.dest}: "
+                    f"null` in the YAML file."
+                )
 
 
 def _script(kind: TrainerKind) -> ModuleType:

@@ -49,6 +49,7 @@ def split(kind: TrainerKind, argv: Sequence[str], settings: Mapping[str, Any]) -
         action.default = argparse.SUPPRESS
     typed = vars(silent.parse_known_args(list(argv))[0])
     given = {name: value for name, value in settings.items() if name not in foreign} | typed
+    trl_parser(kind).refuse_none(given)
     return Split(_without(argv, unknown), [*_flags(settings, foreign), *unknown], given)
 
 

@@ -109,7 +109,8 @@ def _chain(context: Context, round: Round, metrics: dict[str, tuple[float, float
             )
         if not torch.isfinite(result).all():
             raise PluginError(
-                f"plugin {name!r} returned {int((~torch.isfinite(result)).sum())} advantages that are not finite."
+                f"plugin {name!r} returned advantages that are not finite: {int((~torch.isfinite(result)).sum())} of "
+                f"{result.numel()}."
             )
         round = _changed(context, name, round, result, metrics)
     return round
@@ -123,7 +124,8 @@ def _weighed(context: Context, round: Round, metrics: dict[str, tuple[float, flo
             raise PluginError(f"plugin {name!r} returned {got} from 'token_weights', expected weights {tokens}.")
         if not torch.isfinite(weights).all():
             raise PluginError(
-                f"plugin {name!r} returned {int((~torch.isfinite(weights)).sum())} weights that are not finite."
+                f"plugin {name!r} returned weights that are not finite: {int((~torch.isfinite(weights)).sum())} of "
+                f"{weights.numel()}."
             )
         round = _changed(context, name, round, round.token_advantages * weights, metrics)
     return round
@@ -135,8 +137,8 @@ def _changed(
     """Returns the round with the advantages that a plugin made, and reports how much it changed them."""
     after = dataclasses.replace(round, advantages=values.detach().to(round.advantages))
     change = _per_row(after) - _per_row(round)
-    metrics[f"trl_ext/{name}/advantage_mean"] = (_per_row(after).sum().item(), len(round.rows))
-    metrics[f"trl_ext/{name}/advantage_change"] = (change.abs().sum().item(), len(round.rows))
+    metrics[f"{name}/advantage_mean"] = (_per_row(after).sum().item(), len(round.rows))
+    metrics[f"{name}/advantage_change"] = (change.abs().sum().item(), len(round.rows))
     context.show(name, after)
     return after
 
