@@ -14,7 +14,7 @@ import yaml
 
 from trl_ext_hooks import TrainerKind
 
-from ..catalog import declaration, find, options
+from ..catalog import declaration, find, options, recipes
 from ..catalog.declaration import PluginSpec
 from ..errors import ConfigError, near
 from ..plan.compose import check_kind, common_trainers, compose
@@ -95,7 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PLUGIN.OPTION=VALUE",
         help="options of plugins, values read as YAML; these win over the YAML file",
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file with TRL's settings and a block `plugins:`")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file with TRL's settings and a block `plugins:`, or the name of a recipe (`trl_ext recipes`)",
+    )
     parser.add_argument(
         "--trainer",
         choices=declaration.KINDS,
@@ -132,10 +136,16 @@ def understand(args: argparse.Namespace, rest: list[str]) -> Request:
     Raises:
         TrlExtError: The request cannot work. Nothing of TRL has been loaded by then.
     """
-    settings = read_config(args.config)
+    config = None if args.config is None else recipes.locate(args.config)
+    settings = read_config(config)
     block, experiment = (settings.pop(name, None) for name in BLOCKS)
     # recipes of `trl_ext compare` are accepted too: their block names the trainer and the task
     experiment = experiment if isinstance(experiment, Mapping) else {}
+    task = experiment.get("task")
+    if config is not None:  # Python files that it names stand beside it
+        task = recipes.beside(task, config) if isinstance(task, str) else task
+        if isinstance(block, Mapping):
+            block = {recipes.beside(str(reference), config): values for reference, values in block.items()}
     requests = find.merge(args.plugin, block, options.parse_set(args.set))
     specs = compose(find.resolve(requests))
     kind: TrainerKind = args.trainer or experiment.get("trainer") or common_trainers(specs)[0]
@@ -149,10 +159,10 @@ def understand(args: argparse.Namespace, rest: list[str]) -> Request:
         plugins=requests,
         specs=specs,
         kind=kind,
-        config=args.config,
+        config=config,
         settings=settings,
         arguments=rest,
-        task=experiment.get("task"),
+        task=task,
         sizes=sizes,
         check_rewards=not args.no_reward_check,
         inspect=args.inspect,
