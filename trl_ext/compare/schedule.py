@@ -57,7 +57,6 @@ def run_comparison(recipe: Recipe, folder: Path, at_once: int | None, console: C
         ended = records.values()
         content = {
             "recipe": recipe.name,
-            "claim": recipe.claim,
             "paper": recipe.paper,
             "command": command,
             "trainer": prepared.kind,
@@ -81,7 +80,6 @@ def run_comparison(recipe: Recipe, folder: Path, at_once: int | None, console: C
             },
         }
         console.print(f"{len(runs)} runs, {time.monotonic() - began:.0f} s", highlight=False)
-        content["headline"] = verdicts.headline(content)
         store.write(folder / "compare.json", content)
     return content
 

@@ -25,13 +25,15 @@ def summarize(recipe: Recipe, records: Records) -> dict[str, Any]:
         notes.append("one seed: there are no intervals and no verdicts. Give two seeds or more.")
     elif statistics.chance(len(recipe.seeds)) > 1 - statistics.LEVEL:
         notes.append(few_seeds(len(recipe.seeds)))
-    return {
+    summary = {
+        "claim": recipe.claim,
         "arms": {arm: _arm(arm, recipe.seeds, records) for arm in recipe.arms},
         "metrics": metrics,
         "notes": notes,
         "complete": all(record["status"] == "finished" for record in records.values()),
         "met": all(entry["met"] for metric in metrics for entry in metric["expectations"]),
     }
+    return summary | {"headline": headline(summary)}
 
 
 def headline(content: Mapping[str, Any]) -> str:
