@@ -17,10 +17,8 @@ QUIET, LENGTH = "rewards/quiet/mean", "completions/mean_length"
 
 
 def history(level: float, steps: int = 20) -> list[dict[str, Any]]:
-    return [
-        {"step": s, "loss": 1.0, QUIET: level + s / 100, LENGTH: 10.0 + level, "epoch": 0.1}
-        for s in range(1, steps + 1)
-    ]
+    constant = {"loss": 1.0, LENGTH: 10.0 + level, "epoch": 0.1}
+    return [{"step": step, QUIET: level + step / 100} | constant for step in range(1, steps + 1)]
 
 
 def trained(folder: Path, level: float, seed: int | None = 1, **changes: Any) -> str:

@@ -25,9 +25,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_all_recipes_are_in_it_and_nothing_that_only_the_repository_needs(built: Path) -> None:
     here, there = ROOT / "recipes", built / "trl_ext" / "recipes"
-    ours = {
-        str(file.relative_to(here)) for file in here.rglob("*") if file.is_file() and "__pycache__" not in file.parts
-    }
+    files = [file for file in here.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+    ours = {str(file.relative_to(here)) for file in files}
     assert {str(file.relative_to(there)) for file in there.rglob("*") if file.is_file()} == ours - NOT_SHIPPED
     assert not list(built.rglob("__pycache__"))
 

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     longest = max(len(entry["name"]) for entry in entries)
     for entry in entries:
         facts = (entry["kind"], _plugins(entry), _time(entry, cores))
-        print(f"{entry['name']:<{longest}}  {', '.join(facts)}")
+        print(textwrap.fill(f"{entry['name']:<{longest}}  {', '.join(facts)}", width, subsequent_indent="    "))
         print(textwrap.fill(_shows(entry), width, initial_indent="    ", subsequent_indent="    "))
     print()
     for note in _NOTES:
