@@ -29,7 +29,8 @@ def test_config_takes_the_name_of_a_recipe(tmp_path, monkeypatch):
     _, request = understood("--config", "thinkless")
     assert [spec.name for spec in request.specs] == ["thinkless"] and request.config.endswith("tiny/thinkless.yaml")
     assert lab.task(request.task).name and request.settings["beta"] == 0.0
-    (tmp_path / "mine.py").write_text("from trl_ext_hooks import Plugin\nclass Mine(Plugin):\n    name = 'mine'\n")
+    plugin = "from trl_ext_hooks import Plugin\nclass Mine(Plugin):\n    name, trainers = 'mine', ('grpo',)\n"
+    (tmp_path / "mine.py").write_text(plugin)
     (tmp_path / "thinkless").write_text("plugins:\n  mine.py:\n")
     _, request = understood("--config", "thinkless")
     assert [spec.name for spec in request.specs] == ["mine"] and request.config == "thinkless"
