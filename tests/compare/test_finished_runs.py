@@ -128,6 +128,7 @@ def test_metrics_can_be_chosen_and_curves_need_common_steps(tmp_path: Path) -> N
         (["good", "silent"], "silent/trl_ext_run.json holds no log entries"),
         (["good", "again=good"], "is named twice, which would count it as two"),
         (["a=good", "a=other"], "needs two arms, got a"),
+        (["good"], "needs two arms, got good"),
         (["good", "other", "--seeds", "2"], "--seeds goes with a recipe"),
         (["gdpo", "--metric", "loss"], "--metric goes with finished runs"),
     ],

@@ -81,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
+    from ..catalog import recipes
     from ..compare import html_report, plots, store, text_report
     from ..support.console import console, print_line, status
     from ..support.tables import print_table
@@ -91,7 +92,9 @@ def run(args: argparse.Namespace) -> int:
     record = Path(args.record) if args.record else None
     if record is not None and not record.parent.is_dir():
         raise OptionError(f"--record {record}: there is no folder {record.parent}.")
-    folder, content = _of_runs(args) if len(args.what) > 1 else _of_recipe(args)
+    first = args.what[0]
+    finished = len(args.what) > 1 or (Path(first).is_dir() and first not in recipes.recipes())
+    folder, content = _of_runs(args) if finished else _of_recipe(args)
     with status("drawing the report", console(stderr=True)):
         store.write_file(folder / "compare.html", html_report.render(content))
         store.write_file(folder / "compare.png", plots.picture(content))
