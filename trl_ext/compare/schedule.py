@@ -42,11 +42,8 @@ def run_comparison(recipe: Recipe, folder: Path, at_once: int | None, console: C
     """
     began = time.monotonic()
     with locked(folder):
-        begin = "starting a process that loads TRL"
-        with tempfile.TemporaryDirectory(prefix="trl_ext-") as scratch, status(begin, console) as show:
+        with tempfile.TemporaryDirectory(prefix="trl_ext-") as scratch, status("", console) as show:
             say = show if console.is_terminal else partial(console.print, markup=False, soft_wrap=True)
-            if not console.is_terminal:
-                say(begin)
             prepared = child_process.call(_prepare, recipe, log=os.path.join(scratch, "log"), say=say)
         recipe = dataclasses.replace(recipe, metrics=recipe.metrics or default_metrics(prepared.kind))
         runs = list_runs(recipe, prepared, folder / "runs")
