@@ -57,7 +57,7 @@ def arms(arguments: Sequence[str]) -> dict[str, list[FinishedRun]]:
     unnamed: list[Path] = []
     for argument in arguments:
         name, _, place = argument.partition("=")
-        if place and not Path(argument).is_dir():
+        if name and place and not Path(argument).is_dir():
             named.setdefault(name, []).append(Path(place))
         else:
             unnamed.append(Path(argument))
