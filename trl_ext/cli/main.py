@@ -17,7 +17,7 @@ COMMANDS: dict[str, str] = {
     "inspect": "show what each plugin did to tokens, rewards and advantages of a run",
     "check": "check a plugin on a tiny model, in seconds",
     "compare": "compare plugin sets and plain TRL over seeds, with intervals",
-    "recipes": "list the recipes that come with trl_ext: time, plugins, what they show",
+    "recipes": "list the recipes that come with trl_ext, and what they show",
     "new": "write a package with a working plugin, its tests and its entry point",
     "doctor": "check versions, devices, extras and every part of TRL that is used",
     "bench": "measure the overhead, shared-prefix forwards, or SPAE's probes",
