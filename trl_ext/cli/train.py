@@ -25,9 +25,9 @@ examples:
   trl_ext train --plugin gdpo my_method.py --config run.yaml \\
       --accelerate_config zero2 --num_processes 8
       two plugins, eight processes with DeepSpeed
-  trl_ext train --config recipes/tiny/gdpo.yaml
-      the task of a recipe of `trl_ext compare`, with the plugins of its block
-      `plugins:`
+  trl_ext train --config gdpo
+      a recipe that comes with trl_ext (`trl_ext recipes`): its task, with the
+      plugins of its block `plugins:`
   trl_ext train --config run.yaml --resume_from_checkpoint true
       plugins from the block `plugins:` of the file; continues from the last
       checkpoint in output_dir

@@ -14,7 +14,7 @@ import yaml
 
 from trl_ext_hooks import TrainerKind
 
-from ..catalog import declaration, find, names, options
+from ..catalog import declaration, find, names, options, recipes
 from ..catalog.declaration import PluginSpec
 from ..errors import ConfigError, TrlExtError, near
 from ..plan.compose import check_kind, common_trainers, compose
@@ -103,7 +103,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PLUGIN.OPTION=VALUE",
         help="options of plugins, values read as YAML; these win over the YAML file",
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file with TRL's settings and a block `plugins:`")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file with TRL's settings and a block `plugins:`, or the name of a recipe (`trl_ext recipes`)",
+    )
     parser.add_argument(
         "--no_file_plugins",
         action="store_true",
@@ -152,7 +156,8 @@ def understand(args: argparse.Namespace, rest: list[str]) -> Request:
         TrlExtError: The request cannot work. Nothing of TRL has been loaded by then.
     """
     check_words(rest)
-    settings, environment = read_file(args.config)
+    config = None if args.config is None else recipes.locate(args.config)
+    settings, environment = read_file(config)
     os.environ.update(environment)
     block, experiment = (settings.pop(name, None) for name in BLOCKS)
     typed_trainer = args.trainer
@@ -160,7 +165,11 @@ def understand(args: argparse.Namespace, rest: list[str]) -> Request:
     block = None if args.no_file_plugins else block
     # recipes of `trl_ext compare` are accepted too: their block names the trainer and the task
     experiment = experiment if isinstance(experiment, Mapping) else {}
-    wanted = experiment.get("trainer")
+    task, wanted = experiment.get("task"), experiment.get("trainer")
+    if config is not None:  # Python files that it names stand beside it
+        task = recipes.beside(task, config) if isinstance(task, str) else task
+        if isinstance(block, Mapping):
+            block = {recipes.beside(str(reference), config): values for reference, values in block.items()}
     if wanted not in (None, *declaration.KINDS):
         raise ConfigError(f"{args.config}: experiment.trainer is {wanted!r}.{near(str(wanted), declaration.KINDS)}")
     try:
@@ -180,10 +189,10 @@ def understand(args: argparse.Namespace, rest: list[str]) -> Request:
         plugins=requests,
         specs=specs,
         kind=kind,
-        config=args.config,
+        config=config,
         settings=settings,
         arguments=rest,
-        task=experiment.get("task"),
+        task=task,
         sizes=sizes,
         check_rewards=not args.no_reward_check,
         inspect=args.inspect,

@@ -108,6 +108,7 @@ def describe(
         "model": model.model_name_or_path or trainer.model.config.name_or_path,
         "data": data,
         "output_dir": str(training.output_dir),
+        "seed": training.seed,
         "processes": int(trainer.accelerator.num_processes),
         "device": str(trainer.accelerator.device),
         "steps": trainer.state.global_step,

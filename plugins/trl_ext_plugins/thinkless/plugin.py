@@ -98,7 +98,10 @@ class Thinkless(Plugin):
         missing = [token for name, token in tokens.items() if name not in self.ids]
         if missing:
             what = f"the tokenizer has no single token for {', '.join(missing)}, so the model cannot choose a mode."
-            fix = "Add them and teach the model to use them: python recipes/warmup/thinkless.py, then train its output."
+            fix = (
+                "Add them and teach the model to use them with warmup/thinkless.py in the folder that `trl_ext recipes "
+                "--path` prints, then train its output."
+            )
             return [Refuse(what, fix)]
         if getattr(trainer.processing_class, "chat_template", None) is None:
             return []
