@@ -101,6 +101,8 @@ class Plugin:
     Attributes:
         name: The name that users ask for: lower-case words, digits and hyphens.
         paper: The publication, for example `arXiv 2601.05242`.
+        bibtex: BibTeX entries of what a run with the plugin should cite. Model cards and `trl_ext show NAME --bibtex`
+            hold them. The text may be indented like the code around it.
         summary: One line on what the plugin changes.
         trainers: The trainers that it serves, of `"grpo"`, `"rloo"` and `"dpo"`. Every other trainer is refused.
         Options: A frozen dataclass, best nested in the class, whose fields are made with `option`. Checks of one value
@@ -122,6 +124,7 @@ class Plugin:
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
+    bibtex: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     trainers: ClassVar[tuple[TrainerKind, ...]]
     Options: ClassVar[type] = NoOptions

@@ -31,6 +31,10 @@ def bad(**attributes: Any) -> type[Plugin]:
         ({"needs": "old_logps"}, "`needs` must be a tuple of strings; got 'old_logps'"),
         ({"claims": ("estimtor",)}, "`claims` holds 'estimtor'. Did you mean 'estimator'?"),
         ({"fields": ["x"]}, "`fields` must be a tuple of strings; got ['x']"),
+        ({"bibtex": "arXiv 2601.05242"}, "`bibtex` must hold BibTeX entries, such as '@misc{key, title = {...}}'; got"),
+        ({"bibtex": "@misc{a, title = {b}"}, "`bibtex` must hold BibTeX entries"),
+        ({"bibtex": "@misc{a, title = {b}}}"}, "`bibtex` must hold BibTeX entries"),
+        ({"bibtex": ("@misc{a}",)}, "`bibtex` must hold BibTeX entries"),
         ({"honours": "beta"}, "`honours` must be a tuple of strings; got 'beta'"),
     ],
 )

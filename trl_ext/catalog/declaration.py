@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import typing
 from collections.abc import Sequence
@@ -67,6 +68,24 @@ class PluginSpec:
         values: dict[str, Any] = _plain(self.options)
         return values
 
+    @property
+    def changed_options(self) -> dict[str, Any]:
+        """The options that differ from their defaults, as plain values. One without a default always does."""
+        defaults = {
+            field.name: field.default_factory() if callable(field.default_factory) else field.default
+            for field in dataclasses.fields(self.options)
+        }
+        return {
+            name: value
+            for name, value in self.option_values.items()
+            if value is not defaults[name] and value != _plain(defaults[name])
+        }
+
+    @property
+    def bibtex(self) -> str:
+        """What a run with the plugin should cite, as BibTeX entries without the indentation of the code."""
+        return inspect.cleandoc(self.cls.bibtex)
+
 
 def _plain(value: Any) -> Any:
     """Returns dataclasses as mappings. Unlike `dataclasses.asdict` it copies nothing, for options may hold anything."""
@@ -104,6 +123,14 @@ def needed_columns(specs: Sequence[PluginSpec]) -> set[str]:
 def implemented(cls: type[Plugin]) -> tuple[str, ...]:
     """Returns the hooks that a plugin implements, in the order of the documentation."""
     return tuple(hook for hook in HOOKS if hasattr(getattr(cls, hook, None), "trl_ext_impl"))
+
+
+def _is_bibtex(text: str) -> bool:
+    """Tells whether a text consists of BibTeX entries: `@kind{...}`, with balanced braces."""
+    shorter = re.sub(r"\{[^{}]*\}", "", text)
+    while shorter != text:  # the innermost braces go first
+        text, shorter = shorter, re.sub(r"\{[^{}]*\}", "", shorter)
+    return re.fullmatch(r"(\s*@\w+)+\s*", text) is not None
 
 
 def check_plugin(cls: Any, origin: str) -> type[Plugin]:
@@ -147,6 +174,9 @@ def check_plugin(cls: Any, origin: str) -> type[Plugin]:
             pattern = entry.partition(":")[0] + ":NAME" if ":" in entry else entry
             if pattern not in known:
                 raise broken(f"`{attribute}` holds {entry!r}.{near(entry, known)}")
+    entries = cls.bibtex
+    if not isinstance(entries, str) or (entries.strip() and not _is_bibtex(entries)):
+        raise broken(f"`bibtex` must hold BibTeX entries, such as '@misc{{key, title = {{...}}}}'; got {entries!r}.")
     hooks = set(implemented(cls))
     for name in dir(cls):
         value = getattr(cls, name)
