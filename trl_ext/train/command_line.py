@@ -19,6 +19,7 @@ from ..catalog.declaration import PluginSpec
 from ..errors import ConfigError, near
 from ..plan.compose import check_kind, common_trainers, compose
 from ..plan.stages import ROUNDS
+from .repeat import read_record
 
 BLOCKS = ("plugins", "experiment")
 """Keys of the YAML file that are ours. TRL gets the file without them."""
@@ -49,6 +50,8 @@ class Request:
         save: Whether to save the final model.
         bars: Whether the user wants the progress bars of transformers.
         command: The command line of the user.
+        config_to_repeat: What was asked for, as the content of one YAML file.
+        filled_in: Settings of TRL that nobody asked for: defaults of the machine and of the embedded demo.
     """
 
     plugins: dict[str, dict[str, Any]]
@@ -64,6 +67,8 @@ class Request:
     save: bool = True
     bars: bool = False
     command: str = ""
+    config_to_repeat: dict[str, Any] = dataclasses.field(default_factory=dict)
+    filled_in: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Parser(argparse.ArgumentParser):
@@ -95,7 +100,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PLUGIN.OPTION=VALUE",
         help="options of plugins, values read as YAML; these win over the YAML file",
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file with TRL's settings and a block `plugins:`")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file with TRL's settings and a block `plugins:`, or the trl_ext_run.json of a run, which repeats it",
+    )
     parser.add_argument(
         "--trainer",
         choices=declaration.KINDS,
@@ -161,7 +170,7 @@ def understand(args: argparse.Namespace, rest: list[str]) -> Request:
 
 
 def read_config(path: str | None) -> dict[str, Any]:
-    """Reads the YAML file, takes `env:` out and sets it in the environment, as TRL does.
+    """Reads the YAML file, takes `env:` out and sets it in the environment, as TRL does. Takes the record of a run too.
 
     Raises:
         ConfigError: The file is missing, is not YAML, or does not hold a mapping.
@@ -169,7 +178,7 @@ def read_config(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = read_record(path) if path.endswith(".json") else yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror or error} (looked in {Path.cwd()}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..support import child_errors
 from ..trl_internals import launch as trl_launch
 from ..trl_internals.arguments import resume_value
-from . import command_line, handover
+from . import command_line, handover, repeat
 from .command_line import Request, as_arguments, say
 
 
@@ -58,7 +58,14 @@ def launch(
         request,
         arguments=[*divided.trl, *as_arguments(defaults)],
         bars=(defaults | divided.given).get("disable_tqdm") is False,
-        command=shlex.join(command),
+        command=shlex.join(repeat.without_secrets(command)),
+        config_to_repeat=repeat.whole_run(
+            request.plugins,
+            {"trainer": request.kind, "task": request.task, **request.sizes},
+            divided.given,
+            trl_launch.settings_of(divided.launch),
+        ),
+        filled_in=defaults,
     )
     with tempfile.TemporaryDirectory(prefix="trl_ext-") as folder:
         launcher.training_script_args = [str(handover.write(for_workers, Path(folder)))]

@@ -76,6 +76,20 @@ def _flags(settings: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     return flags
 
 
+def settings_of(flags: Sequence[str]) -> dict[str, Any]:
+    """Returns arguments of accelerate's launcher as settings of a YAML file."""
+    settings: dict[str, Any] = {}
+    name = ""
+    for flag in flags:
+        if flag.startswith("--"):
+            option, equals, value = flag.partition("=")
+            name = option.removeprefix("--").replace("-", "_")
+            settings[name] = value if equals else True  # a switch, unless a value follows
+        else:
+            settings[name] = flag
+    return settings
+
+
 def _launch_parser() -> argparse.ArgumentParser:
     from accelerate.commands.launch import launch_command_parser
 
