@@ -15,10 +15,11 @@ from trl_ext_hooks import CLAIMS, NEEDS, Plugin, TrainerKind, specs
 
 from ..errors import PluginError, near
 from . import options as plugin_options
+from .builtins import TRL
 
 HOOKS: tuple[str, ...] = tuple(name for name, value in vars(specs).items() if hasattr(value, "trl_ext_spec"))
 """All hooks, in the order of the documentation."""
-IMPLIED = {"policy_loss", "logps", "run"}
+IMPLIED = {"mix_advantages", "policy_loss", "logps", "run"}
 """Claims that a plugin makes by implementing the hook of the same name."""
 KINDS: tuple[TrainerKind, ...] = get_args(TrainerKind)
 
@@ -153,6 +154,8 @@ def check_plugin(cls: Any, origin: str) -> type[Plugin]:
 
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", str(getattr(cls, "name", ""))):
         raise broken("`name` must be lower-case words joined by hyphens, such as 'my-method'.")
+    if cls.name == TRL:
+        raise broken(f"`name` must be another one: {TRL!r} stands for TRL itself.")
     trainers = getattr(cls, "trainers", ())
     if not trainers or isinstance(trainers, str) or not set(trainers) <= set(KINDS):
         raise broken(f"`trainers` must be a tuple with some of {', '.join(KINDS)}; got {trainers!r}.")
