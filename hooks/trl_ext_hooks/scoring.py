@@ -177,13 +177,9 @@ def mix_advantages(round: Round, parts: Mapping[str, torch.Tensor]) -> torch.Ten
     hook any number of plugins may claim `estimator`. Each of them starts from the round as TRL left it, so none sees
     what another one made.
 
-    Args:
-        round: The round with TRL's own advantages.
-        parts: Advantages by plugin name, and TRL's own as `trl`. All are (N,) for the rows of all processes. Where one
-            is per token, all are (b, T) for this process's tokens.
-
-    Returns:
-        Advantages of the same shape. Every value must be finite. None keeps TRL's. GRPO and RLOO. Collective.
+    `round.advantages` are TRL's. `parts` holds the advantages by plugin name, and TRL's own as `trl`. All of them are
+    (N,) for the rows of all processes. Where one is per token, all are (b, T) for this process's tokens. Returns
+    advantages of the same shape. Every value must be finite. None keeps TRL's. GRPO and RLOO. Collective.
 
     ```python
     class GradualStart(Plugin):
