@@ -79,7 +79,7 @@ class HalfState(Good):
     [
         (
             Misspelt,
-            ["plugin 'misspelt'", "'advantage' is marked with @hookimpl, but no hook has", "mean 'advantages'?"],
+            ["plugin 'misspelt'", "'advantage' is marked with @hookimpl, but no hook has", "mean 'advantages' or"],
         ),
         (Unmarked, ["plugin 'unmarked'", "the method 'advantages' is named like a hook and lacks @hookimpl"]),
         (WrongArgument, ["plugin 'wrong-argument'", "a hook does not fit its specification", "rond"]),
