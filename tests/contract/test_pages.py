@@ -204,6 +204,9 @@ def test_the_page_of_a_method_is_complete(method: str) -> None:
     for part in ("**What it changes.**", "**When to use it.**", "\n## Options\n", "\ntrl_ext train --"):
         assert part in text, part
     if shown["paper"].startswith("arXiv"):
+        title = re.findall(r"title = \{\{(.*?)\}\}", shown["bibtex"], re.DOTALL)[0]
+        assert f"eprint = {{{shown['paper'].removeprefix('arXiv ')}}}" in shown["bibtex"]
+        assert title.split()[0] in text.partition("**What it changes.**")[0]
         assert f"[{shown['paper']}](" in text and "\n## Metrics\n" in text and "\n## Results\n" in text
     for kind in shown["trainers"]:
         assert kind.upper() in text.partition("**What it changes.**")[0], kind

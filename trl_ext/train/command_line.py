@@ -21,6 +21,7 @@ from ..plan.compose import check_kind, common_trainers, compose
 from ..plan.stages import ROUNDS
 from ..support import help
 from ..support.console import tell
+from .repeat import read_record
 
 BLOCKS = ("plugins", "experiment")
 """Blocks of the YAML file that are ours. TRL gets the file without them."""
@@ -56,6 +57,8 @@ class Request:
         own: Our own options that differ from their defaults, as keys of the YAML file.
         environment: The block `env:` of the file.
         experiment: The block `experiment:` of the file.
+        config_to_repeat: What was asked for, as the content of one YAML file.
+        filled_in: Settings of TRL that nobody asked for: defaults of the machine and of the embedded demo.
     """
 
     plugins: dict[str, dict[str, Any]]
@@ -74,6 +77,8 @@ class Request:
     own: dict[str, Any] = dataclasses.field(default_factory=dict)
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     experiment: dict[str, Any] = dataclasses.field(default_factory=dict)
+    config_to_repeat: dict[str, Any] = dataclasses.field(default_factory=dict)
+    filled_in: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Parser(help.Parser):
@@ -106,7 +111,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="YAML file with TRL's settings and a block `plugins:`, or the name of a recipe (`trl_ext recipes`)",
+        help="YAML file with TRL's settings and a block `plugins:`, the name of a recipe (`trl_ext recipes`), or the "
+        "trl_ext_run.json of a run, which repeats it",
     )
     parser.add_argument(
         "--no_file_plugins",
@@ -262,7 +268,7 @@ def check_words(rest: Sequence[str]) -> None:
 
 
 def read_config(path: str | None) -> dict[str, Any]:
-    """Reads the YAML file, takes `env:` out and sets it in the environment, as TRL does.
+    """Reads the YAML file, takes `env:` out and sets it in the environment, as TRL does. Takes the record of a run too.
 
     Raises:
         ConfigError: As `read_file`.
@@ -281,7 +287,7 @@ def read_file(path: str | None) -> tuple[dict[str, Any], dict[str, str]]:
     if path is None:
         return {}, {}
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = read_record(path) if path.endswith(".json") else yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror or error} (looked in {Path.cwd()}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

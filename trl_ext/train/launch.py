@@ -15,7 +15,7 @@ from ..support import child_errors
 from ..trl_internals import late_refusals
 from ..trl_internals import launch as trl_launch
 from ..trl_internals.arguments import resume_value
-from . import command_line, config_keys, handover, written_run
+from . import command_line, config_keys, handover, repeat, written_run
 from .command_line import Request, as_arguments, say
 
 
@@ -72,7 +72,9 @@ def launch(
         request,
         arguments=[*divided.trl, *as_arguments(defaults)],
         bars=settings.get("disable_tqdm") is False,
-        command=shlex.join(command),
+        command=shlex.join(repeat.without_secrets(command)),
+        config_to_repeat=repeat.published(written_run.content(request, divided)),
+        filled_in=defaults,
     )
     with tempfile.TemporaryDirectory(prefix="trl_ext-") as folder:
         launcher.training_script_args = [str(handover.write(for_workers, Path(folder)))]

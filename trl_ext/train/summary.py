@@ -98,6 +98,9 @@ def describe(
     data = request.task or script.dataset_name or [source.path for source in mixture.datasets]
     return {
         "command": request.command,
+        "folder": os.getcwd(),
+        "config": request.config_to_repeat,
+        "filled_in": request.filled_in,
         "trainer": request.kind,
         "plugins": [
             {"name": spec.name, "version": spec.version, "origin": spec.origin, "options": spec.option_values}

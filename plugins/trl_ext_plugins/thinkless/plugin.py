@@ -37,6 +37,13 @@ class Thinkless(Plugin):
 
     name = "thinkless"
     paper = "arXiv 2505.13379"
+    bibtex = """@misc{thinkless2025,
+      title = {{Thinkless: LLM Learns When to Think}},
+      eprint = {2505.13379},
+      archivePrefix = {arXiv},
+      year = {2025},
+      note = {NeurIPS 2025},
+    }"""
     summary = "weighs the token that chooses between a short and a long answer apart from all other tokens"
     trainers = ("grpo",)
     fields = ("thinkless_mode", "thinkless_answer", "thinkless_control", "thinkless_advantages")
