@@ -1,4 +1,4 @@
-"""Errors that trl_ext raises. All derive from `TrlExtError`."""
+"""Errors that trl_ext raises, all derived from `TrlExtError`, and what their texts share."""
 
 from __future__ import annotations
 
@@ -36,3 +36,14 @@ def near(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     return f"{hint} Known: {', '.join(names) if names else 'none'}."
+
+
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """Writes a count with its noun: `1 step`, `2 steps`.
+
+    Args:
+        count: The count.
+        noun: The noun for one.
+        plural: The noun for several, by default with an `s`.
+    """
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"

@@ -17,7 +17,9 @@ hookimpl = pluggy.HookimplMarker("trl_ext")
 
 CLAIMS: dict[str, str] = {
     "estimator": "computes the advantages from the rewards, in place of TRL. Other plugins may only adjust them. "
+    "Several plugins may claim it beside one with the hook `mix_advantages`. "
     "Settings of TRL's advantages, such as `scale_rewards`, are refused unless `honours` or a `Require` names them",
+    "mix_advantages": "combines the advantages of estimators (implied by the hook `mix_advantages`)",
     "policy_loss": "replaces the policy loss (implied by the hook `policy_loss`)",
     "logps": "owns the log-probability forward (implied by the hook `logps`)",
     "no_advantages": "replaces the policy loss by one that uses no advantages, so no plugin of the run may compute or "
@@ -55,6 +57,11 @@ RewardName = Annotated[str, "reward:NAME"]
 
 ColumnName = Annotated[str, "column:NAME"]
 """Type of an option that names a column of the training data. The core checks the name and keeps the column."""
+
+
+PluginName = Annotated[str, "plugin:NAME"]
+"""Type of an option that names another plugin. Where the user did not ask for that plugin, the core adds it to the run
+with default options. `trl` stands for TRL itself."""
 
 
 def option(
@@ -101,6 +108,8 @@ class Plugin:
     Attributes:
         name: The name that users ask for: lower-case words, digits and hyphens.
         paper: The publication, for example `arXiv 2601.05242`.
+        bibtex: BibTeX entries of what a run with the plugin should cite. Model cards and `trl_ext show NAME --bibtex`
+            hold them. The text may be indented like the code around it.
         summary: One line on what the plugin changes.
         trainers: The trainers that it serves, of `"grpo"`, `"rloo"` and `"dpo"`. Every other trainer is refused.
         Options: A frozen dataclass, best nested in the class, whose fields are made with `option`. Checks of one value
@@ -122,6 +131,7 @@ class Plugin:
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
+    bibtex: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     trainers: ClassVar[tuple[TrainerKind, ...]]
     Options: ClassVar[type] = NoOptions

@@ -170,6 +170,32 @@ def advantages(round: Round) -> torch.Tensor | None:
 
 
 @hookspec
+def mix_advantages(round: Round, parts: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """Combines the advantages of all estimators of the run and of TRL. At most one plugin of a run has this hook.
+
+    Runs on every process, after the estimators and before the plugins that adjust advantages. Beside a plugin with this
+    hook any number of plugins may claim `estimator`. Each of them starts from the round as TRL left it, so none sees
+    what another one made.
+
+    `round.advantages` are TRL's. `parts` holds the advantages by plugin name, and TRL's own as `trl`. All of them are
+    (N,) for the rows of all processes. Where one is per token, all are (b, T) for this process's tokens. Returns
+    advantages of the same shape. Every value must be finite. None keeps TRL's. GRPO and RLOO. Collective.
+
+    ```python
+    class GradualStart(Plugin):
+        name = "gradual-start"
+        trainers = ("grpo", "rloo")
+
+        @hookimpl
+        def mix_advantages(self, round, parts):
+            share = min(1.0, round.step / 100)  # from TRL's advantages to the mean of the others
+            others = [values for name, values in parts.items() if name != "trl"] or [parts["trl"]]
+            return (1 - share) * parts["trl"] + share * sum(others) / len(others)
+    ```
+    """
+
+
+@hookspec
 def keep_rows(round: Round) -> torch.Tensor | None:
     """Selects the rows that a training round learns from. A row stays if every plugin with this hook keeps it.
 

@@ -27,6 +27,7 @@ class Config:
         plugins: Names of all plugins of the run, in the order in which they act.
         tool_sources: What lets rollouts call tools: those of `tools`, `environment_factory` and `rollout_func` that
             the trainer receives.
+        estimators: Names of the plugins that claim `estimator`, in the same order.
         data: The training data. None where their rows cannot be read before training, as in a stream.
         rewriters: Names of the plugins that rewrite rewards (hook `rewards`), in the same order.
     """
@@ -38,6 +39,7 @@ class Config:
     plugins: tuple[str, ...]
     tool_sources: tuple[str, ...] = ()
     rewriters: tuple[str, ...] = ()
+    estimators: tuple[str, ...] = field(default=(), kw_only=True)
     data: Any = field(default=None, kw_only=True, repr=False, compare=False)
 
     def first_rows(self, *columns: str, count: int = 1000) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ rollout = _rollout.rollout
 annotate = _rollout.annotate
 rewards = _scoring.rewards
 advantages = _scoring.advantages
+mix_advantages = _scoring.mix_advantages
 keep_rows = _scoring.keep_rows
 token_weights = _scoring.token_weights
 batch_fields = _scoring.batch_fields

@@ -88,6 +88,12 @@ class Condition:
 class GDPO(Plugin):
     name = "gdpo"
     paper = "arXiv 2601.05242"
+    bibtex = """@misc{gdpo2026,
+      title = {{GDPO: Group reward-Decoupled Normalization Policy Optimization for Multi-reward RL Optimization}},
+      eprint = {2601.05242},
+      archivePrefix = {arXiv},
+      year = {2026},
+    }"""
     summary = "normalises every reward inside its group before adding them, then rescales over the batch"
     trainers = ("grpo",)  # RLOO does not normalise inside the group
     claims = ("estimator",)

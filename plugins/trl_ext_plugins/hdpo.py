@@ -97,6 +97,12 @@ class HDPO(Plugin):
 
     name = "hdpo"
     paper = "arXiv 2604.08545"
+    bibtex = """@misc{hdpo2026,
+      title = {{Act Wisely: Cultivating Meta-Cognitive Tool Use in Agentic Multimodal Models}},
+      eprint = {2604.08545},
+      archivePrefix = {arXiv},
+      year = {2026},
+    }"""
     summary = "a second clipped loss for few tool calls, among the right answers of a prompt only"
     trainers = ("grpo",)
     needs = ("tools",)

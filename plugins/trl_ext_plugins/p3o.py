@@ -123,6 +123,12 @@ class P3O(Plugin):
 
     name = "p3o"
     paper = "arXiv 2310.00212"
+    bibtex = """@misc{p3o2023,
+      title = {{Pairwise Proximal Policy Optimization: Harnessing Relative Feedback for LLM Alignment}},
+      eprint = {2310.00212},
+      archivePrefix = {arXiv},
+      year = {2023},
+    }"""
     summary = "replaces the loss by a clipped policy gradient of reward differences between completions of a prompt"
     trainers = ("grpo", "rloo")
     needs = ("whole_groups",)

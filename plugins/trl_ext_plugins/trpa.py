@@ -120,6 +120,13 @@ class TRPA(Plugin):
 
     name = "trpa"
     paper = "arXiv 2504.04524"
+    bibtex = """@misc{trpa2025,
+      title = {{Trust Region Preference Approximation: A simple and stable reinforcement learning algorithm for
+        LLM reasoning}},
+      eprint = {2504.04524},
+      archivePrefix = {arXiv},
+      year = {2025},
+    }"""
     summary = "replaces the loss by preferences between completions on different levels, inside a trust region"
     trainers = ("grpo",)
     needs = ("whole_groups", "ref_logps")

@@ -32,8 +32,9 @@ BRACKETS = "[red]x[/y] a[b]"
 
 
 @pytest.fixture
-def printed(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """`printed(*argv)` runs the console script and returns all that it prints."""
+def printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """`printed(*argv)` runs the console script in a wide terminal and returns all that it prints."""
+    monkeypatch.setenv("COLUMNS", "200")
 
     def run(*argv: str) -> str:
         capsys.readouterr()
@@ -49,6 +50,11 @@ def printed(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     "argv",
     [
         [BRACKETS],
+        ["--plugin", BRACKETS],
+        ["train", BRACKETS],
+        ["doctor", BRACKETS],
+        ["completion", BRACKETS],
+        ["plugins", "--trainer", BRACKETS],
         ["train", "--plugin", BRACKETS],
         ["train", "--set", f"gdpo.{BRACKETS}=1", "--plugin", "gdpo"],
         ["train", "--config", BRACKETS],
@@ -72,7 +78,7 @@ def test_list_of_plugins(printed: Callable[..., str], monkeypatch: pytest.Monkey
     entry: dict[str, Any] = dict.fromkeys(("name", "version", "origin", "paper", "summary"), BRACKETS)
     entry |= {"hooks": [BRACKETS], "trainers": [BRACKETS], "broken": None}
     monkeypatch.setattr(plugins, "listing", lambda: [entry, entry | {"broken": BRACKETS}])
-    assert printed("plugins").count(BRACKETS) == 7 + 2
+    assert printed("plugins").count(BRACKETS) == 3 + 2
 
 
 def test_declaration_of_a_plugin(printed: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,11 +93,12 @@ def test_declaration_of_a_plugin(printed: Callable[..., str], monkeypatch: pytes
 
 
 def test_findings_of_the_doctor(printed: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    findings: dict[str, Any] = {key: {BRACKETS: BRACKETS} for key in ("versions", "trainers", "plugins")}
+    maps = ("versions", "system", "environment", "trainers", "plugins")
+    findings: dict[str, Any] = {key: {BRACKETS: BRACKETS} for key in maps}
     findings |= {"devices": [BRACKETS], "extras": dict.fromkeys(doctor.EXTRAS), "problems": [BRACKETS]}
     monkeypatch.setattr(doctor, "examine", lambda: findings)
     text = printed("doctor")
-    assert text.count(BRACKETS) == 1 + 1 + 2 + 1 + 1 + 1  # names of trainers are in capitals
+    assert text.count(BRACKETS) == 3 * 2 + 1 + 1 + 2 + 1  # names of trainers are in capitals
     assert BRACKETS.upper() in text
     assert all(hint in text for hint in doctor.EXTRAS.values()) and "pip install 'trl_ext[flash-attn]'" in text
 

@@ -42,6 +42,7 @@ SIGNATURES = {
     "annotate": ["rollout"],
     "rewards": ["scored"],
     "advantages": ["round"],
+    "mix_advantages": ["round", "parts"],
     "keep_rows": ["round"],
     "token_weights": ["round"],
     "batch_fields": ["round"],

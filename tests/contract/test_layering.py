@@ -84,6 +84,40 @@ def test_source_roots_are_not_packages() -> None:
         assert not {top(name) for name in imports(file)} & {"hooks", "plugins"}, file
 
 
+# --- one way to the terminal ------------------------------------------------------------------------------------------
+
+WRITERS = {HOST / "support" / "console.py", HOST / "support" / "tables.py"}
+"""The files that use rich. Every other text goes through them, so that no text of a user is read as markup."""
+
+
+@pytest.mark.parametrize(
+    "file",
+    [file for file in (*sources(HOST), *sources(PLUGINS), *sources(HOOKS)) if file not in WRITERS],
+    ids=lambda file: str(file.relative_to(ROOT)),
+)
+def test_rich_stays_in_two_files(file: Path) -> None:
+    assert {name for name in imports(file, at_run_time=True) if top(name) == "rich"} <= {"rich.text"}
+    words = {node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
+    assert not words & {"from_markup", "render_str"}, "read as markup"
+
+
+def test_consoles_read_no_markup() -> None:
+    """Every call in the two files that could read markup says that it does not, or gets a text that is built."""
+    seen = set()
+    for file in sorted(WRITERS):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            if name in ("Console", "TextColumn"):
+                markup = [keyword.value for keyword in node.keywords if keyword.arg == "markup"]
+                assert [ast.unparse(value) for value in markup] == ["False"], f"{file.name}:{node.lineno}"
+            if name in ("status", "add_column", "add_row"):
+                assert "Text(" in ast.unparse(node), f"{file.name}:{node.lineno}"
+            seen.add(name)
+    assert {"Console", "TextColumn", "status", "add_column", "add_row"} <= seen
+
+
 # --- TRL's private parts ----------------------------------------------------------------------------------------------
 
 PRIVATE = sorted({seam.name for seam in seams.SEAMS} | {"_metrics", "_logs", "_buffered_inputs", "_step"})

@@ -63,8 +63,8 @@ with trl_ext.enable("gdpo", "half-step", half_step={"factor": 0.25}) as handle:
     assert (spec.origin, spec.version) == ("acme-methods", "0.7"), spec
     trainer = tiny_trainer("grpo", sys.argv[1], sys.argv[2])
     trainer.train()
-    change = trainer.state.log_history[0]["trl_ext/half-step/advantage_change"]
-    plain = trainer.state.log_history[0]["trl_ext/gdpo/advantage_change"]
+    change = trainer.state.log_history[0]["half-step/advantage_change"]
+    plain = trainer.state.log_history[0]["gdpo/advantage_change"]
     assert change > 0.1, change
 print("trained", trainer.state.global_step)
 """

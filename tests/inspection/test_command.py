@@ -140,7 +140,7 @@ def test_rows_that_were_left_out_are_told(copy: Path, inspect: Any) -> None:
     file = copy / "inspect" / "round-1.json"
     file.write_text(file.read_text().replace('"left_out":0', '"left_out":52'))
     _, _, err = inspect(copy, "--rows", 40)
-    assert "it has 0-11. 52 rows of the round were not recorded." in err
+    assert "it has 0-11. Not recorded: 52 rows of the round." in err
 
 
 def test_a_folder_without_recordings(inspect: Any, tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_a_browser_draws_it(recordings: list[Recording], tmp_path: Path) -> None
     for row in group:
         shown = "".join(row.tokens).replace("\n", "⏎\n")
         assert shown in re.sub(r"half \d(?: \d+)?", "", plain), shown
-    assert "3 further rows of the round were not recorded." in plain
+    assert "not recorded: 3 further rows of the round." in plain
     assert '<b>add</b>({"a": 1}) → <script>2</script>' in plain
     for name in ("numbers", "brief", "bonus ×0.5", "advantage: TRL", "advantage: steps", "letters", "doubt"):
         assert name in plain, name

@@ -41,7 +41,7 @@ def test_the_head(recorded: Recording, content: dict[str, Any]) -> None:
     assert content["stages"] == ["TRL", "gdpo", "steps"] and content["notes"] == []
     several = page_data.describe(dataclasses.replace(recorded, processes=2, left_out=3))
     assert "before step 1 on 2 processes · " in several["facts"]
-    assert several["notes"] == ["3 further rows of the round were not recorded."]
+    assert several["notes"] == ["not recorded: 3 further rows of the round."]
 
 
 def test_the_table_says_what_the_terminal_says(recorded: Recording, content: dict[str, Any]) -> None:

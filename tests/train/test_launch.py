@@ -25,6 +25,9 @@ from trl_ext.trl_internals import launch as trl_launch
         (["--num_processes", "two"], ["--num_processes", "invalid int value: 'two'"]),
         (["--beta", "0.1", "stray"], ["unexpected value 'stray'"]),
         (["--accelerate_config", "zero9"], ["zero9 is neither a file nor"]),
+        (["--config_file", "none.yaml"], ["--config_file none.yaml: there is no such file"]),
+        (["--optim", "adamw_torc"], ["argument --optim", "Did you mean 'adamw_torch'"]),
+        (["--deepspeed", "x.json"], ["--deepspeed x.json: there is no such file"]),
         (["--model_name_or_path", "x"], ["names a model and no data", "--dataset_name"]),
         (["--dataset_name", "x"], ["names data and no model", "--model_name_or_path"]),
         (["--trainer", "dpo"], ["embedded default", "--dataset_name"]),
@@ -50,8 +53,16 @@ def test_refused_before_launch(argv, words, refused):
         ("plugins: gdpo\n", ["`plugins:` must be a mapping", "'gdpo'"]),
         ("plugins: {gdpo: fast}\n", ["options of plugin 'gdpo' must be a mapping, got 'fast'"]),
         ("env: [a]\n", ["`env` must be a mapping"]),
-        ("learning_rat: 1\n", ["has an option --learning_rat", "--learning_rate"]),
-        ("learning_rate: fast\n", ["invalid float value: 'fast'"]),
+        ("learning_rat: 1\n", ["run.yaml: there is no key 'learning_rat'. Did you mean 'learning_rate'?"]),
+        ("plugin: {gdpo: {}}\n", ["run.yaml: there is no key 'plugin'. Did you mean 'plugins'?"]),
+        ("learning_rate: fast\n", ["run.yaml: learning_rate: expected float, got 'fast'."]),
+        ("plugins: {gdop: {}}\n", ["run.yaml: no plugin is called 'gdop'", "Did you mean 'gdpo'"]),
+        ("plugins: {3: {}}\n", ["run.yaml: no plugin is called '3'"]),
+        ("plugins: {gdpo: {grup_eps: 1}}\n", ["run.yaml: plugin 'gdpo' has no option 'grup_eps'", "'group_eps'?"]),
+        ("trainer: ppo\n", ["run.yaml: trainer: got 'ppo'", "Known: dpo, grpo, rloo."]),
+        ("inspect: 0\n", ["run.yaml: inspect: expected a number of rounds, at least 1, got '0'."]),
+        ("no_save: please\n", ["run.yaml: no_save: expected true or false, got 'please'."]),
+        ("experiment: {trainer: ppo}\n", ["run.yaml: experiment.trainer is 'ppo'"]),
     ],
 )
 def test_a_yaml_file_that_cannot_work(text, words, refused, tmp_path):
@@ -108,3 +119,15 @@ def test_defaults_on_a_cpu_leave_the_users_choice():
     assert defaults("--bf16", "true", use_cpu=True) == {}
     assert defaults("--fp16", "true") == {"use_cpu": True}
     assert defaults(mixed="bf16") == {"use_cpu": True}
+
+
+def test_lora_without_peft_is_told(config, monkeypatch, capsys):
+    from trl_ext.cli import main
+
+    monkeypatch.setattr(trl_launch, "launch", lambda launcher: 0)
+    assert main.main(["train", "--config", config(), "--lora_r", "8"]) == 0
+    assert (
+        "use_peft is not set, so all parameters are trained and these have no effect: lora_r" in capsys.readouterr().err
+    )
+    assert main.main(["train", "--config", config(use_peft=True), "--lora_r", "8"]) == 0
+    assert "no effect" not in capsys.readouterr().err

@@ -276,3 +276,15 @@ def test_the_steps_are_those_that_transformers_counts(build: Any) -> None:
     trainer = build(data=data, per_device_train_batch_size=4, **settings)
     trainer.train()
     assert trainer.state.max_steps == planned_steps("grpo", trainer.args, 10)
+
+
+def test_every_reward_function_has_a_weight(check: Callable[..., None]) -> None:
+    with refused(ConfigError, "reward_weights has 2 numbers, and there are 1 reward functions."):
+        check(reward_weights=[1.0, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("weights", "plugins"), [([0.5], {}), ([1.0, 0.5], {"tools": {"functions": ["trl_ext.tools.calculator"]}})]
+)
+def test_as_many_weights_as_there_may_be_rewards(weights: Any, plugins: Any, check: Any, tried: Any) -> None:
+    check(reward_weights=weights, plugins=plugins)  # an environment may bring one more

@@ -51,6 +51,10 @@ def test_reward_function_of_wrong_length(work, config, tmp_path, monkeypatch):
     assert "'rewards_of_a_worker.single' returned 1 rewards for 8 completions, expected 8" in work("--config", path)
 
 
+def test_a_value_that_trl_does_not_know(work, config):
+    assert "loss_type='grop'" in work("--config", config(loss_type="grop"))
+
+
 def test_data_without_the_column_that_a_plugin_needs(work, config, tmp_path):
     file = tmp_path / "curious.py"
     file.write_text(

@@ -8,7 +8,6 @@ import gc
 import json
 import math
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from ..errors import ConfigError
 from ..plan.check import make_plan
 from ..plan.compose import Plan
 from ..plan.ownership import owner, run_under_way
+from ..support.console import tell
 from ..support.files import write_atomically
 from ..trl_internals import distribution
 
@@ -144,7 +144,7 @@ class LocalJob:
 
     def tell(self, message: str) -> None:
         if self.is_main:
-            print(f"trl_ext: {message}", file=sys.stderr, flush=True)
+            tell(f"trl_ext: {message}")
 
     def log(self, metrics: Mapping[str, float], *, step: int, steps: int) -> None:
         self.history.append({f"{self.owner}/{name}": float(value) for name, value in metrics.items()} | {"step": step})

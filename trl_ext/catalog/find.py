@@ -14,13 +14,14 @@ from .._version import __version__
 from ..errors import ConfigError, OptionError, PluginError, UnknownPluginError, near
 from ..support import imports
 from . import options as plugin_options
-from .builtins import BUILTINS, GROUP
+from .builtins import BUILTINS, GROUP, TRL, canonical
 from .declaration import PluginSpec, check_plugin
+from .names import check_single, is_place, unknown
 
 
-def canonical(name: str) -> str:
-    """Returns the one spelling of a name: `Shared_Prefix` and `shared-prefix` are the same plugin."""
-    return name.lower().replace("_", "-")
+def known() -> set[str]:
+    """Returns the names of all plugins, built in or of installed packages."""
+    return {*BUILTINS, *outside()}
 
 
 def outside() -> dict[str, list[importlib.metadata.EntryPoint]]:
@@ -59,7 +60,8 @@ def find(reference: str) -> tuple[type[Plugin], str, str]:
         module, _, attribute = BUILTINS[name].partition(":")
         return _pick(_import(module, name), attribute, module), "built in", __version__
     if name not in points:
-        raise UnknownPluginError(f"no plugin is called {reference!r}.{near(name, {*BUILTINS, *points})}")
+        check_single(reference)
+        raise unknown(reference, known())
     if len(points[name]) > 1:
         raise PluginError(
             f"plugin name {name!r} is provided by {_providers(points[name])}. "
@@ -79,6 +81,8 @@ def find(reference: str) -> tuple[type[Plugin], str, str]:
 def resolve(requests: Mapping[str, Mapping[str, Any] | None]) -> tuple[PluginSpec, ...]:
     """Finds the plugins that were asked for, in order, and builds their options.
 
+    Plugins that an option names (`PluginName`) and nobody asked for come last, with default options.
+
     Args:
         requests: Option values by reference, such as `{"gdpo": {"group_eps": 1e-4}, "my_method.py": None}`.
     """
@@ -91,7 +95,24 @@ def resolve(requests: Mapping[str, Mapping[str, Any] | None]) -> tuple[PluginSpe
             raise ConfigError(f"plugin {cls.name!r} is asked for twice.")
         built = plugin_options.build(cls.Options, values or {}, cls.name)
         specs.append(PluginSpec(cls, built, origin, version, reference))
+    for spec in specs:  # grows meanwhile
+        for name, option in plugin_options.named_plugins(spec.options, spec.name):
+            if name != TRL and all(other.name != name for other in specs):
+                specs.append(_named(name, option))
     return tuple(specs)
+
+
+def _named(name: str, option: str) -> PluginSpec:
+    """Finds a plugin that an option names.
+
+    Raises:
+        UnknownPluginError: No plugin has that name.
+    """
+    try:
+        cls, origin, version = find(name)
+    except UnknownPluginError as error:
+        raise UnknownPluginError(f"{option}: {error} Name a plugin of a file in the run, too.") from error
+    return PluginSpec(cls, plugin_options.build(cls.Options, {}, cls.name), origin, version, name)
 
 
 def merge(
@@ -111,9 +132,11 @@ def merge(
         raise OptionError(f"`plugins:` must be a mapping of plugin names to options, got {block!r}.")
     requests: dict[str, dict[str, Any]] = {}
     for reference, values in [*(block or {}).items(), *((plugin, None) for plugin in plugins)]:
+        reference = str(reference)  # YAML reads a bare 3 or on as a number and as true
         if values is not None and not isinstance(values, Mapping):
             raise OptionError(f"options of plugin {reference!r} must be a mapping, got {values!r}.")
-        key = reference if ":" in reference or reference.endswith(".py") else canonical(reference)
+        check_single(reference)
+        key = reference if is_place(reference) else canonical(reference)
         requests.setdefault(key, {}).update(values or {})
     for name, values in assignments.items():
         matches = [reference for reference in requests if means(reference, name)]
@@ -128,7 +151,7 @@ def merge(
 
 def means(reference: str, name: str) -> bool:
     """Returns whether `name` is the plugin behind a reference, by its own name or by the reference itself."""
-    if ":" in reference or reference.endswith(".py"):
+    if is_place(reference):
         return reference == name or find(reference)[0].name == canonical(name)
     return canonical(reference) == canonical(name)
 

@@ -112,6 +112,8 @@ def _shared_prefix(args: argparse.Namespace) -> None:
 
 
 def _print_shapes(entries: list[dict[str, Any]], with_trainer: bool) -> None:
+    from ..support.console import print_line
+
     columns = [
         *("P x G x S", "tokens", "FLOPs", "speed-up", "PrefixGrouper", "TRL's head", "plain logits"),
         *("memory", "log-prob diff", "grad diff", *(["GRPO update"] if with_trainer else [])),
@@ -133,7 +135,8 @@ def _print_shapes(entries: list[dict[str, Any]], with_trainer: bool) -> None:
             ]
         )
     print_table(columns, lines)
-    print(
+    print()
+    print_line(
         "Ratios are dense by shared: above 1 the shared-prefix path is better. PrefixGrouper runs as documented, "
         "and with TRL's head or plain logits on completions only."
     )

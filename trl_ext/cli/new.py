@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from pathlib import Path
 
+from packaging.version import Version
+
+_NAME = r"[a-z][a-z0-9]*(-[a-z0-9]+)*"
 _PYPROJECT = """\
 [build-system]
 requires = ["setuptools>=77"]
@@ -16,7 +20,10 @@ name = "trl-ext-{name}"
 version = "0.1.0"
 description = "The method {name} as a plugin of trl_ext"
 requires-python = ">=3.11"
-dependencies = ["trl_ext"]
+dependencies = ["trl_ext>={oldest},<{next}"]
+
+[project.optional-dependencies]
+test = ["pytest>=8"]
 
 [project.entry-points.trl_ext]
 {name} = "{module}:{cls}"
@@ -92,12 +99,22 @@ def test_conformance(tmp_path):
 _README = """\
 # trl-ext-{name}
 
-    pip install -e .
+    pip install -e '.[test]'
     trl_ext show {name}
-    trl_ext check --plugin {name}
     trl_ext train --plugin {name}
 
 or, in a TRL script: `import trl_ext; trl_ext.enable("{name}")`.
+
+## Tests
+
+    python -m pytest
+    trl_ext check --plugin {name}
+
+The tests compare the formula of `{module}.py` with numbers made by hand, and train a tiny model with the plugin in
+seconds on a CPU. Change the numbers together with the formula. `trl_ext check` prints a line for each check of the
+second test.
+
+`pyproject.toml` asks for `trl_ext>={oldest},<{next}`. Raise the upper bound when the tests pass on the next release.
 """
 
 
@@ -116,7 +133,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     folder = scaffold(args.name, args.folder)
-    print(f"wrote {folder}\n\nnext:\n  pip install -e {folder}\n  trl_ext check --plugin {args.name}")
+    print(f"wrote {folder}\n\nnext:\n  pip install -e {shlex.quote(f'{folder}[test]')}")
+    print(f"  python -m pytest {shlex.quote(str(folder))}\n  trl_ext check --plugin {args.name}")
     return 0
 
 
@@ -130,11 +148,14 @@ def scaffold(name: str, folder: str | Path | None = None) -> Path:
     Raises:
         ConfigError: The name is malformed or taken, or the folder is not empty.
     """
+    from .._version import __version__
     from ..catalog import builtins
     from ..errors import ConfigError
 
-    if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
-        raise ConfigError(f"{name!r} cannot be a plugin name; use lower-case words joined by hyphens.")
+    if not re.fullmatch(_NAME, name):
+        better = re.sub(r"[^a-z0-9]+", "-", name.lower()).lstrip("-0123456789").rstrip("-")
+        hint = f", such as {better!r}" if re.fullmatch(_NAME, better) else ""
+        raise ConfigError(f"{name!r} cannot be a plugin name; use lower-case words joined by hyphens{hint}.")
     if name in builtins.BUILTINS:
         raise ConfigError(f"{name!r} is a built-in plugin; choose another name.")
     target = Path(folder or f"trl-ext-{name}")
@@ -152,5 +173,12 @@ def scaffold(name: str, folder: str | Path | None = None) -> Path:
     for path, template in files.items():
         file = target / path
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(template.format(name=name, module=module, cls=cls, function=function))
+        names = {"name": name, "module": module, "cls": cls, "function": function}
+        file.write_text(template.format(**names, oldest=__version__, next=next_breaking(__version__)))
     return target
+
+
+def next_breaking(version: str) -> str:
+    """Returns the next version that may break the contract: `0.1.0` -> `0.2`, `1.4.2` -> `2`."""
+    major, minor, *_ = Version(version).release
+    return f"{major + 1}" if major else f"0.{minor + 1}"

@@ -4,46 +4,61 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
+    from ..catalog.declaration import KINDS
+
     parser.description = (
         "Lists the built-in plugins and those of installed packages. A plugin that\n"
         "cannot be used is listed with the reason. It does no harm as long as nobody\n"
         "asks for it."
     )
-    parser.epilog = "A plugin need not be installed: --plugin also takes my_method.py and\nmy_package.module:Class."
-    parser.add_argument("--json", action="store_true", help="print a list of objects")
+    parser.epilog = (
+        "examples:\n"
+        "  trl_ext plugins --trainer dpo\n"
+        "  trl_ext plugins --search tool\n\n"
+        "`trl_ext show NAME` prints a plugin in full: paper, stages, needs, options.\n"
+        "A plugin need not be installed: --plugin also takes my_method.py and\nmy_package.module:Class."
+    )
+    parser.add_argument(
+        "--search", metavar="WORD", help="only plugins with WORD in name, summary, paper, package or stages"
+    )
+    parser.add_argument("--trainer", choices=KINDS, type=str.lower, help="only plugins for this trainer of TRL")
+    parser.add_argument("--json", action="store_true", help="print a list of objects, with version, paper and stages")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command and returns its exit code."""
+    """Runs the command and returns its exit code: 1 if no plugin is as asked for."""
+    from ..support.console import tell
     from ..support.tables import print_table
 
-    plugins = listing()
+    plugins = [plugin for plugin in listing() if _matches(plugin, args.search, args.trainer)]
     if args.json:
         print(json.dumps(plugins, indent=2))
-        return 0
-    rows = [
-        [
-            plugin["name"],
-            f"{plugin['version']}, {plugin['origin']}",
-            plugin["paper"],
-            ", ".join(plugin["hooks"]),
-            ", ".join(plugin["trainers"]),
-            plugin["summary"],
-        ]
-        for plugin in plugins
-        if plugin["broken"] is None
-    ]
-    print_table(["name", "version, origin", "paper", "stages", "trainers", "what it changes"], rows)
+        return 0 if plugins else 1
+    usable = [plugin for plugin in plugins if plugin["broken"] is None]
+    if usable:
+        rows = [[plugin["name"], ", ".join(plugin["trainers"]), plugin["summary"]] for plugin in usable]
+        print_table(["name", "trainers", "what it changes"], rows)
     for plugin in plugins:
         if plugin["broken"] is not None:
-            print(f"broken: {plugin['name']}: {plugin['broken']}", file=sys.stderr)
-    return 0
+            tell(f"broken: {plugin['name']}: {plugin['broken']}")
+    if not plugins:
+        tell("no plugin is as asked for. `trl_ext plugins` lists all.")
+    return 0 if plugins else 1
+
+
+def _matches(plugin: dict[str, Any], word: str | None, trainer: str | None) -> bool:
+    """Returns whether a plugin serves a trainer and has a word in what `listing` says about it.
+
+    A broken plugin serves no trainer that is known.
+    """
+    texts = [*(plugin[key] or "" for key in ("name", "summary", "paper", "origin")), *plugin["hooks"]]
+    found = word is None or any(word.lower() in text.lower() for text in texts)
+    return found and (trainer is None or trainer in plugin["trainers"])
 
 
 def listing() -> list[dict[str, Any]]:

@@ -25,9 +25,9 @@ examples:
   trl_ext train --plugin gdpo my_method.py --config run.yaml \\
       --accelerate_config zero2 --num_processes 8
       two plugins, eight processes with DeepSpeed
-  trl_ext train --config recipes/tiny/gdpo.yaml
-      the task of a recipe of `trl_ext compare`, with the plugins of its block
-      `plugins:`
+  trl_ext train --config gdpo
+      a recipe that comes with trl_ext (`trl_ext recipes`): its task, with the
+      plugins of its block `plugins:`
   trl_ext train --config run.yaml --resume_from_checkpoint true
       plugins from the block `plugins:` of the file; continues from the last
       checkpoint in output_dir
@@ -51,11 +51,7 @@ def main(argv: Sequence[str], demo_settings: Mapping[str, Any] | None = None) ->
         argv: Everything after `trl_ext train`.
         demo_settings: Settings of TRL that replace those of the embedded default, if that is what is trained.
     """
-    parser = command_line.Parser()
-    parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
-    parser.usage = "trl_ext train [--plugin PLUGIN ...] [--config FILE] [TRL options]\n       [accelerate options]"
-    parser.add_argument("--help-trl", action="store_true", help="print the options of TRL's trainer and exit")
-    args, rest = parser.parse_known_args(argv)
+    args, rest = build_parser().parse_known_args(argv)
     request = command_line.understand(args, rest)
     command_line.say("loading TRL")
     from ..train import launch
@@ -65,4 +61,13 @@ def main(argv: Sequence[str], demo_settings: Mapping[str, Any] | None = None) ->
     if args.help_trl:
         print(arguments.trl_parser(request.kind).format_help())
         return 0
-    return launch.launch(request, ["trl_ext", "train", *argv], demo_settings)
+    return launch.launch(request, ["trl_ext", "train", *argv], demo_settings, args.write_config)
+
+
+def build_parser() -> command_line.Parser:
+    """Makes the parser of our own options."""
+    parser = command_line.Parser()
+    parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
+    parser.usage = "trl_ext train [--plugin PLUGIN ...] [--config FILE] [TRL options] [accelerate options]"
+    parser.add_argument("--help-trl", action="store_true", help="print the options of TRL's trainer and exit")
+    return parser

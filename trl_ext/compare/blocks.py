@@ -14,6 +14,7 @@ _EXPECTED = {
     "bool_type": "true or false",
     "dict_type": "a mapping",
     "finite_number": "a finite number",
+    "greater_than": "a number above {gt}",
     "greater_than_equal": "a number of at least {ge}",
     "int_type": "a whole number",
     "list_type": "a list",
@@ -89,4 +90,5 @@ def _read_number(value: Any) -> float:
 
 
 Number = Annotated[float, BeforeValidator(_read_number), Field(allow_inf_nan=False)]
+Margin = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_read_number)]
 Count = Annotated[int, Field(ge=1)]

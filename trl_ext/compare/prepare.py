@@ -22,7 +22,7 @@ from ..errors import ConfigError, near
 from ..plan import compose, ownership
 from ..support import reward_functions, versions
 from ..train import on_task, preflight
-from ..trl_internals import arguments, launch, seams
+from ..trl_internals import arguments, late_refusals, launch, seams
 from ..trl_internals import rewards as trl_rewards
 from . import store
 from .child_process import Said, Tell
@@ -48,8 +48,8 @@ def prepare(recipe: Recipe, tell: Tell) -> Prepared:
     settings = {name: _settings(recipe, arm, accelerator) for name, arm in recipe.arms.items()}
     resolved: dict[str, Any] = {}
     rewards: tuple[str, ...] | None = None
-    for name, arm in recipe.arms.items():
-        tell(Said(f"checking {name}"))
+    for index, (name, arm) in enumerate(recipe.arms.items(), start=1):
+        tell(Said(f"checking arm {index} of {len(recipe.arms)}: {name}"))
         with tempfile.TemporaryDirectory(prefix="trl_ext-") as folder:
             given = settings[name] | {"output_dir": folder, "seed": recipe.seeds[0]}
             try:
@@ -130,6 +130,7 @@ def _try(
             f"there are {', '.join(lab.tasks())}), or model_name_or_path and dataset_name."
         )
     parsed = arguments.parse(kind, [], settings)
+    late_refusals.check(kind, parsed)
 
     def say(text: str) -> None:
         tell(Said(text))

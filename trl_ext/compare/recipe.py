@@ -17,9 +17,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, Va
 from trl_ext_hooks import TrainerKind
 
 from ..catalog import find
-from ..errors import ConfigError, OptionError, near
+from ..catalog import recipes as shipped
+from ..errors import ConfigError, OptionError, counted, near
 from ..train import command_line
-from .blocks import Block, Count, Number, explain
+from .blocks import Block, Count, Margin, Number, explain
 from .measures import KINDS, Direction, Measure
 
 Claim = Literal["better", "not worse", "identical"]
@@ -35,7 +36,8 @@ _MARGINS = {"better": ("by", "apart"), "not worse": ("within",), "identical": ("
 _EXAMPLE = "as in {arm: gdpo, is: better, against: plain}"
 
 
-# Validators. `info.context` holds the shared `plugins` with their options and, once they are read, the names of `arms`.
+# Validators. `info.context` holds the `file`, the shared `plugins` with their options and, once they are read, the
+# names of `arms`.
 
 
 def _known_arm(name: str, info: ValidationInfo) -> str:
@@ -85,7 +87,14 @@ def _read_plugins(value: Any, info: ValidationInfo) -> dict[str, dict[str, Any]]
     if not isinstance(value, Mapping | None):
         raise ConfigError(f"expected a list or a mapping of plugins, got {value!r}.")
     shared = (info.context or {}).get("plugins", {})
-    return {name: {**shared.get(name, {}), **options} for name, options in find.merge([], value, {}).items()}
+    return {name: {**shared.get(name, {}), **options} for name, options in _merge(value, info.context or {}).items()}
+
+
+def _merge(block: Any, context: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns the options of plugins by reference. Python files are looked for beside the YAML file first."""
+    if isinstance(block, Mapping) and "file" in context:
+        block = {shipped.beside(str(name), context["file"]): options for name, options in block.items()}
+    return find.merge([], block, {})
 
 
 def _read_arms(value: Any, info: ValidationInfo) -> dict[str, Any]:
@@ -148,8 +157,13 @@ Level = Annotated[float | str | None, BeforeValidator(_read_level)]
 class Arm(Block):
     """One side of the comparison: a plugin set with its options, and settings that differ from the recipe's."""
 
-    plugins: Annotated[dict[str, dict[str, Any]], BeforeValidator(_read_plugins)] = Field(default_factory=dict)
-    settings: Annotated[dict[str, Any], BeforeValidator(_mapping_or_null)] = Field(default_factory=dict)
+    plugins: Annotated[
+        dict[str, dict[str, Any]],
+        BeforeValidator(_read_plugins, json_schema_input_type=dict[str, dict[str, Any] | None] | list[str] | None),
+    ] = Field(default_factory=dict)
+    settings: Annotated[
+        dict[str, Any], BeforeValidator(_mapping_or_null, json_schema_input_type=dict[str, Any] | None)
+    ] = Field(default_factory=dict)
 
 
 class Expectation(Block):
@@ -166,7 +180,7 @@ class Expectation(Block):
     against: ArmName = Field(description=_EXAMPLE)
     by: Annotated[Number, AfterValidator(_share)] | None = None
     apart: bool = False
-    within: Annotated[Number, Field(ge=0)] | None = None
+    within: Margin | None = None
 
     @model_validator(mode="after")
     def _check_margins(self) -> Expectation:
@@ -218,9 +232,14 @@ class Metric(Block):
     """A logged metric, how its curve becomes a number, and what is expected of the arms."""
 
     name: str = Field(description="the logged metric such as rewards/format/mean")
-    reduce: Annotated[Reduction, BeforeValidator(_spell_out)] = Reduction(final=None)
+    reduce: Annotated[Reduction, BeforeValidator(_spell_out, json_schema_input_type=Reduction | str)] = Reduction(
+        final=None
+    )
     better: Direction = Field(default_factory=lambda values: values["reduce"].measure().good_direction)
-    expect: Annotated[list[Expectation], BeforeValidator(_list_of_one)] = Field(default_factory=list)
+    expect: Annotated[
+        list[Expectation],
+        BeforeValidator(_list_of_one, json_schema_input_type=list[Expectation] | Expectation | None),
+    ] = Field(default_factory=list)
 
     @property
     def measure(self) -> Measure:
@@ -236,17 +255,25 @@ class Metric(Block):
 class Experiment(Block):
     """The block `experiment:`."""
 
+    about: str | None = None
     claim: str | None = None
     paper: str | None = None
     task: str | None = None
     trainer: TrainerKind | None = None
     train_size: Count | None = None
     test_size: Count | None = None
-    arms: Annotated[dict[str, Arm], BeforeValidator(_read_arms)] = Field(default=None, validate_default=True)
-    seeds: Annotated[tuple[int, ...], BeforeValidator(_read_seeds)] = (1, 2, 3, 4, 5)
-    metrics: Annotated[list[Metric], BeforeValidator(_list_of_one), BeforeValidator(_some)] = Field(
-        default_factory=list
+    arms: Annotated[
+        dict[str, Arm], BeforeValidator(_read_arms, json_schema_input_type=dict[str, Arm | None] | None)
+    ] = Field(default=None, validate_default=True)
+    seeds: Annotated[tuple[int, ...], BeforeValidator(_read_seeds, json_schema_input_type=Count | list[int])] = Field(
+        default=(1, 2, 3, 4, 5)
     )
+    seconds_per_run: Annotated[Number, Field(gt=0)] | None = None
+    metrics: Annotated[
+        list[Metric],
+        BeforeValidator(_list_of_one),
+        BeforeValidator(_some, json_schema_input_type=list[Metric] | Metric | None),
+    ] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _check_labels(self) -> Experiment:
@@ -271,8 +298,10 @@ class Recipe:
         task: A task of the lab, or None where the settings name model and data.
         trainer: The trainer, or None for the first one that the task and all plugins serve.
         sizes: Sizes of the task's data, where the file gives them.
-        claim: What should be seen, in a sentence.
+        about: What the runs are, in a sentence.
+        claim: What should be seen, in a sentence. It titles the report only where the runs bear it out.
         paper: The headline of the paper.
+        seconds_per_run: How long a run took where it was measured, the mean over arms and seeds.
     """
 
     name: str
@@ -284,25 +313,31 @@ class Recipe:
     task: str | None = None
     trainer: TrainerKind | None = None
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
+    about: str = ""
     claim: str = ""
     paper: str = ""
+    seconds_per_run: float | None = None
 
     def with_seeds(self, count: int | None) -> Recipe:
         """Returns the recipe with its first `count` seeds. Numbered seeds go on beyond those of the file."""
         seeds = self.seeds[:count]
         if count is not None and count > len(seeds):
             if seeds != tuple(range(1, len(seeds) + 1)):
-                raise ConfigError(f"--seeds {count}: the recipe lists {len(seeds)} seeds.")
+                raise ConfigError(f"--seeds {count}: the recipe lists {counted(len(seeds), 'seed')}.")
             seeds = tuple(range(1, count + 1))
         return dataclasses.replace(self, seeds=seeds)
 
 
-def read(path: str) -> Recipe:
+def read(reference: str) -> Recipe:
     """Reads and checks a recipe.
+
+    Args:
+        reference: A path, or the name of a recipe that comes with trl_ext.
 
     Raises:
         ConfigError, OptionError: Naming the file, the key, what it holds and what is expected.
     """
+    path = shipped.locate(reference)
     try:
         settings = command_line.read_config(path)
     except ConfigError as error:
@@ -312,7 +347,8 @@ def read(path: str) -> Recipe:
         if settings.get(name):
             raise ConfigError(f"{path}: leave out `{name}`: {reason}.")
     try:
-        context = {"plugins": find.merge([], plugins, {})}
+        context: dict[str, Any] = {"file": path}
+        context["plugins"] = _merge(plugins, context)
         experiment = Experiment.model_validate(block, context=context)
     except ValidationError as error:
         raise ConfigError(explain(error, path, "experiment")) from error
@@ -326,9 +362,11 @@ def read(path: str) -> Recipe:
         arms=experiment.arms,
         seeds=experiment.seeds,
         metrics=tuple(experiment.metrics),
-        task=experiment.task,
+        task=shipped.beside(experiment.task, path) if experiment.task else None,
         trainer=experiment.trainer,
         sizes=sizes,
+        about=experiment.about or "",
         claim=experiment.claim or "",
         paper=experiment.paper or "",
+        seconds_per_run=experiment.seconds_per_run,
     )

@@ -19,6 +19,9 @@ from .calls import HookCalls
 from .observer import Recorder, RoundRecord
 from .view import View
 
+CORE_METRICS = ("advantage_mean", "advantage_change", "rows_kept")
+"""Metrics that the core reports under the name of a plugin: of its advantages, and of the rows that it keeps."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Poll:
@@ -179,6 +182,6 @@ class Context:
             name, _, key = twice[0].partition("/")
             raise PluginError(
                 f"plugin {name!r} logged {key!r} and returned a metric or a loss term of that name too. Report it "
-                f"once, or under two names."
+                f"once, or under two names. The core reports {', '.join(CORE_METRICS)} under the name of a plugin."
             )
         self.report({**logged.values, **returned})

@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ..errors import ConfigError, PluginError
 from ..plan.compose import Plan
 from ..support.random_state import untouched_random_state
 from ..trl_internals import forwards, losses, rewards, row_order, seams, steps, trainer_state
-from . import checkpoint
+from . import checkpoint, model_card
 from .context import Context
 from .observer import Recorder
 from .stages import advantages, foreign, forward, loss, needed_logps, pairs, precompute, rollout, scoring, turns
@@ -170,6 +171,9 @@ class PluginHost:
 
     def load(self, folder: str | None) -> None:
         checkpoint.load(self.context, folder)
+
+    def complete_card(self, folder: str) -> None:
+        model_card.complete(Path(folder), self.plan)
 
     # --- called by the mixins: GRPO and RLOO ---
 

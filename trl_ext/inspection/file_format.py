@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from ..support.files import write_atomically
 
 FORMAT = 1
@@ -86,8 +86,8 @@ class Row:
         advantage = self.advantages[stage]
         if not isinstance(advantage, list):
             return advantage
-        counted = [value for value, use in zip(advantage, self.mask, strict=True) if use]
-        return sum(counted) / max(1, len(counted))
+        in_loss = [value for value, use in zip(advantage, self.mask, strict=True) if use]
+        return sum(in_loss) / max(1, len(in_loss))
 
     def token_advantages(self, stage: int) -> list[float | None]:
         """Returns an advantage for each token, None on tokens that the loss does not count."""
@@ -139,7 +139,7 @@ class Recording:
         """Returns what a reader has to know besides the numbers."""
         notes = []
         if self.left_out:
-            notes.append(f"{self.left_out} further rows of the round were not recorded.")
+            notes.append(f"not recorded: {counted(self.left_out, 'further row')} of the round.")
         for plugin in self.plugins:
             if "no_advantages" in plugin["claims"]:
                 notes.append(f"{plugin['name']} trains without advantages: those of this round are not used.")

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from ..errors import counted
 from .file_format import Recording, Row
 from .formatting import chain_of, number, signed, visible
 from .layers import Layer, Values, ends_of, layers_of
@@ -70,8 +71,9 @@ def describe(recording: Recording) -> dict[str, Any]:
         "round": recording.round,
         "title": f"round {recording.round}: {' → '.join(names)}",
         "names": names,
-        "facts": f"Round {recording.round}, before step {recording.step + 1}{several} · {len(recording.rows)} rows in "
-        f"{len(groups)} groups · {visible(recording.model)} · trl_ext {visible(recording.trl_ext)}",
+        "facts": f"Round {recording.round}, before step {recording.step + 1}{several} · "
+        f"{counted(len(recording.rows), 'row')} in {counted(len(groups), 'group')} · "
+        f"{visible(recording.model)} · trl_ext {visible(recording.trl_ext)}",
         "notes": [visible(note) for note in recording.notes()],
         "stages": [visible(by) for by in recording.advantage_stages],
         "ends": [signed(scales.reach), "0", signed(-scales.reach)],
@@ -191,7 +193,7 @@ def _row(recording: Recording, row: Row, scales: Scales) -> dict[str, Any]:
             {"call": f"{visible(call['name'])}({_label(call['arguments'])})", "result": _label(call["result"])}
             for call in row.calls
         ],
-        "calls_head": f"{calls} tool call{'s' * (calls > 1)}",
+        "calls_head": counted(calls, "tool call"),
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ from .._version import __version__
 from ..engine.context import Context
 from ..engine.stages.kept_rows import KEPT
 from ..errors import ConfigError, PluginError
+from ..support.console import tell
 from ..support.random_state import untouched_random_state
-from ..trl_internals import trainer_state
-from . import file_format
+from ..trl_internals import trackers, trainer_state
+from . import file_format, tracker_table
 from .file_format import Prompt, Recording, RewardStage, Row
 from .tokens import decoder, texts
 
@@ -54,13 +54,14 @@ class Recorder:
         return RoundRecord(self)
 
     def write(self, recording: Recording) -> None:
-        """Writes a round. The first one replaces the recordings of an earlier run."""
+        """Writes a round, and sends it to trackers. The first one replaces the recordings of an earlier run."""
         if recording.round == 1:
             for old in file_format.files(self.folder):
                 old.unlink()
         file_format.write(recording, self.folder)
+        trackers.log_table(self.context.trainer, tracker_table.NAME, tracker_table.table(recording))
         if recording.round == 1:
-            print(f"trl_ext: recording rounds. Look at them with: trl_ext inspect {self.folder}", file=sys.stderr)
+            tell(f"trl_ext: recording rounds. Look at them with: trl_ext inspect {self.folder}")
 
 
 class RoundRecord:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Collection, Sequence
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.text import Text
 
+from ..errors import counted
+from ..support.console import console as make_console
 from ..support.tables import print_table
 from .file_format import Recording, Row
 from .formatting import chain, number, signed, sparkline, visible
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _POSITIVE = ((0.66, "white on #2166ac"), (0.33, "black on #67a9cf"), (0.02, "black on #d1e5f0"))
 _NEGATIVE = ((0.66, "white on #b35806"), (0.33, "black on #f1a340"), (0.02, "black on #fee0b6"))
@@ -39,9 +43,7 @@ def show(recording: Recording, rows: Collection[int], file: IO[str] | None = Non
         color: Colours or none, where the stream shall not decide.
     """
     stream = file or sys.stdout
-    console = Console(
-        file=stream, highlight=False, emoji=False, force_terminal=color, color_system="truecolor" if color else "auto"
-    )
+    console = make_console(file=stream, color=color)
     _head(recording, console)
     names, cells = _summary(recording)
     print_table(names, cells, file=stream)
@@ -57,19 +59,19 @@ def show(recording: Recording, rows: Collection[int], file: IO[str] | None = Non
 
 
 def _say(console: Console, line: str | Text) -> None:
-    console.print(line if isinstance(line, Text) else Text(line), soft_wrap=True)
+    console.print(line if isinstance(line, Text) else Text(line), soft_wrap=not console.is_terminal)
 
 
 def _head(recording: Recording, console: Console) -> None:
     """Prints what the round is."""
     plugins = " → ".join(["TRL", *(plugin["name"] for plugin in recording.plugins)])
-    groups = len(recording.groups())
     _say(
         console,
         Text.assemble(
             (f"round {recording.round}", "bold"),
-            f" before step {recording.step + 1} · {recording.trainer.upper()} · {plugins} · {len(recording.rows)} rows "
-            f"in {groups} groups · {recording.processes} process{'es' * (recording.processes > 1)}",
+            f" before step {recording.step + 1} · {recording.trainer.upper()} · {plugins} · "
+            f"{counted(len(recording.rows), 'row')} in {counted(len(recording.groups()), 'group')} · "
+            f"{counted(recording.processes, 'process', 'processes')}",
         ),
     )
     _say(console, f"model {recording.model}")
@@ -158,8 +160,8 @@ def _completion(recording: Recording, row: Row, console: Console) -> None:
     if any(isinstance(stage, list) for stage in row.advantages):
         for by, advantage in zip(recording.advantage_stages, row.advantages, strict=True):
             if isinstance(advantage, list):
-                counted = [value for value, use in zip(advantage, row.mask, strict=True) if use]
-                ends = f"{signed(min(counted))} … {signed(max(counted))}" if counted else "nothing is counted"
+                in_loss = [value for value, use in zip(advantage, row.mask, strict=True) if use]
+                ends = f"{signed(min(in_loss))} … {signed(max(in_loss))}" if in_loss else "nothing is counted"
                 _say(console, f"  advantage after {by}: {sparkline(advantage)} {ends}")
     for call in row.calls:
         result = visible(str(call["result"])).replace("\n", " ")
@@ -173,6 +175,8 @@ def _completion(recording: Recording, row: Row, console: Console) -> None:
         _say(console, f"  and {len(row.spans) - _MOST_SPANS} further spans, see the page")
     for curve in row.curves:
         known = [value for value in curve["values"] if value is not None]
-        ends = f"{number(min(known))} … {number(max(known))} at {len(known)} tokens" if known else "no values"
+        ends = "no values"
+        if known:
+            ends = f"{number(min(known))} … {number(max(known))} at {counted(len(known), 'token')}"
         _say(console, f"  {curve['by']}: {visible(curve['name'])} {sparkline(curve['values'])} {ends}")
     console.print()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from ..support import cache
 from . import pictures, trace_tokens, warmup
 from . import tokenizer as tokenizers
@@ -47,7 +47,8 @@ def model_folder(task: Task, say: Callable[[str], None] = print) -> Path:
 
     def make(work: Path) -> None:
         steps = task.warm_up.steps
-        say(f"{task.name}: making the model once, into {target}" + (f" ({steps} steps of warm-up)" if steps else ""))
+        length = f" ({counted(steps, 'step')} of warm-up)" if steps else ""
+        say(f"{task.name}: making the model once, into {target}{length}")
         tokenizer = vocabulary.build()
         tokenizer.save_pretrained(work)
         model = _untrained(task, tokenizer)

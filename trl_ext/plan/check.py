@@ -79,11 +79,13 @@ def make_plan(specs: Sequence[PluginSpec], config: Config, plugins: Mapping[str,
         args=copy.copy(config.args),
         plugins=tuple(spec.name for spec in ordered),
         rewriters=tuple(spec.name for spec in ordered if "rewards" in spec.hooks),
+        estimators=tuple(spec.name for spec in ordered if "estimator" in spec.claims),
     )
     refusals: list[str] = []
     notes: list[str] = []
     needs: dict[str, list[str]] = {}
     named_by: dict[str, list[str]] = {}  # a need -> the options that name it
+    asked: dict[str, list[tuple[str, Require]]] = {}  # a setting -> who requires what of it
     required: dict[str, set[str]] = {spec.name: set() for spec in ordered}  # the settings that a plugin speaks about
     for spec in ordered:
         for need in spec.cls.needs:
@@ -94,12 +96,10 @@ def make_plan(specs: Sequence[PluginSpec], config: Config, plugins: Mapping[str,
                 needs[need].append(spec.name)
         for requirement in _configure(plugins[spec.name], config):
             match requirement:
-                case Require(setting, allowed, why):
+                case Require(setting, _, _):
                     required[spec.name].add(setting)
-                    value = setting_of(config.args, setting, spec.name)
-                    if value not in allowed:
-                        wanted = " or ".join(map(repr, allowed))
-                        refusals.append(f"{spec.name} needs {setting}={wanted}, it is {value!r}: {why}")
+                    setting_of(config.args, setting, spec.name)
+                    asked.setdefault(setting, []).append((spec.name, requirement))
                 case Recommend(setting, value, source):
                     current = setting_of(config.args, setting, spec.name)
                     if current != value and not any(ignores(other, setting) for other in ordered):
@@ -126,6 +126,8 @@ def make_plan(specs: Sequence[PluginSpec], config: Config, plugins: Mapping[str,
                 f"{spec.name} rewrites the reference token by token, but precompute_ref_log_probs=True keeps only "
                 f"sums; set precompute_ref_log_probs=False"
             )
+    for setting, requirements in asked.items():
+        refusals += _unmet(setting, getattr(config.args, setting), requirements)
     for need, names in needs.items():
         problems = _check_need(need, names, config)
         if need in named_by:  # an option asked for it, so that is what has to change
@@ -145,6 +147,26 @@ def make_plan(specs: Sequence[PluginSpec], config: Config, plugins: Mapping[str,
         notes=tuple(notes),
         required=required,
     )
+
+
+def _unmet(setting: str, value: Any, requirements: Sequence[tuple[str, Require]]) -> list[str]:
+    """Returns why a setting does not meet what plugins require of it, or why no value can.
+
+    Args:
+        setting: The setting.
+        value: Its value.
+        requirements: Each plugin with what it requires.
+    """
+    suits_all = [one for one in requirements[0][1].allowed if all(one in other.allowed for _, other in requirements)]
+    if not suits_all:
+        texts = [f"{name} needs {' or '.join(map(repr, one.allowed))} ({one.why})" for name, one in requirements]
+        return [f"no {setting} suits all plugins: {', '.join(texts)}; leave one out"]
+    wanted = " or ".join(map(repr, suits_all))
+    return [
+        f"{name} needs {setting}={wanted}, it is {value!r}: {one.why}"
+        for name, one in requirements
+        if value not in one.allowed
+    ]
 
 
 def _configure(plugin: Plugin, config: Config) -> list[Any]:

@@ -48,24 +48,29 @@ class Plan:
 
 
 def compose(specs: Sequence[PluginSpec]) -> tuple[PluginSpec, ...]:
-    """Orders plugins, the estimator first and the others as asked for, and checks their exclusive claims.
+    """Orders plugins, the estimators first and the others as asked for, and checks their exclusive claims.
+
+    Beside a plugin that mixes advantages, which comes right after them, several estimators may share a run.
 
     Raises:
         ConfigError: Two plugins claim the same thing, or one makes what another does not use.
     """
     owners: dict[str, str] = {}
+    mixed = any("mix_advantages" in spec.hooks for spec in specs)
     for spec in specs:
         for claim in (*sorted(spec.claims), *(f"field {name!r}" for name in spec.cls.fields)):
-            if claim in owners:
+            if claim in owners and not (claim == "estimator" and mixed):
+                ways = "Leave one out."
+                if claim == "estimator":
+                    ways = f"Leave one out, or weigh them: --plugin mix --set {_weights(owners[claim], spec.name)}"
                 raise ConfigError(
-                    f"plugins {owners[claim]!r} and {spec.name!r} cannot be combined: both claim {claim}. Leave "
-                    f"one out."
+                    f"plugins {owners[claim]!r} and {spec.name!r} cannot be combined: both claim {claim}. {ways}"
                 )
             owners[claim] = spec.name
     for claim, clashes, why in (
         (
             "no_advantages",
-            lambda spec: {"advantages", "token_weights"} & set(spec.hooks) or "estimator" in spec.claims,
+            lambda spec: {"advantages", "token_weights", "estimator", "mix_advantages"} & {*spec.hooks, *spec.claims},
             "{other!r} makes advantages, and the loss of {owner!r} uses none",
         ),
         (
@@ -91,7 +96,12 @@ def compose(specs: Sequence[PluginSpec]) -> tuple[PluginSpec, ...]:
                     f"plugins {owner!r} and {spec.name!r} cannot be combined: "
                     f"{why.format(other=spec.name, owner=owner)}. Leave one out."
                 )
-    return tuple(sorted(specs, key=lambda spec: "estimator" not in spec.claims))
+    return tuple(sorted(specs, key=lambda spec: ("estimator" not in spec.claims, "mix_advantages" not in spec.hooks)))
+
+
+def _weights(*names: str) -> str:
+    """Returns an option of `mix` with equal weights, as it is typed."""
+    return f"mix.weights='{{{', '.join(f'{name}: 0.5' for name in names)}}}'"
 
 
 def common_trainers(specs: Sequence[PluginSpec]) -> list[TrainerKind]:

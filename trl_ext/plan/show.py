@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,20 +11,13 @@ if TYPE_CHECKING:
 
 def print_plan(plan: Plan) -> None:
     """Prints which plugins act at each stage and in which order, their options, and the notes of the plan."""
-    from rich.table import Table
-    from rich.text import Text
+    from ..support.console import tell
+    from ..support.tables import print_table
 
-    from ..support.console import console
-
-    output = console(stderr=True)
-    table = Table(title=f"trl_ext on {plan.kind.upper()}", title_justify="left")
-    table.add_column("stage")
-    table.add_column("plugins, in order")
-    for hook, names in plan.stages():
-        table.add_row(hook, " → ".join(names))
+    rows = [[hook, " → ".join(names)] for hook, names in plan.stages()]
     for spec in plan.specs:
         values = ", ".join(f"{key}={value!r}" for key, value in spec.option_values.items()) or "no options"
-        table.add_row(Text(f"{spec.name} {spec.version}", style="bold"), values)
-    output.print(table)
+        rows.append([f"{spec.name} {spec.version}", values])
+    print_table(["stage", "plugins, in order"], rows, title=f"trl_ext on {plan.kind.upper()}", file=sys.stderr)
     for note in plan.notes:
-        output.print(f"note: {note}")
+        tell(f"note: {note}")

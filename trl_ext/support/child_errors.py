@@ -15,6 +15,7 @@ from pathlib import Path
 from trl_ext_hooks import UsageError
 
 from ..errors import TrlExtError
+from .console import tell
 from .files import write_atomically
 
 FOLDER = "TRL_EXT_FAILURES"
@@ -50,7 +51,8 @@ def print_errors(folder: str | Path, code: int) -> int:
     for entry in entries:
         if entry["message"] not in printed:
             printed.add(entry["message"])
-            print(f"{entry['trace']}error: {entry['message']}", file=sys.stderr)
+            print(entry["trace"], end="", file=sys.stderr)
+            tell(f"error: {entry['message']}")
     if code == 0:
         return 0
     if entries:
@@ -58,7 +60,7 @@ def print_errors(folder: str | Path, code: int) -> int:
     if code == 130 or code == -signal.SIGINT:
         print("interrupted", file=sys.stderr)
         return 130
-    print(f"error: {how_it_ended(code)}.", file=sys.stderr)
+    tell(f"error: {how_it_ended(code)}.")
     return 1
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..support import child_errors
+from ..trl_internals import late_refusals
 from ..trl_internals import launch as trl_launch
 from ..trl_internals.arguments import resume_value
-from . import command_line, handover
+from . import command_line, config_keys, handover, repeat, written_run
 from .command_line import Request, as_arguments, say
 
 
@@ -22,6 +23,7 @@ def launch(
     request: Request,
     command: Sequence[str],
     demo_settings: Mapping[str, Any] | None = None,
+    write_to: str | None = None,
 ) -> int:
     """Trains in worker processes and returns the exit code.
 
@@ -29,16 +31,24 @@ def launch(
         request: What the user asked for.
         command: The command line of the user, for the record of the run.
         demo_settings: Settings of TRL that replace those of the embedded default, if that is what is trained.
+        write_to: A file into which the run is written, instead of training.
 
     Raises:
         ConfigError: The run cannot work. No process has been started by then.
     """
+    if request.config is not None:
+        own = [*command_line.BLOCKS, "env", *command_line.file_keys()]
+        config_keys.check(request.config, request.kind, request.settings, own, request.specs)
     divided = trl_launch.split(request.kind, request.arguments, request.settings)
     if not any("run" in spec.hooks for spec in request.specs):  # a plugin that owns its run also resumes it
         check_resume(divided.given)
     # these may refuse, so they come before anything that takes time
     demo = request.task is None and wants_demo(divided.given)
     launcher = trl_launch.launch_arguments(request.kind, divided.launch, [], command_line.OWN_OPTIONS)
+    late_refusals.check_files(divided.given, launcher)
+    if write_to is not None:
+        written_run.write(write_to, request, divided)
+        return 0
     accelerator = trl_launch.accelerator_found() and not launcher.cpu
     trl_launch.fit_to_machine(launcher, accelerator)
     defaults = {} if accelerator else cpu_defaults(divided.given, launcher.mixed_precision)
@@ -52,13 +62,19 @@ def launch(
         values = embedded.settings(request.kind, [spec.name for spec in request.specs], say)
         values |= dict(demo_settings or {})
         defaults |= {name: value for name, value in values.items() if name not in divided.given}
+    settings = defaults | divided.given
+    unused = [name for name in divided.given if name.startswith(("lora_", "use_dora", "use_rslora"))]
+    if unused and not settings.get("use_peft"):
+        say(f"use_peft is not set, so all parameters are trained and these have no effect: {', '.join(unused)}")
     if not request.specs:
         say(f"no plugin is enabled: this is plain TRL ({request.kind.upper()})")
     for_workers = dataclasses.replace(
         request,
         arguments=[*divided.trl, *as_arguments(defaults)],
-        bars=(defaults | divided.given).get("disable_tqdm") is False,
-        command=shlex.join(command),
+        bars=settings.get("disable_tqdm") is False,
+        command=shlex.join(repeat.without_secrets(command)),
+        config_to_repeat=repeat.published(written_run.content(request, divided)),
+        filled_in=defaults,
     )
     with tempfile.TemporaryDirectory(prefix="trl_ext-") as folder:
         launcher.training_script_args = [str(handover.write(for_workers, Path(folder)))]

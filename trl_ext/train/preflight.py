@@ -48,6 +48,7 @@ def check(
     """
     names = [] if kind == "dpo" else list(getattr(parsed[0], "reward_funcs", None) or ())
     functions = reward_functions(names)
+    _check_weights(parsed, names, specs)
     try:
         splits = trl_arguments.load_splits(parsed)
     except Exception as error:  # whatever the data library raises, with its text
@@ -75,6 +76,21 @@ def check(
             kept = trl_arguments.kept_columns(kind, parsed[1], list(row), needed_columns(specs))
             _check_arguments(trl_rewards.of_trl(names) | functions, part, list(row), kept, specs)
         _try_rewards(kind, parsed[1], functions, parts["training"], warn, specs)
+
+
+def _check_weights(parsed: trl_arguments.Parsed, names: Sequence[str], specs: Sequence[PluginSpec]) -> None:
+    """Compares the number of weights with that of reward functions. Environments may bring one more.
+
+    Raises:
+        ConfigError: The numbers differ.
+    """
+    weights = getattr(parsed[1], "reward_weights", None)
+    count = len(names) + bool(getattr(parsed[0], "reward_model_name_or_path", None))
+    if weights is not None and len(weights) != count and count and not _gives_tools(specs):
+        raise ConfigError(
+            f"reward_weights has {len(weights)} numbers, and there are {count} reward functions. Give each of them a "
+            f"weight, or leave reward_weights out."
+        )
 
 
 def _split(parsed: trl_arguments.Parsed, splits: Any, setting: str) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import counted
 from ..support.files import write_atomically
 from ..support.tables import print_table
 from ..support.versions import versions
@@ -79,7 +80,8 @@ def write_summary(trainer: Any, request: Request, parsed: Parsed, seconds: float
     if picture is not None:
         write_atomically(folder / PICTURE, picture)
         written.insert(0, PICTURE)
-    print(f"{trainer.state.global_step} steps in {seconds:.0f} s; {' and '.join(written)} in {folder}", flush=True)
+    steps = counted(trainer.state.global_step, "step")
+    print(f"{steps} in {seconds:.0f} s; {' and '.join(written)} in {folder}", flush=True)
 
 
 def describe(
@@ -96,6 +98,9 @@ def describe(
     data = request.task or script.dataset_name or [source.path for source in mixture.datasets]
     return {
         "command": request.command,
+        "folder": os.getcwd(),
+        "config": request.config_to_repeat,
+        "filled_in": request.filled_in,
         "trainer": request.kind,
         "plugins": [
             {"name": spec.name, "version": spec.version, "origin": spec.origin, "options": spec.option_values}
@@ -106,6 +111,7 @@ def describe(
         "model": model.model_name_or_path or trainer.model.config.name_or_path,
         "data": data,
         "output_dir": str(training.output_dir),
+        "seed": training.seed,
         "processes": int(trainer.accelerator.num_processes),
         "device": str(trainer.accelerator.device),
         "steps": trainer.state.global_step,
@@ -120,4 +126,4 @@ def describe(
 def _title(request: Request, parsed: Parsed, trainer: Any) -> str:
     plugins = " + ".join(spec.name for spec in request.specs) or "no plugins"
     name = request.task or os.path.basename(str(parsed[2].model_name_or_path).rstrip("/"))
-    return f"{plugins} on {request.kind.upper()}, {name}, {trainer.state.global_step} steps"
+    return f"{plugins} on {request.kind.upper()}, {name}, {counted(trainer.state.global_step, 'step')}"

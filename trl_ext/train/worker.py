@@ -38,7 +38,7 @@ def _train(argv: list[str]) -> None:
     from .. import api
     from ..campaign import job
     from ..plan import ownership
-    from ..trl_internals import arguments, scripts
+    from ..trl_internals import arguments, late_refusals, scripts
     from . import preflight
     from .progress import Progress
 
@@ -46,6 +46,7 @@ def _train(argv: list[str]) -> None:
     with contextlib.ExitStack() as stack:
         handle = stack.enter_context(api.enable_specs(request.specs)) if request.specs else None
         parsed = arguments.parse(request.kind, request.arguments, request.settings)
+        late_refusals.check(request.kind, parsed)
         owner = ownership.owner(request.specs)
         if is_first:
             preflight.check(request.kind, parsed, request.specs, _warn, rewards=request.check_rewards)

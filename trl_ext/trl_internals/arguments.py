@@ -6,7 +6,9 @@ import argparse
 import dataclasses
 import difflib
 import importlib
-from collections.abc import Collection, Mapping, Sequence
+import re
+import typing
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
@@ -14,18 +16,44 @@ from trl import TrlParser
 
 from trl_ext_hooks import TrainerKind
 
-from ..errors import ConfigError
+from ..errors import ConfigError, near
 from .seams import trainer_class
 
 Parsed = tuple[Any, Any, Any, Any]
 """Script, training, model and dataset arguments, as TRL's `main` functions take them."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One of TRL's own options.
+
+    Attributes:
+        hint: Its type, as TRL annotates it.
+        default: Its default.
+        help: What TRL's help says about it.
+        choices: The values that it may have, None where TRL's parser has no list of them.
+        read: Reads it from a text, for a list an entry of it.
+    """
+
+    hint: Any
+    default: Any
+    help: str
+    choices: tuple[Any, ...] | None
+    read: Callable[[str], Any]
+
+
 class _Parser(TrlParser):
     """TRL's parser with YAML settings that were read before, and with our errors."""
 
     def error(self, message: str) -> NoReturn:
+        if re.search(r"'none'|got none", message, re.IGNORECASE):
+            message += "\nLeave the setting out for TRL's default."
         raise ConfigError(f"{message}\n`trl_ext train --help-trl` lists TRL's options.")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            hint = near(str(value), map(str, action.choices))
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}.{hint}")
 
     def apply(self, settings: Mapping[str, Any]) -> list[str]:
         """Makes settings the defaults, and returns the names that are not TRL's."""
@@ -42,6 +70,37 @@ class _Parser(TrlParser):
 
     def options(self) -> list[str]:
         return [action.dest for action in self._actions]
+
+    def settings(self) -> dict[str, Setting]:
+        """Returns TRL's options by name."""
+        actions: dict[str, argparse.Action] = {}
+        for action in self._actions:
+            actions.setdefault(action.dest, action)  # `--no_NAME` comes second
+        settings = {}
+        for cls in self.dataclass_types:
+            for name, hint in typing.get_type_hints(cls).items():
+                if name not in actions:
+                    continue
+                action = actions[name]
+                choices = None if action.choices is None else tuple(action.choices)
+                text = (action.help or "").replace("%%", "%")
+                read: Any = action.type or str
+                settings[name] = Setting(hint, action.default, text, choices, read)
+        return settings
+
+    def refuse_none(self, given: Mapping[str, Any]) -> None:
+        """Refuses `None` for a setting that holds a text or null, as it would be taken for a text of four letters.
+
+        Raises:
+            ConfigError: With what to write instead.
+        """
+        for action in self._actions:
+            null = action.dest == "resume_from_checkpoint"  # which takes the word
+            if action.type is str and action.default is None and given.get(action.dest) == "None" and not null:
+                raise ConfigError(
+                    f"{action.dest}: 'None' would be taken for a text. Leave the setting out, or write `{action.dest}: "
+                    f"null` in the YAML file."
+                )
 
 
 def _script(kind: TrainerKind) -> ModuleType:
@@ -64,7 +123,7 @@ def parse(kind: TrainerKind, argv: Sequence[str], settings: Mapping[str, Any]) -
     parser.apply(settings)
     try:
         parsed = parser.parse_args_into_dataclasses(args=list(argv), look_for_args_file=False)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"TRL refuses these settings: {error}") from error

@@ -49,7 +49,30 @@ def split(kind: TrainerKind, argv: Sequence[str], settings: Mapping[str, Any]) -
         action.default = argparse.SUPPRESS
     typed = vars(silent.parse_known_args(list(argv))[0])
     given = {name: value for name, value in settings.items() if name not in foreign} | typed
+    trl_parser(kind).refuse_none(given)
     return Split(_without(argv, unknown), [*_flags(settings, foreign), *unknown], given)
+
+
+def options() -> dict[str, argparse.Action]:
+    """Returns the options of accelerate's launcher that a user may set, by name."""
+    actions = {action.dest: action for action in _launch_parser()._actions if action.option_strings}
+    reserved = {action.dest for action in actions.values() if _RESERVED & set(action.option_strings)}
+    presets = argparse.Action(
+        ["--accelerate_config"], "accelerate_config", help="A preset of TRL, such as zero2, or a file."
+    )
+    return {name: action for name, action in actions.items() if name not in reserved} | {presets.dest: presets}
+
+
+def given_options(launch: Sequence[str]) -> dict[str, Any]:
+    """Returns accelerate's part of a command line as values by name, without defaults."""
+    parser = _launch_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+        if not action.option_strings:
+            action.nargs = "*"  # the training script, which is ours to name
+    parser.add_argument("--accelerate_config", default=argparse.SUPPRESS)
+    values = vars(parser.parse_known_args(list(launch))[0])
+    return {name: value for name, value in values.items() if name in options()}
 
 
 def _without(argv: Sequence[str], removed: Sequence[str]) -> list[str]:
@@ -170,7 +193,7 @@ def launch(args: Any) -> int:
         return error.returncode
     except ChildFailedError as error:
         return min((failure.exitcode for failure in error.failures.values()), default=1) or 1
-    except ValueError as error:
+    except (ValueError, ImportError, FileNotFoundError) as error:
         raise ConfigError(f"accelerate refuses these settings: {error}") from error
     return 0
 

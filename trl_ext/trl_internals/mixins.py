@@ -20,7 +20,7 @@ else:
 
 
 class TrainerMixin(_Base):
-    """What all trainers share: the end of a step, state in checkpoints, and columns of the data that plugins need."""
+    """What all trainers share: the end of a step, state in checkpoints, the model card, and columns for plugins."""
 
     _trl_ext: Host
     _signature_columns: list[str] | None
@@ -38,6 +38,11 @@ class TrainerMixin(_Base):
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         self._trl_ext.load(checkpoint)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            self._trl_ext.complete_card(self.args.output_dir)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

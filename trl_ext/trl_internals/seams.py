@@ -55,7 +55,10 @@ class Seam:
 
 
 _SCORING = frozenset(
-    {"annotate", "rewards", "advantages", "keep_rows", "token_weights", "batch_fields", "round_metrics", "inspect"}
+    {
+        *("annotate", "rewards", "advantages", "mix_advantages", "keep_rows", "token_weights", "batch_fields"),
+        *("round_metrics", "inspect"),
+    }
 )
 _LOSS = frozenset({"policy_loss", "loss_terms", "loss_metrics"})
 _PAIR_FORWARDS = frozenset({"logps", "pair_logps", "pair_metrics"})

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from trl_ext_hooks import TrainerKind
 
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from . import seams
 
 
@@ -39,17 +39,19 @@ def check_rows(kind: TrainerKind, args: Any, data: Any, cls: type[Any] | None = 
         return
     if needed == 1:
         raise ConfigError("the training data has no rows.")
-    factors = f"per_device_train_batch_size={args.per_device_train_batch_size}, {args.world_size} process(es)"
+    processes = counted(args.world_size, "process", "processes")
+    factors = f"per_device_train_batch_size={args.per_device_train_batch_size}, {processes}"
     if kind == "dpo":
         raise ConfigError(
-            f"the training data has {rows} rows, and with dataloader_drop_last=True a step takes {needed} ({factors}), "
-            f"so nothing would be trained. Add rows, set dataloader_drop_last=False, or lower the batch size."
+            f"the training data has {counted(rows, 'row')}, and with dataloader_drop_last=True a step takes "
+            f"{needed} ({factors}), so nothing would be trained. Add rows, set dataloader_drop_last=False, or lower "
+            f"the batch size."
         )
     raise ConfigError(
-        f"the training data has {rows} prompts, and a round takes {needed}: {args.generation_batch_size} completions, "
-        f"{args.num_generations} per prompt. So nothing would be trained. Add prompts, or lower one of the factors of "
-        f"these completions: {factors}, and steps_per_generation={args.steps_per_generation}, which is "
-        f"gradient_accumulation_steps by default."
+        f"the training data has {counted(rows, 'prompt')}, and a round takes {needed}: "
+        f"{args.generation_batch_size} completions, {args.num_generations} per prompt. So nothing would be "
+        f"trained. Add prompts, or lower one of the factors of these completions: {factors}, and "
+        f"steps_per_generation={args.steps_per_generation}, which is gradient_accumulation_steps by default."
     )
 
 
@@ -88,8 +90,8 @@ class StepsCheck(TrainerCallback):
             return
         if state.global_step >= state.max_steps:
             warnings.warn(
-                f"trl_ext: nothing was trained, since this run has {state.max_steps} steps and began after step "
-                f"{state.global_step}.",
+                f"trl_ext: nothing was trained, since this run has {counted(state.max_steps, 'step')} and began after "
+                f"step {state.global_step}.",
                 stacklevel=2,
             )
             return

@@ -40,7 +40,7 @@ def divide(rows: int, rounds: int, per_round: int | None, held_out: int) -> tupl
     count = rows - held_out
     size = per_round or count // rounds
     if count < 1 or size < 1:
-        raise UsageError(f"{max(count, 0)} prompts are too few for {rounds} rounds")
+        raise UsageError(f"too few prompts for {rounds} rounds: {max(count, 0)}")
     return [[n % count for n in range(r * size, (r + 1) * size)] for r in range(rounds)], list(range(count, rows))
 
 

@@ -39,6 +39,13 @@ class DECS(Plugin):
 
     name = "decs"
     paper = "arXiv 2509.25827"
+    bibtex = """@misc{decs2025,
+      title = {{Overthinking Reduction with Decoupled Rewards and Curriculum Data Scheduling}},
+      eprint = {2509.25827},
+      archivePrefix = {arXiv},
+      year = {2025},
+      note = {ICLR 2026},
+    }"""
     summary = "lowers the reward of tokens behind the first right answer, per position, and doses easy prompts"
     trainers = ("grpo",)
     needs = ("token_advantages",)

@@ -42,6 +42,13 @@ class SPAE(Plugin):
 
     name = "spae"
     paper = "arXiv 2601.03823"
+    bibtex = """@misc{spae2026,
+      title = {{Step Potential Advantage Estimation: Harnessing Intermediate Confidence and Correctness for
+        Efficient Mathematical Reasoning}},
+      eprint = {2601.03823},
+      archivePrefix = {arXiv},
+      year = {2026},
+    }"""
     summary = "probes the policy after every step; damps advantages once it knows the answer, rewards rising potential"
     trainers = ("grpo",)
     needs = ("token_advantages",)

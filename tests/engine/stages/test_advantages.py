@@ -79,7 +79,7 @@ def test_the_estimator_comes_first_then_the_given_order(kind: str, order: Any, b
     torch.testing.assert_close(twice.final, expected)
     torch.testing.assert_close(twice.batch, expected)
     torch.testing.assert_close(plus.before, base.mine if added_first else 2 * base.mine)
-    change = logged(trainer, "trl_ext/plus-one/advantage_change")
+    change = logged(trainer, "plus-one/advantage_change")
     assert change == [pytest.approx(1.0)]
     assert list(trainer._logs["advantages"]) == pytest.approx(expected.tolist())
     used = trainer._buffered_inputs[0]["advantages"]
@@ -174,7 +174,11 @@ def test_token_wise_advantages_reach_the_loss_and_the_log_shows_their_mean(build
 
 @pytest.mark.parametrize(
     ("wrong", "text"),
-    [(torch.ones(8), r"\(8,\)"), ("text", "str"), (torch.full((8, 8), torch.nan), "64 weights that are not finite")],
+    [
+        (torch.ones(8), r"\(8,\)"),
+        ("text", "str"),
+        (torch.full((8, 8), torch.nan), "weights that are not finite: 64 of 64"),
+    ],
 )
 def test_wrong_weights_are_named(wrong: Any, text: str, train: Any, plugin: Any) -> None:
     class Wrong(Plugin):

@@ -151,9 +151,9 @@ class KeepNone(Plugin):
 def test_keeping_everything_changes_nothing(kind: str, run: Any) -> None:
     plain, kept = run([], kind=kind), run([KeepAll], kind=kind)
     assert moved(plain, kept) == 0
-    own = [{k: v for k, v in entry.items() if not k.startswith("trl_ext/")} for entry in metrics_of(kept)]
+    own = [{k: v for k, v in entry.items() if not k.startswith("keep-all/")} for entry in metrics_of(kept)]
     assert own == metrics_of(plain)
-    assert logged(kept, "trl_ext/keep-all/rows_kept") == [1.0] * 2
+    assert logged(kept, "keep-all/rows_kept") == [1.0] * 2
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "bnpo"])
@@ -179,7 +179,7 @@ def test_a_row_stays_if_every_plugin_keeps_it(run: Any) -> None:
     assert (round.advantages[:8] == 0).all() and (round.advantages[8:] != 0).any()
     assert round.batch["num_items_in_batch"] == round.loss_mask.sum() == round.batch["completion_mask"][8:].sum()
     assert list(trainer._logs["advantages"])[:8] == [0.0] * 8
-    assert logged(trainer, "trl_ext/drop/rows_kept")[0] == pytest.approx(2 / 3)
+    assert logged(trainer, "drop/rows_kept")[0] == pytest.approx(2 / 3)
     assert logged(trainer, "frac_reward_zero_std")[-1] == pytest.approx(2 / 3)
     assert_same_training(trainer, run([], (2,)))
 
@@ -334,4 +334,4 @@ def test_weights_of_tokens_count_what_is_left(run: Any) -> None:
     without, dropped = run([Weighs], (0, 2)), run([Weighs, Drop])
     assert_same_training(dropped, without)
     assert moved(without, run([], (0, 2))) > 1e-4
-    assert logged(without, "trl_ext/weighs/advantage_change")
+    assert logged(without, "weighs/advantage_change")

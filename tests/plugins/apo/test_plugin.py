@@ -99,9 +99,9 @@ def test_odd_options_are_told(model: str, tmp_path: Path, watch: str) -> None:
         ({"reward_funcs": ["nothing"]}, trl_ext.ConfigError, "neither a path such as"),
         ({"reward_funcs": ["apo_rewards.many"]}, trl_ext.ConfigError, "has no 'many'"),
         ({"reward_funcs": [], "judge": "apo_rewards.No"}, UsageError, "apo.judge='apo_rewards.No'"),
-        ({"rounds": 20}, UsageError, "12 prompts are too few for 20 rounds"),
-        ({"held_out": 11}, UsageError, "1 prompts are too few for 3 rounds"),
-        ({"held_out": 13, "prompts_per_round": 2}, UsageError, "0 prompts are too few for 3 rounds"),
+        ({"rounds": 20}, UsageError, "too few prompts for 20 rounds: 12"),
+        ({"held_out": 11}, UsageError, "too few prompts for 3 rounds: 1"),
+        ({"held_out": 13, "prompts_per_round": 2}, UsageError, "too few prompts for 3 rounds: 0"),
     ],
 )
 def test_what_is_missing_is_told_first(

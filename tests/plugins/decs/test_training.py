@@ -121,7 +121,7 @@ def test_without_easy_prompts_at_first(run: Any) -> None:
     assert logged(trainer, "decs/kappa") == pytest.approx([0.2 * (ratio - 0.5)] * 2)
     assert logged(trainer, "decs/easy_prompts") == [0.5] * 2 and logged(trainer, "decs/mixed_prompts") == [0.25] * 2
     assert logged(trainer, "decs/easy_prompts_kept") == [0.0] * 2
-    assert logged(trainer, "trl_ext/decs/rows_kept") == [0.25] * 2
+    assert logged(trainer, "decs/rows_kept") == [0.25] * 2
 
 
 def test_a_dropped_group_has_no_gradient_and_no_share_in_the_denominator(run: Any) -> None:
@@ -158,7 +158,7 @@ def test_rounds_too_small_for_an_easy_prompt_add_up(run: Any) -> None:
 def test_the_curriculum_can_be_left_out(run: Any) -> None:
     trainer = run(curriculum=False, max_steps=2)
     assert all(groups_kept(round) == [0, 1, 2, 3] for round in trainer.rounds)
-    assert logged(trainer, "decs/kappa") == [0.0] * 2 and logged(trainer, "trl_ext/decs/rows_kept") == []
+    assert logged(trainer, "decs/kappa") == [0.0] * 2 and logged(trainer, "decs/rows_kept") == []
 
 
 def test_a_round_without_a_usable_completion_leaves_kappa_alone(run: Any) -> None:

@@ -91,7 +91,7 @@ def test_what_a_round_reports(run: Any, stub: Any) -> None:
     assert len(logged(trainer, "spae/probe_runtime")) == 2
     assert len(logged(trainer, "spae/probe_runtime_share")) == 1  # of the second round, which knows the first one's end
     assert 0 < logged(trainer, "spae/probe_runtime_share")[0] < 1
-    assert logged(trainer, "trl_ext/spae/rows_kept") == [0.75] * 2
+    assert logged(trainer, "spae/rows_kept") == [0.75] * 2
 
 
 def test_the_bonus_and_the_penalty_can_be_switched_off(run: Any, stub: Any) -> None:
@@ -114,7 +114,7 @@ def test_filtered_groups_leave_no_trace_in_the_loss(run: Any, stub: Any) -> None
     every = run(prober=STUB, filter_zero_variance=False)
     assert (every.rounds[0].advantages[8:12] != 0).any() and every.rounds[0].loss_mask[8:12].any()
     assert [len(own.ends) for own in every.spae.steps[8:12]] == [1] * 4
-    assert logged(every, "trl_ext/spae/rows_kept") == []
+    assert logged(every, "spae/rows_kept") == []
 
 
 def test_a_batch_without_any_signal(run: Any, stub: Any) -> None:

@@ -1,8 +1,9 @@
-"""After scoring: the hooks `advantages`, `keep_rows`, `token_weights`, `batch_fields` and `round_metrics`."""
+"""After scoring: the hooks from `advantages` to `batch_fields`, and `round_metrics`."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from trl_ext_hooks.basics import loss_mask
 from trl_ext_hooks.toolkit.groups import group_stats
 from trl_ext_hooks.toolkit.losses import masked_mean
 
+from ...catalog.builtins import TRL
 from ...errors import PluginError
 from ...trl_internals import row_order, trainer_state
 from ..calls import as_mapping
 from ..context import Context
-from . import foreign, kept_rows, needed_logps
+from . import foreign, kept_rows, needed_logps, scoring
 
 
 def finish(context: Context, output: dict[str, Any]) -> dict[str, Any]:
@@ -28,15 +30,14 @@ def finish(context: Context, output: dict[str, Any]) -> dict[str, Any]:
         start = context.view.process_index * rows
         group = trainer_state.num_generations(context.trainer)
         output[row_order.GROUP_IDS] = (torch.arange(start, start + rows) // group).to(output["advantages"].device)
-    hooks = ("advantages", "keep_rows", "token_weights", "batch_fields", "round_metrics")
     state = context.current_round()
-    if not (context.recording or context.calls.has(*hooks)):
+    if not (context.recording or context.calls.has(*scoring.FINISHING)):
         if context.calls.has("annotate", "rewards"):
             context.report_logged(state.log, {})
         return output
     scored = state.scored
     if scored is None:
-        users = context.plan.users(*hooks)
+        users = context.plan.users(*scoring.FINISHING)
         raise PluginError(
             f"{type(context.trainer).__name__} finished a round without scoring it through TRL's reward method, so "
             + (f"plugins {', '.join(users)} cannot act." if users else "it cannot be recorded.")
@@ -53,7 +54,7 @@ def finish(context: Context, output: dict[str, Any]) -> dict[str, Any]:
     context.show("TRL", round)
     metrics: dict[str, tuple[float, float]] = {}
     stock = round.advantages
-    if context.calls.has("advantages"):
+    if context.calls.has("advantages", "mix_advantages"):
         round = _chain(context, round, metrics)
         if round.advantages is not stock:
             output["advantages"] = round.advantages if round.advantages.dim() == 2 else round.advantages[round.local]
@@ -87,32 +88,68 @@ def finish(context: Context, output: dict[str, Any]) -> dict[str, Any]:
 
 
 def _chain(context: Context, round: Round, metrics: dict[str, tuple[float, float]]) -> Round:
-    rows, tokens = len(round.group_ids), round.batch["completion_mask"].shape
+    """Returns the round with the advantages that the plugins make of TRL's, one after another."""
+    estimators = [spec.name for spec in context.plan.specs if "estimator" in spec.claims]
+    mixed = context.calls.has("mix_advantages")
+    if mixed:
+        round = _mixed(context, round, estimators, metrics)
     for name, caller in context.calls.chain("advantages"):
-        result = context.calls.call(name, "advantages", caller, round=round)
-        if result is None:
+        if mixed and name in estimators:
             continue
-        if not isinstance(result, torch.Tensor):
-            raise PluginError(f"plugin {name!r} returned {type(result).__name__} from 'advantages', expected a tensor.")
-        tokenwise = result.dim() == 2
-        if tuple(result.shape) not in ((rows,), tuple(tokens)) or (tokenwise and context.kind != "grpo"):
-            allowed = f"({rows},) for the rows of all processes"
-            if context.kind == "grpo":
-                allowed += f" or {tuple(tokens)} for this process's tokens"
-            raise PluginError(f"plugin {name!r} returned advantages {tuple(result.shape)}, expected {allowed}.")
-        if tokenwise and foreign.replaced_loss(type(context.trainer), context.kind):
-            raise PluginError(foreign.passed_by(context.trainer, [name]))
-        if round.advantages.dim() == 2 and not tokenwise:
-            raise PluginError(
-                f"plugin {name!r} returned one advantage per row where an earlier plugin made one per token; return "
-                f"{tuple(tokens)} when `round.advantages` has two dimensions."
-            )
-        if not torch.isfinite(result).all():
-            raise PluginError(
-                f"plugin {name!r} returned {int((~torch.isfinite(result)).sum())} advantages that are not finite."
-            )
-        round = _changed(context, name, round, result, metrics)
+        result = context.calls.call(name, "advantages", caller, round=round)
+        if result is not None:
+            _check(context, name, "advantages", result, round)
+            round = _changed(context, name, round, result, metrics)
     return round
+
+
+def _mixed(context: Context, stock: Round, estimators: Sequence[str], metrics: dict[str, tuple[float, float]]) -> Round:
+    """Returns the round with what one plugin makes of the advantages of TRL and of every estimator."""
+    parts = {TRL: stock}
+    for name, caller in context.calls.chain("advantages"):
+        if name in estimators:
+            result = context.calls.call(name, "advantages", caller, round=stock)
+            parts[name] = stock
+            if result is not None:
+                _check(context, name, "advantages", result, stock)
+                parts[name] = _changed(context, name, stock, result, metrics)
+    tokenwise = any(part.advantages.dim() == 2 for part in parts.values())
+    values = {name: part.token_advantages if tokenwise else part.advantages for name, part in parts.items()}
+    ((name, caller),) = context.calls.chain("mix_advantages")
+    result = context.calls.call(name, "mix_advantages", caller, round=stock, parts=values)
+    if result is None:
+        return stock
+    _check(context, name, "mix_advantages", result, stock)
+    return _changed(context, name, stock, result, metrics)
+
+
+def _check(context: Context, name: str, hook: str, result: Any, round: Round) -> None:
+    """Refuses what are no advantages of the round.
+
+    Raises:
+        PluginError: Naming the plugin, and what was expected.
+    """
+    rows, tokens = len(round.group_ids), round.batch["completion_mask"].shape
+    if not isinstance(result, torch.Tensor):
+        raise PluginError(f"plugin {name!r} returned {type(result).__name__} from {hook!r}, expected a tensor.")
+    tokenwise = result.dim() == 2
+    if tuple(result.shape) not in ((rows,), tuple(tokens)) or (tokenwise and context.kind != "grpo"):
+        allowed = f"({rows},) for the rows of all processes"
+        if context.kind == "grpo":
+            allowed += f" or {tuple(tokens)} for this process's tokens"
+        raise PluginError(f"plugin {name!r} returned advantages {tuple(result.shape)}, expected {allowed}.")
+    if tokenwise and foreign.replaced_loss(type(context.trainer), context.kind):
+        raise PluginError(foreign.passed_by(context.trainer, [name]))
+    if round.advantages.dim() == 2 and not tokenwise:
+        raise PluginError(
+            f"plugin {name!r} returned one advantage per row where an earlier plugin made one per token; return "
+            f"{tuple(tokens)} when `round.advantages` has two dimensions."
+        )
+    if not torch.isfinite(result).all():
+        raise PluginError(
+            f"plugin {name!r} returned advantages that are not finite: {int((~torch.isfinite(result)).sum())} of "
+            f"{result.numel()}."
+        )
 
 
 def _weighed(context: Context, round: Round, metrics: dict[str, tuple[float, float]]) -> Round:
@@ -123,7 +160,8 @@ def _weighed(context: Context, round: Round, metrics: dict[str, tuple[float, flo
             raise PluginError(f"plugin {name!r} returned {got} from 'token_weights', expected weights {tokens}.")
         if not torch.isfinite(weights).all():
             raise PluginError(
-                f"plugin {name!r} returned {int((~torch.isfinite(weights)).sum())} weights that are not finite."
+                f"plugin {name!r} returned weights that are not finite: {int((~torch.isfinite(weights)).sum())} of "
+                f"{weights.numel()}."
             )
         round = _changed(context, name, round, round.token_advantages * weights, metrics)
     return round
@@ -135,8 +173,8 @@ def _changed(
     """Returns the round with the advantages that a plugin made, and reports how much it changed them."""
     after = dataclasses.replace(round, advantages=values.detach().to(round.advantages))
     change = _per_row(after) - _per_row(round)
-    metrics[f"trl_ext/{name}/advantage_mean"] = (_per_row(after).sum().item(), len(round.rows))
-    metrics[f"trl_ext/{name}/advantage_change"] = (change.abs().sum().item(), len(round.rows))
+    metrics[f"{name}/advantage_mean"] = (_per_row(after).sum().item(), len(round.rows))
+    metrics[f"{name}/advantage_change"] = (change.abs().sum().item(), len(round.rows))
     context.show(name, after)
     return after
 

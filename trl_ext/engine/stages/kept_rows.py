@@ -31,7 +31,7 @@ def select(context: Context, round: Round, metrics: dict[str, tuple[float, float
             got = f"{wanted.dtype} {tuple(wanted.shape)}" if isinstance(wanted, torch.Tensor) else type(wanted).__name__
             raise PluginError(f"plugin {name!r} returned {got} from 'keep_rows', expected booleans ({rows},).")
         kept = kept & wanted.to(kept.device)
-        metrics[f"trl_ext/{name}/rows_kept"] = (wanted[round.local].sum().item(), len(round.rows))
+        metrics[f"{name}/rows_kept"] = (wanted[round.local].sum().item(), len(round.rows))
     if kept.all():
         return round
     batch = dict(round.batch)

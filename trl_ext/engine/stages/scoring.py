@@ -16,7 +16,9 @@ from ...trl_internals import rewards, trainer_state
 from ..calls import as_mapping
 from ..context import Context
 
-HOOKS = ("annotate", "rewards", "advantages", "keep_rows", "token_weights", "batch_fields", "round_metrics")
+FINISHING = ("advantages", "mix_advantages", "keep_rows", "token_weights", "batch_fields", "round_metrics")
+"""The hooks that run when TRL has finished a round."""
+HOOKS = ("annotate", "rewards", *FINISHING)
 """The hooks that need a scored round."""
 
 
