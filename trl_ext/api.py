@@ -63,8 +63,8 @@ def enable_specs(specs: tuple[PluginSpec, ...]) -> Handle:
         difference = _difference(_active.specs, asked)
         if difference:
             raise ConfigError(
-                f"{_active!r} is already enabled, and {difference}. To switch, call trl_ext.disable() first. To have "
-                f"the plugins of both, call it too, and then name all of them in one call of trl_ext.enable."
+                f"{_active!r} is already enabled, and {difference}. To switch, call trl_ext.disable() first. To "
+                f"combine plugins, name all of them in one call after it."
             )
         _active._requests += 1
         return _active
