@@ -7,12 +7,13 @@ a path or an error as a style and swallow it, or stop at `[/x]`.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import IO
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 
@@ -52,3 +53,33 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(console=console(stderr=True)) as bar:
         task = bar.add_task(escape(label), total=None)
         yield lambda finished, total: bar.update(task, completed=finished, total=total)
+
+
+@contextlib.contextmanager
+def working(text: str, about: float) -> Iterator[None]:
+    """Shows in a terminal a bar for work that takes about so many seconds and reports no steps.
+
+    Args:
+        text: What is done.
+        about: The seconds that it usually takes.
+    """
+    output = console(stderr=True)
+    if not output.is_terminal:
+        yield
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=output, transient=True) as bar:
+        task = bar.add_task(text, total=about)
+        ended = threading.Event()
+
+        def tick() -> None:
+            while not ended.wait(1.0):
+                bar.advance(task, 1.0)
+
+        ticker = threading.Thread(target=tick, daemon=True)
+        ticker.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            ticker.join()

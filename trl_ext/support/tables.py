@@ -49,6 +49,12 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def counted(count: int, noun: str) -> str:
+    """Returns a count with its noun: `1 step`, `2 steps`."""
+    many = f"{noun}es" if noun.endswith(("s", "ch")) else f"{noun}s"
+    return f"{count} {noun if count == 1 else many}"
+
+
 def _width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
     """Returns the width at which no line of a cell is wrapped."""
     cells = [[column, *(row[index] for row in rows)] for index, column in enumerate(columns)]

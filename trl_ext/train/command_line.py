@@ -27,6 +27,7 @@ SIZES = ("train_size", "test_size")
 OWN_OPTIONS = (
     *("--plugin", "--set", "--config", "--trainer", "--no_reward_check"),
     *("--inspect", "--no_save", "--help-trl"),
+    *("--dry_run", "--overwrite", "--save_on_interrupt"),
 )
 """Our own options, for the hint at a misspelt one."""
 
@@ -46,9 +47,13 @@ class Request:
         sizes: The sizes of the task's data that the block gives.
         check_rewards: Whether to try the reward functions before the model is loaded.
         inspect: How many rounds to record, or None.
-        save: Whether to save the final model.
+        save: Whether to save checkpoints and the final model.
+        overwrite: Whether the run may replace an older one in its output folder.
+        save_on_interrupt: Whether Ctrl-C saves a checkpoint before the run ends.
+        dry_run: Whether to check and show everything, and to train nothing.
         bars: Whether the user wants the progress bars of transformers.
         command: The command line of the user.
+        started: When the run was started.
     """
 
     plugins: dict[str, dict[str, Any]]
@@ -62,8 +67,12 @@ class Request:
     check_rewards: bool = True
     inspect: int | None = None
     save: bool = True
+    overwrite: bool = False
+    save_on_interrupt: bool = False
+    dry_run: bool = False
     bars: bool = False
     command: str = ""
+    started: str = ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -116,7 +125,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no_save",
         action="store_true",
-        help="do not save the final model, as TRL's scripts do",
+        help="save no model: neither checkpoints nor the final one",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the run in output_dir: its checkpoints, model and record are removed when training begins",
+    )
+    parser.add_argument(
+        "--save_on_interrupt",
+        "--save-on-interrupt",
+        action="store_true",
+        help="at Ctrl-C finish the round and save a checkpoint; a second Ctrl-C leaves at once",
+    )
+    parser.add_argument(
+        "--dry_run",
+        "--dry-run",
+        action="store_true",
+        help="check everything short of loading the model, print the plan, and train nothing; needs no GPU",
     )
 
 
@@ -157,6 +183,9 @@ def understand(args: argparse.Namespace, rest: list[str]) -> Request:
         check_rewards=not args.no_reward_check,
         inspect=args.inspect,
         save=not args.no_save,
+        overwrite=args.overwrite,
+        save_on_interrupt=args.save_on_interrupt,
+        dry_run=args.dry_run,
     )
 
 
