@@ -99,7 +99,7 @@ def run(
         say(f"note: {note}")
     if found.refusals:
         print("This run cannot work:")
-        for refusal in found.refusals:
+        for refusal in dict.fromkeys(found.refusals):
             print("  - " + refusal.removeprefix("this run cannot work:\n  - ").replace("\n", "\n    "))
         return 2
     print("Nothing was found that would stop this run. No model was loaded and nothing was written.")
@@ -107,11 +107,9 @@ def run(
 
 
 def _processes(count: int | None) -> str:
-    return (
-        "1 process here; --num_processes or the machine of the run decides"
-        if count is None
-        else counted(count, "process")
-    )
+    if count is None:
+        return "as if for 1 process; --num_processes or the machine of the run decides"
+    return counted(count, "process")
 
 
 def _look(request: Request, parsed: Parsed, found: Findings, takes: str) -> None:
@@ -182,15 +180,15 @@ def _arguments(request: Request, parsed: Parsed) -> dict[str, Any]:
 def _task_arguments(request: Request, parsed: Parsed) -> dict[str, Any]:
     """Returns what a task gives the trainer, without its model."""
     from .. import lab
+    from ..lab.tokenizer import Vocabulary
     from ..lab.trainer_arguments import arguments_without_model
     from .on_task import check_settings
 
     assert request.task is not None
     check_settings(request.task, parsed)
-    return {
-        "args": parsed[1],
-        **arguments_without_model(lab.task(request.task), request.kind, seed=parsed[1].seed, **request.sizes),
-    }
+    task = lab.task(request.task)
+    arguments = arguments_without_model(task, request.kind, seed=parsed[1].seed, **request.sizes)
+    return {"args": parsed[1], "processing_class": Vocabulary.of(task).build(), **arguments}
 
 
 def _plan(request: Request, parsed: Parsed, bound: dict[str, Any]) -> Plan:
@@ -203,9 +201,10 @@ def _plan(request: Request, parsed: Parsed, bound: dict[str, Any]) -> Plan:
     check_class(cls, request.specs)
     plugins = instances(request.specs)
     provided = provided_arguments(request.specs, plugins, bound)
-    if request.task is not None:
-        provided.setdefault("rollout_func", None)
-    return plan_of_arguments(request.kind, cls, request.specs, plugins, {**bound, **provided})[1]
+    try:
+        return plan_of_arguments(request.kind, cls, request.specs, plugins, {**bound, **provided})[1]
+    except OSError as error:  # of the tokenizer, at which only runs with tools look before the model is loaded
+        raise ConfigError(f"the tokenizer of {bound['model']} cannot be loaded: {error}") from error
 
 
 def _needed(request: Request, plan: Plan, bound: Mapping[str, Any], parsed: Parsed) -> list[tuple[str, str]]:

@@ -126,17 +126,17 @@ def memory(kind: TrainerKind, parsed: Parsed, found: Parameters | str) -> str:
         return f"not known: the weights are {found.dtype}"
     size, optimizer = _BYTES[found.dtype], str(getattr(args.optim, "value", args.optim))
     # with an adapter, the model without it is the reference
-    reference = found.total if found.adapter == 0 and (kind == "dpo" or getattr(args, "beta", 0.0)) else 0
+    has_reference = found.adapter == 0 and (kind == "dpo" or args.beta != 0.0)
+    reference = found.total if has_reference else 0
     parts = {"weights": found.total, "reference model": reference, "gradients": found.trained}
     if optimizer in _ADAM:
         parts["optimizer"] = 2 * found.trained
-    listed = ", ".join(f"{name} {gibibytes(count * size)}" for name, count in parts.items() if count)
-    unknown = (
-        "activations and generation" if "optimizer" in parts else f"optimizer {optimizer}, activations, generation"
-    )
-    return f"{gibibytes(sum(parts.values()) * size)} on each process ({listed}); not counted: {unknown}"
+    listed = ", ".join(f"{name} {bytes_text(count * size)}" for name, count in parts.items() if count)
+    unknown = [] if optimizer in _ADAM else [f"optimizer {optimizer}"]
+    unknown += ["activations", *([] if kind == "dpo" else ["generation"])]
+    return f"{bytes_text(sum(parts.values()) * size)} on each process ({listed}); not counted: {', '.join(unknown)}"
 
 
-def gibibytes(count: float) -> str:
+def bytes_text(count: float) -> str:
     """Writes a number of bytes."""
-    return f"{count / 2**30:.2f} GiB"
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"

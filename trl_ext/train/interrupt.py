@@ -1,7 +1,7 @@
 """Ctrl-C during a run: in the process of the user, which counts, and in the workers, which save or leave.
 
-The first Ctrl-C reaches every worker, from the terminal or from the parent, perhaps twice. A worker listens to the first
-of them only. The second one is the parent's alone: it ends all workers at once.
+The first Ctrl-C reaches every worker, from the terminal and from the parent. A worker listens to the first signal only.
+The second Ctrl-C is the parent's alone: it ends all workers at once.
 """
 
 from __future__ import annotations

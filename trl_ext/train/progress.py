@@ -123,7 +123,7 @@ class Progress(TrainerCallback):
     def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._batches += 1
         if self._display is not None:
-            loader = kwargs.get("eval_dataloader")
+            loader: Any = kwargs.get("eval_dataloader")
             of = f"/{len(loader)}" if hasattr(loader, "__len__") else ""
             self._display.detail(f"evaluating, batch {self._batches}{of}")
 
