@@ -99,7 +99,7 @@ def _run_workers(request: Request, command: Sequence[str], launcher: Any, output
     if code == 0:
         return 0
     record = after_interrupt.end_record(output, request.started, "interrupted" if interrupted else "failed")
-    if interrupted:
+    if interrupted and not launcher.machine_rank:  # the first machine has the record
         owner = ownership.owner(request.specs)
         if owner is not None:
             lines = after_interrupt.owned(output, command)
