@@ -76,6 +76,20 @@ def planned_steps(kind: TrainerKind, args: Any, rows: int | None) -> int:
     return math.ceil(args.num_train_epochs * max(1, batches // args.gradient_accumulation_steps))
 
 
+def ends_round(kind: TrainerKind, args: Any, steps: int) -> bool:
+    """Returns whether so many optimizer steps since the run began end a round, after which a resume changes no number.
+
+    Args:
+        kind: The trainer. DPO has no rounds.
+        args: TRL's arguments.
+        steps: The number of optimizer steps.
+    """
+    if kind == "dpo":
+        return True
+    micro_batches = int(args.num_iterations) * int(args.steps_per_generation)
+    return steps * int(args.gradient_accumulation_steps) % micro_batches == 0
+
+
 class StepsCheck(TrainerCallback):
     """Refuses to call a training without a step a success."""
 
