@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, get_args
 
 import pluggy
@@ -106,6 +106,15 @@ def implemented(cls: type[Plugin]) -> tuple[str, ...]:
     return tuple(hook for hook in HOOKS if hasattr(getattr(cls, hook, None), "trl_ext_impl"))
 
 
+def is_known(entry: str, known: Collection[str]) -> bool:
+    """Tells whether a need or a claim is among those that exist, some of which are patterns such as `column:NAME`."""
+    kind, colon, value = entry.partition(":")
+    if not colon:
+        return entry in known
+    pattern = next((name for name in known if name.startswith(f"{kind}:")), "")
+    return bool(value) and (pattern.endswith(":NAME") or (pattern.endswith(":COUNT") and value.isdigit()))
+
+
 def check_plugin(cls: Any, origin: str) -> type[Plugin]:
     """Checks a plugin's declaration.
 
@@ -144,8 +153,7 @@ def check_plugin(cls: Any, origin: str) -> type[Plugin]:
     for attribute, known in (("claims", CLAIMS), ("needs", NEEDS)):
         # entries such as `column:answer` are known by their pattern, `column:NAME`
         for entry in getattr(cls, attribute):
-            pattern = entry.partition(":")[0] + ":NAME" if ":" in entry else entry
-            if pattern not in known:
+            if not is_known(entry, known):
                 raise broken(f"`{attribute}` holds {entry!r}.{near(entry, known)}")
     hooks = set(implemented(cls))
     for name in dir(cls):
