@@ -24,7 +24,7 @@ from .plugin import (
     hookspec,
     option,
 )
-from .rollout import Generation, Rollout, Turns
+from .rollout import Generation, Rollout, SelectedRows, Turns
 from .scoring import Rewards, Round, Scored
 from .setup import Config, Need, Recommend, Refuse, Require, Requirement, Warn
 from .trainer import TrainerView
@@ -61,6 +61,7 @@ __all__ = [
     "Round",
     "Scored",
     "ScoredPairs",
+    "SelectedRows",
     "Span",
     "TrainerKind",
     "TrainerView",

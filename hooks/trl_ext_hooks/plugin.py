@@ -26,6 +26,7 @@ CLAIMS: dict[str, str] = {
     "adjust them",
     "reward_labels": "reads rewards as labels, such as right or wrong, and not as amounts, so no other plugin of the "
     "run may rewrite them",
+    "groups": "forms groups of its own: `SelectedRows` of `select_rows`, or rows that `rollout` adds",
     "run": "controls the whole run (implied by the hook `run`)",
 }
 """Exclusive resources: at most one plugin of a run may claim each."""
@@ -42,8 +43,10 @@ NEEDS: dict[str, str] = {
     "tools": "rollouts that can call tools: `tools`, `environment_factory` or `rollout_func` of the trainer",
     "token_advantages": "a loss of TRL that takes one advantage per token. Settings that need one per row are refused",
     "turns": "`Rollout.turns`: rewards and ends of episodes that environments report turn by turn",
+    "prompts:COUNT": "COUNT prompts are drawn for a round of training, each of them N / COUNT times, instead of N / G. "
+    "Belongs to the claim `groups`. COUNT divides N, which is `generation_batch_size`",
     "column:NAME": "the column NAME in the training data, which is kept also with `remove_unused_columns`",
-    "reward:NAME": "a reward function of that name",
+    "reward:NAME": "a reward column of that name: a reward function, or what a plugin makes of some",
 }
 """What the core can provide or check for a plugin."""
 

@@ -16,8 +16,44 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class SelectedRows:
+    """Holds the rows of a round in groups of any size: what `select_rows` may return.
+
+    Rows of a group share a prompt and come one after the other. Two groups may have the same prompt. A plugin that
+    forms groups declares the claim `groups`.
+
+    Attributes:
+        rows: N dataset rows, as many as the hook got.
+        group_ids: (N,) integers: rows of one group have the same number.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    group_ids: Sequence[int]
+
+    @classmethod
+    def repeated(cls, prompts: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> SelectedRows:
+        """Returns one group per prompt.
+
+        Args:
+            prompts: A dataset row for each group.
+            counts: The size of each group, 0 to leave the prompt out. They add up to N.
+        """
+        if len(prompts) != len(counts):
+            raise ValueError(f"expected one count per prompt, got {len(counts)} counts for {len(prompts)} prompts")
+        places = [place for place, count in enumerate(counts) for _ in range(int(count))]
+        return cls([prompts[place] for place in places], places)
+
+
+@dataclass(frozen=True)
 class Generation:
     """Holds what a rollout produced, one entry per prompt (b rows).
+
+    A rollout of the outermost hook may also hold more rows than prompts, such as one per turn of an agent. It then
+    names the prompt of every row in `source`, and the plugin declares the claim `groups`. A row belongs to the group of
+    its prompt. Processes may add different numbers of rows. The core then adds rows of its own, so that every process
+    has as many rows as the others and micro-batches are equally large. These rows repeat a row of the process. They
+    have the group -1, no rewards and no part in the loss, in its denominators or in a metric. Reward functions and
+    `annotate` get them too.
 
     Attributes:
         prompt_ids: Token ids of each prompt, unpadded.
@@ -25,7 +61,14 @@ class Generation:
         completions: Text or messages, as the reward functions receive them.
         tool_mask: Per completion token, 1 = written by the model and 0 = tool result. None without tools.
         logprobs: Log-probabilities that the sampler reported, or None.
-        extra: Further values of TRL's own rollout, to be passed on unchanged.
+        extra: Further values of TRL's own rollout, to be passed on unchanged. Empty in a generation that was made by
+            hand.
+        prompts: Text or messages that take the place of the prompts. Reward functions, later hooks and the table of
+            completions then get these. None keeps the prompts of the data, whatever was passed to `generate`.
+        source: The index of each row's prompt among the b prompts of this process, in ascending order. Every prompt
+            has at least one row. None stands for one row per prompt.
+        fields: Values per row, which reach reward functions and later hooks as those of `annotate` do. The plugin
+            declares their names in `fields`.
     """
 
     prompt_ids: list[list[int]]
@@ -34,6 +77,9 @@ class Generation:
     tool_mask: list[list[int]] | None = None
     logprobs: Any = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    prompts: list[Any] | None = field(default=None, kw_only=True)
+    source: Sequence[int] | None = field(default=None, kw_only=True)
+    fields: Mapping[str, torch.Tensor | Sequence[Any]] = field(default_factory=dict, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -69,18 +115,21 @@ class Rollout(Logs):
     Attributes:
         mode: `"train"` or `"eval"`.
         step: Optimizer steps taken so far.
-        num_generations: G of this mode.
+        num_generations: G of this mode. Groups that a plugin formed (claim `groups`) have sizes of their own.
         rows: Dataset rows.
         prompts, completions: Text or messages.
         completion_ids: Token ids of each completion, unpadded.
         tool_mask: See `Generation.tool_mask`.
-        group_ids: (N,) integers: rows of one prompt have the same number.
+        group_ids: (N,) integers: rows of one group have the same number. -1 marks rows that the core added to give
+            every process as many as the others. Statistics leave them out, because their rewards are NaN.
         offset: Index of this process's first row among the N.
         trainer: The trainer.
         turns: What the environments reported turn by turn, with the need `turns`. None where there are none.
         tool_iterations: How often TRL's tool loop may execute the calls of a row. 0 where it does not run.
         data_rows: The dataset rows as they were before the rollout, without the fields that a `rollout_func` adds to
             `rows`. None in a rollout that was made by hand.
+        source: See `Generation.source`: which of the prompts of this process each row has. None in a rollout that was
+            made by hand.
     """
 
     mode: Mode
@@ -97,6 +146,7 @@ class Rollout(Logs):
     turns: Turns | None = field(default=None, kw_only=True)
     tool_iterations: int = field(default=0, kw_only=True)
     data_rows: list[dict[str, Any]] | None = field(default=None, kw_only=True)
+    source: list[int] | None = field(default=None, kw_only=True)
 
     @property
     def local(self) -> slice:
@@ -129,22 +179,33 @@ Fields = Mapping[str, "torch.Tensor | Sequence[Any]"]
 
 
 @hookspec
-def select_rows(rows: list[dict[str, Any]], trainer: TrainerView) -> list[dict[str, Any]] | None:
+def select_rows(
+    rows: list[dict[str, Any]], group_ids: list[int], trainer: TrainerView
+) -> SelectedRows | list[dict[str, Any]] | None:
     """Replaces the prompts of a training round, before anything is generated. Chained.
 
-    Runs on every process, with the dataset rows of all processes: N rows, every prompt G times in a row. Returns N rows
-    in the same layout, the same on every process. Each process then keeps its own part. None keeps the rows. GRPO and
-    RLOO, training rounds only.
+    Runs on every process, with the dataset rows of all processes: N rows, every prompt G times in a row, and the group
+    of each row. With the need `prompts:COUNT` a round has COUNT prompts, each of them N / COUNT times in a row. Returns
+    N rows, the same on every process: a list in the layout that the first plugin got, or `SelectedRows` with groups of
+    any size. The core checks them. Each process then keeps its own part. None keeps the rows. GRPO and RLOO, training
+    rounds only.
+
+    Advantages of TRL, its metrics, `shared-prefix` and the `group_ids` of all hooks follow groups of any size, and vLLM
+    then samples each row on its own. Needs and losses that whole groups in a micro-batch rest on are refused.
 
     ```python
-    class EasiestFirst(Plugin):
-        name = "easiest-first"
+    class MoreForTheHard(Plugin):
+        name = "more-for-the-hard"
         trainers = ("grpo", "rloo")
         needs = ("column:difficulty",)
+        claims = ("groups",)
 
         @hookimpl
-        def select_rows(self, rows):
-            return sorted(rows, key=lambda row: row["difficulty"])  # stable: copies of a prompt stay together
+        def select_rows(self, rows, group_ids):
+            prompts = list({group: row for group, row in zip(group_ids, rows)}.values())
+            prompts.sort(key=lambda row: row["difficulty"])
+            counts = [2] * (len(prompts) - 1)  # two rows for each prompt, and the rest for the hardest
+            return SelectedRows.repeated(prompts, [*counts, len(rows) - sum(counts)])
     ```
     """
 
@@ -155,16 +216,34 @@ def rollout(prompts: list[Any], generate: Generate, trainer: TrainerView) -> Gen
 
     Runs on every process, with its b prompts (a group may lie on two processes). `generate(prompts)` runs the next
     plugin and finally TRL's generation, tools included. It takes and returns b rows. It may be called again for a
-    second pass, on every process the same number of times. GRPO and RLOO. Collective.
+    second pass, on every process the same number of times. Returns one row per prompt, or more with
+    `Generation.source`. The core checks them. GRPO and RLOO. Collective.
 
     ```python
-    class ThinkHint(Plugin):
-        name = "think-hint"
+    class Critic(Plugin):
+        name = "critic"
         trainers = ("grpo",)
+        claims = ("groups",)  # two rows per prompt, an answer and a criticism of it
+        fields = ("agent",)
 
         @hookimpl
         def rollout(self, prompts, generate):
-            return generate([[*prompt, {"role": "user", "content": "Think first."}] for prompt in prompts])
+            answer = generate(prompts)
+            texts = [completion[0]["content"] for completion in answer.completions]
+            asked = [[{"role": "user", "content": f"What is wrong with {text!r}?"}] for text in texts]
+            criticism = generate(asked)
+
+            def turns(first, second):
+                return [value for both in zip(first, second) for value in both]
+
+            return Generation(
+                turns(answer.prompt_ids, criticism.prompt_ids),
+                turns(answer.completion_ids, criticism.completion_ids),
+                turns(answer.completions, criticism.completions),
+                prompts=turns(prompts, asked),
+                source=[row for row in range(len(prompts)) for _ in range(2)],
+                fields={"agent": ["solver", "critic"] * len(prompts)},
+            )
     ```
     """
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rewards:
-    """Holds rewards (N, F') with their names and weights, where a plugin adds, drops or renames columns."""
+    """Holds rewards (N, F') with their names and weights, where a plugin adds, drops or renames columns.
+
+    A plugin whose names differ from those it got implements the hook `reward_columns`.
+    """
 
     values: torch.Tensor
     names: tuple[str, ...]
@@ -128,11 +131,38 @@ class Round(Scored):
 
 
 @hookspec
+def reward_columns(names: tuple[str, ...]) -> Sequence[str] | None:
+    """Names the reward columns that the plugin's hook `rewards` returns, where it adds, drops or renames some. Chained.
+
+    Runs on every process, before `configure`, in the order of the plugins. `names` holds the columns that the plugin's
+    hook `rewards` will get. Options of the type `RewardName`, needs such as `"reward:NAME"` and
+    `Config.reward_names` of all plugins are checked against the names behind the last plugin. A plugin with the hook
+    `rewards` may also name columns that it gets. None keeps the names. GRPO and RLOO.
+
+    ```python
+    class MeanOfAll(Plugin):
+        name = "mean-of-all"
+        trainers = ("grpo", "rloo")
+
+        @hookimpl
+        def reward_columns(self, names):
+            return ("mean",)
+
+        @hookimpl
+        def rewards(self, scored):
+            mean = scored.rewards.nanmean(dim=1, keepdim=True)  # (N, 1)
+            return Rewards(mean, ("mean",), torch.ones(1))
+    ```
+    """
+
+
+@hookspec
 def rewards(scored: Scored) -> Rewards | torch.Tensor | None:
     """Rewrites the rewards of all processes, before any statistic and before they are logged. Chained.
 
-    Runs on every process. Returns (N, F) values, or `Rewards` to add, drop or rename columns. NaN = does not apply.
-    Every process must return the same values. None keeps the rewards. GRPO and RLOO. Collective.
+    Runs on every process, in the order in which the user named the plugins. Returns (N, F) values, or `Rewards` with
+    other weights, or with the columns that `reward_columns` of this plugin announced. NaN = does not apply. Every
+    process must return the same values, which the core checks. None keeps the rewards. GRPO and RLOO. Collective.
 
     ```python
     class ClipRewards(Plugin):
@@ -148,7 +178,7 @@ def rewards(scored: Scored) -> Rewards | torch.Tensor | None:
 
 @hookspec
 def advantages(round: Round) -> torch.Tensor | None:
-    """Computes or adjusts the advantages of a round. The estimator comes first, then the other plugins. Chained.
+    """Computes or adjusts the advantages of a round. The estimator comes first, then the others in order. Chained.
 
     Runs on every process. A plugin that claims `estimator` computes advantages from `round.rewards`. The others start
     from `round.advantages`. Returns (N,) for all processes, equal on each, or (b, T) for this process's tokens (GRPO

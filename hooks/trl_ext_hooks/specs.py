@@ -16,6 +16,7 @@ from . import views as _views
 
 configure = _setup.configure
 trainer_arguments = _setup.trainer_arguments
+reward_columns = _scoring.reward_columns
 setup = _setup.setup
 teardown = _setup.teardown
 select_rows = _rollout.select_rows

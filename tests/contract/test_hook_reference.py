@@ -35,9 +35,10 @@ SECTIONS = dict(
 SIGNATURES = {
     "configure": ["config"],
     "trainer_arguments": [],
+    "reward_columns": ["names"],
     "setup": ["trainer"],
     "teardown": ["trainer"],
-    "select_rows": ["rows", "trainer"],
+    "select_rows": ["rows", "group_ids", "trainer"],
     "rollout": ["prompts", "generate", "trainer"],
     "annotate": ["rollout"],
     "rewards": ["scored"],

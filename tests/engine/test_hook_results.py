@@ -20,6 +20,7 @@ from trl_ext_hooks import (
     Plugin,
     PolicyLoss,
     Rewards,
+    SelectedRows,
     hookimpl,
 )
 
@@ -53,8 +54,21 @@ def nan_at(count: int) -> Callable[[Any], torch.Tensor]:
     return make
 
 
+NAMES = ("digits", "brevity")
+OTHER_NAMES = Rewards(torch.zeros(8, 2), ("digits", "bonus"), torch.ones(2))
 CASES: list[Any] = [
     ("select_rows", lambda rows: rows[:3], "returned 3 rows from 'select_rows', expected 8: as many as it got"),
+    (
+        "select_rows",
+        lambda rows: rows[::2] * 2,
+        "rows of different prompts in one group from 'select_rows': rows 0 and",
+    ),
+    ("select_rows", lambda rows: SelectedRows(rows, [0] * 3 + [1] * 5), "rows of different prompts in one group"),
+    (
+        "select_rows",
+        lambda rows: SelectedRows(rows, [0] * 8 + [1]),
+        "returned 9 group_ids from 'select_rows', expected 8",
+    ),
     ("annotate", [1], "returned list from 'annotate', expected a mapping"),
     ("annotate", {"undeclared": [0] * 8}, "returned 'undeclared' from 'annotate' without declaring it"),
     ("annotate", {"mine": [0] * 3}, "annotated 'mine' with 3 values, expected one for each of 8 rows"),
@@ -62,8 +76,17 @@ CASES: list[Any] = [
     ("rewards", [[1.0, 2.0]] * 8, "returned list from 'rewards', expected a tensor or Rewards"),
     ("rewards", torch.zeros(8, 3), "returned rewards (8, 3) with 2 weights, expected (8, 2) and 2 for the columns"),
     ("rewards", torch.zeros(8), "returned rewards (8,) with 2 weights, expected (8, 2)"),
-    ("rewards", Rewards(torch.zeros(8, 2), ("a", "b"), torch.ones(3)), "with 3 weights, expected (8, 2) and 2"),
-    ("rewards", Rewards(torch.zeros(8, 1), ("a", "b"), torch.ones(2)), "returned rewards (8, 1) with 2 weights"),
+    (
+        "rewards",
+        Rewards(torch.zeros(8, 2), ("digits", "brevity"), torch.ones(3)),
+        "with 3 weights, expected (8, 2) and 2",
+    ),
+    (
+        "rewards",
+        Rewards(torch.zeros(8, 1), ("digits", "brevity"), torch.ones(2)),
+        "returned rewards (8, 1) with 2 weights",
+    ),
+    ("rewards", OTHER_NAMES, "returned the reward columns digits, bonus from 'rewards', expected digits, brevity."),
     ("advantages", [0.0] * 8, "returned list from 'advantages', expected a tensor"),
     ("advantages", torch.zeros(7), "returned advantages (7,), expected (8,) for the rows of all processes"),
     ("advantages", torch.zeros(8, 3), "returned advantages (8, 3), expected (8,)"),

@@ -37,6 +37,11 @@ class RoundState:
     """What the stages of one round hand on to each other.
 
     Attributes:
+        num_generations: G of the trainer in this mode.
+        rows: The dataset rows of this process, in the list that TRL's round works on.
+        group_ids: The group of every row of all processes, where a plugin formed groups. None for TRL's own.
+        source: Which of its prompts each row of this process has, where a rollout added rows.
+        fields: Values per row that a rollout returned.
         data_rows: The dataset rows before the rollout; TRL writes what a `rollout_func` returns into the rows.
         tool_mask: Per completion token 1 = written by the model, 0 = tool result.
         polls: Readings of the environments while a generation runs, else None.
@@ -48,6 +53,11 @@ class RoundState:
         record: The record of the round, where it is recorded.
     """
 
+    num_generations: int = 1
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    group_ids: list[int] | None = None
+    source: list[int] | None = None
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     data_rows: list[dict[str, Any]] | None = None
     tool_mask: list[list[int]] | None = None
     polls: list[list[Poll]] | None = None
@@ -117,14 +127,19 @@ class Context:
         self.keeps_groups = bool({"whole_groups", "grouped_order"} & set(plan.needs))
         self.wants_loss = self.calls.has("policy_loss", "loss_terms", "loss_metrics")
         needs_logps = bool({"old_logps", "ref_logps"} & set(plan.needs))
-        self.watches_logps = self.wants_loss or self.calls.has("logps", "hidden_positions") or needs_logps
+        # the KL term of RLOO is part of the rewards, which groups of a plugin divide anew
+        needs_kl = plan.kind == "rloo" and bool(plan.forms_groups)
+        self.watches_logps = self.wants_loss or self.calls.has("logps", "hidden_positions") or needs_logps or needs_kl
 
     # --- the round and the micro-batch under way ---
 
     @contextlib.contextmanager
     def new_round(self) -> Iterator[RoundState]:
         """Opens a round for the block."""
-        state = RoundState(record=None if self.recorder is None else self.recorder.begin())
+        state = RoundState(
+            num_generations=trainer_state.num_generations(self.trainer),
+            record=None if self.recorder is None else self.recorder.begin(),
+        )
         self.round = state
         try:
             yield state

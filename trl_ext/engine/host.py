@@ -91,6 +91,8 @@ class PluginHost:
             release = weakref.finalize(trainer, row_order.keep_groups_together(context.kind))
             release.atexit = False
             context.undo.append(release)
+        if context.plan.forms_groups:
+            context.undo.append(lambda: trainer_state.size_logs(trainer, 0))
         context.view.add_callback(steps.StepsCheck())
         if context.plan.specs:
             # what a stopped training left of its round was made without these plugins
@@ -138,6 +140,10 @@ class PluginHost:
         return self.context.columns
 
     @property
+    def prompts(self) -> int | None:
+        return self.context.plan.prompts
+
+    @property
     def in_loss(self) -> bool:
         return self.context.micro_batch is not None
 
@@ -179,12 +185,13 @@ class PluginHost:
 
     def round(self, rows: list[dict[str, Any]], stock: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         """Runs TRL's round on the selected rows, and returns it as the loss shall see it."""
-        with self.context.new_round() as state:
-            selected = rollout.select_rows(self.context, rows)
-            state.data_rows = [dict(row) for row in selected]
-            # plugins may change the reward columns, which TRL reads from the trainer until its round ends
-            with rewards.own_columns(self.context.trainer):
-                output = stock(selected)
+        trainer = self.context.trainer
+        # plugins may change reward columns and groups, which TRL reads from the trainer until its round ends
+        with self.context.new_round() as state, rewards.own_columns(trainer), trainer_state.own_group_size(trainer):
+            state.rows = rows
+            state.rows = rollout.select_rows(self.context, rows)
+            state.data_rows = [dict(row) for row in state.rows]
+            output = stock(state.rows)
             return advantages.finish(self.context, output)
 
     def generate(self, prompts: list[Any], stock: Callable[[list[Any]], Generation]) -> Generation:
@@ -245,9 +252,9 @@ def _check_trainer(context: Context) -> None:
             f"learned prompt tokens. Use another kind of adapter, such as LoRA."
         )
     term = losses.adds_to_loss(trainer)
-    scaled = calls.has("keep_rows") and losses.loss_unit(trainer, plan.kind) != "tokens"
+    scaled = plan.drops_rows and losses.loss_unit(trainer, plan.kind) != "tokens"
     if term and scaled and not calls.has("policy_loss"):
         raise ConfigError(
-            f"plugin {plan.users('keep_rows')[0]!r} leaves rows out, for which this loss is scaled, and {term} would "
+            f"plugin {plan.drops_rows[0]!r} leaves rows out, for which this loss is scaled, and {term} would "
             f"be scaled with it. Switch that off, or set loss_type='dapo', which needs no scale."
         )

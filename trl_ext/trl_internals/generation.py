@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trl_ext_hooks import Generation, TrainerKind
@@ -57,6 +57,29 @@ def unpack_generation(kind: TrainerKind, result: tuple[Any, ...]) -> Generation:
     return Generation(**own, extra=named)
 
 
+_EMPTY: dict[str, Any] = {"extra_fields": {}, "images": None, "tool_images": []}
+"""What TRL passes on beside tokens and texts, where there is nothing to pass on."""
+
+
+def spread_extra(extra: Mapping[str, Any], source: Sequence[int], order: Sequence[int]) -> dict[str, Any]:
+    """Returns what TRL passes on for rows that a rollout added: the lists of fields that have a value per prompt.
+
+    Args:
+        extra: What a rollout returned as `extra`.
+        source: The prompt of each row.
+        order: The row that each row repeats, among those that the rollout returned.
+    """
+    spread = dict(extra)
+    fields = dict(spread.get("extra_fields") or {})
+    for name, values in fields.items():
+        if isinstance(values, list):
+            per_row = len(values) > max(source) + 1
+            fields[name] = [values[place] for place in (order if per_row else source)]
+    if fields:
+        spread["extra_fields"] = fields
+    return spread
+
+
 def pack_generation(kind: TrainerKind, generation: Generation) -> tuple[Any, ...]:
-    named = {**generation.extra, **{name: getattr(generation, name) for name in _OWN}}
+    named = {**_EMPTY, **generation.extra, **{name: getattr(generation, name) for name in _OWN}}
     return tuple(named[name] for name in _GENERATED[kind])

@@ -25,6 +25,10 @@ class Host(Protocol):
         """Columns of the data that TRL would drop and plugins need."""
 
     @property
+    def prompts(self) -> int | None:
+        """How many prompts a round of training has, where a plugin says so."""
+
+    @property
     def in_loss(self) -> bool:
         """Whether a micro-batch is inside its loss."""
 

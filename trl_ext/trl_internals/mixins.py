@@ -11,7 +11,7 @@ from .forwards import adapters_off
 from .generation import pack_generation, unpack_generation
 from .host import Host
 from .seams import trainer_class
-from .trainer_state import checkpoint_folder
+from .trainer_state import checkpoint_folder, drawing
 
 if TYPE_CHECKING:
     _Base: Any = object
@@ -53,12 +53,18 @@ class TrainerMixin(_Base):
 class RoundMixin(TrainerMixin):
     """GRPO and RLOO: generation rounds and losses."""
 
+    def get_train_dataloader(self) -> Any:
+        with drawing(self, self._trl_ext.prompts):
+            return super().get_train_dataloader()
+
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         return self._trl_ext.round(inputs, super()._generate_and_score_completions)
 
     def _generate(self, prompts: Any) -> Any:
         kind, stock = self._trl_ext.kind, super()._generate
         generation = self._trl_ext.generate(prompts, lambda prompts: unpack_generation(kind, stock(prompts)))
+        if generation.prompts is not None:
+            prompts[:] = generation.prompts  # TRL's round scores and logs what its own list holds
         return pack_generation(kind, generation)
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:

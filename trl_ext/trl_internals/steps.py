@@ -14,7 +14,9 @@ from ..errors import ConfigError, counted
 from . import seams
 
 
-def check_rows(kind: TrainerKind, args: Any, data: Any, cls: type[Any] | None = None) -> None:
+def check_rows(
+    kind: TrainerKind, args: Any, data: Any, cls: type[Any] | None = None, prompts: int | None = None
+) -> None:
     """Refuses data that are too few for a single step. TRL would end after none and call that a success.
 
     Args:
@@ -22,6 +24,7 @@ def check_rows(kind: TrainerKind, args: Any, data: Any, cls: type[Any] | None = 
         args: TRL's arguments.
         data: The training data. A stream has no length, and `StepsCheck` looks at the end of its training.
         cls: The class of the trainer, TRL's own by default. One that reads the data in its own way is not checked.
+        prompts: How many prompts a round has, where a plugin says so.
 
     Raises:
         ConfigError: With the settings that make a round as large as it is.
@@ -34,7 +37,7 @@ def check_rows(kind: TrainerKind, args: Any, data: Any, cls: type[Any] | None = 
         rows = len(data)
     except TypeError:
         return
-    needed = rows_of_a_round(kind, args)
+    needed = prompts or rows_of_a_round(kind, args)
     if rows >= needed:
         return
     if needed == 1:
@@ -46,6 +49,11 @@ def check_rows(kind: TrainerKind, args: Any, data: Any, cls: type[Any] | None = 
             f"the training data has {counted(rows, 'row')}, and with dataloader_drop_last=True a step takes "
             f"{needed} ({factors}), so nothing would be trained. Add rows, set dataloader_drop_last=False, or lower "
             f"the batch size."
+        )
+    if prompts:
+        raise ConfigError(
+            f"the training data has {rows} prompts, and a round takes {needed}, as a plugin asks. So nothing would be "
+            f"trained. Add prompts, or let the plugin ask for fewer."
         )
     raise ConfigError(
         f"the training data has {counted(rows, 'prompt')}, and a round takes {needed}: "

@@ -21,7 +21,7 @@ import torch
 
 import trl_ext
 from trl_ext.testing import metrics_of, tiny_data, tiny_trainer
-from trl_ext_hooks import Plugin, hookimpl
+from trl_ext_hooks import Generation, Plugin, PolicyLoss, SelectedRows, hookimpl
 
 torch.set_num_threads(1)
 
@@ -74,20 +74,22 @@ class Fixed(Plugin):
     @hookimpl
     def round_metrics(self, round: Any) -> dict[str, tuple[float, float]]:
         self.round += 1
-        self.seen["advantages"].append(round.trainer.gather(per_row(round)).tolist())
-        self.seen["gathered"].append(round.gathered["row"].tolist())
+        real = round.group_ids >= 0
+        self.seen["advantages"].append(round.trainer.gather(per_row(round))[real].tolist())
+        self.seen["gathered"].append(round.gathered["row"][real].tolist())
         self.seen["widths"].append(round.loss_mask.shape[1])
-        self.seen["lengths"].append(round.lengths.tolist())
-        round.log("logged_length", round.loss_mask.sum(1))
+        self.seen["lengths"].append(round.lengths[real].tolist())
+        round.log("logged_length", round.loss_mask.sum(1)[real[round.local]])
         round.log("logged_reward", round.total_reward)
         rank = round.trainer.process_index
         lengths = round.loss_mask.sum().item()
-        return {"length": (lengths, len(round.rows)), "rank": (rank, 1), f"only_{rank}": (2.0, 1)}
+        return {"length": (lengths, real[round.local].sum().item()), "rank": (rank, 1), f"only_{rank}": (2.0, 1)}
 
     @hookimpl
     def loss_metrics(self, loss: Any) -> dict[str, tuple[float, float]]:
-        loss.log("logged_tokens", loss.mask.sum(1))
-        return {"tokens": (loss.mask.sum().item(), len(loss.mask))}
+        lengths = loss.mask.sum(1)[loss.mask.any(1)]  # without rows that are left out
+        loss.log("logged_tokens", lengths)
+        return {"tokens": (lengths.sum().item(), len(lengths))}
 
 
 class Tokens(Plugin):
@@ -100,6 +102,84 @@ class Tokens(Plugin):
     def advantages(self, round: Any) -> torch.Tensor:
         steps = torch.arange(round.loss_mask.shape[1]) % 3
         return round.advantages[round.local].unsqueeze(1) * steps
+
+
+class Formed(Fixed):
+    """Groups of 2, 5 and 5 rows, for three of six prompts that are drawn for a round."""
+
+    claims = ("groups",)
+    needs = ("column:index", "prompts:6")
+
+    @hookimpl
+    def select_rows(self, rows: list[dict[str, Any]], group_ids: list[int]) -> SelectedRows:
+        prompts = list({group: row for group, row in zip(group_ids, rows, strict=True)}.values())
+        assert len(prompts) == 6 and len({row["index"] for row in prompts}) == 6
+        self.seen["rows"].append([row["index"] for row in rows])
+        return SelectedRows.repeated(sorted(prompts, key=lambda row: row["index"])[:3], [2, 5, 5])
+
+
+class Grown(Fixed):
+    """One to three rows for each prompt, so that processes have different numbers of them."""
+
+    claims = ("groups",)
+
+    @hookimpl
+    def rollout(self, prompts: list[Any], generate: Any, trainer: Any) -> Generation:
+        result = generate(prompts)
+        start = trainer.process_index * len(prompts)
+        turns = [(row, turn) for row in range(len(prompts)) for turn in range(1 + (start + row) // 5)]
+        tags = [3 * (start + row) + turn for row, turn in turns]
+        ids = [
+            [10 + (7 * tag + 5 * self.round + i * i) % 80 for i in range(1 + (tag + self.round) % 8)] for tag in tags
+        ]
+        return Generation(
+            [result.prompt_ids[row] for row, _ in turns],
+            ids,
+            [[{"role": "assistant", "content": trainer.processing_class.decode(row)}] for row in ids],
+            source=[row for row, _ in turns],
+            fields={"row": torch.tensor(tags)},
+        )
+
+    @hookimpl
+    def annotate(self, rollout: Any) -> None:
+        """Adds nothing, because the rollout did."""
+
+    @hookimpl
+    def loss_terms(self, loss: Any) -> dict[str, PolicyLoss]:
+        return {"pull": PolicyLoss(-0.1 * loss.per_token_logps)}
+
+
+class OneDiffers(Plugin):
+    """Goes wrong on the last process only."""
+
+    name = "one-differs"
+    trainers = ("grpo",)
+    fields = ("row",)
+    where: str
+
+    def wrong(self, hook: str, trainer: Any) -> bool:
+        return self.where.startswith(hook) and trainer.process_index == trainer.num_processes - 1 > 0
+
+    @hookimpl
+    def select_rows(self, rows: list[dict[str, Any]], trainer: Any) -> Any:
+        if not self.wrong("select", trainer):
+            return rows
+        if self.where == "select-raises":
+            raise ZeroDivisionError("by nothing")
+        return 3 if self.where == "select-type" else rows[GROUP:] + rows[:GROUP]
+
+    @hookimpl
+    def rollout(self, prompts: list[Any], generate: Any, trainer: Any) -> Any:
+        result = generate(prompts)
+        return dataclasses.replace(result, completions=[]) if self.wrong("rollout", trainer) else result
+
+    @hookimpl
+    def annotate(self, rollout: Any) -> dict[str, torch.Tensor]:
+        return {"row": torch.arange(len(rollout.rows)) + rollout.offset}
+
+    @hookimpl
+    def rewards(self, scored: Any) -> torch.Tensor:
+        return scored.rewards + 0.25 * self.wrong("rewards", scored.trainer)
 
 
 class Whole(Plugin):
@@ -149,6 +229,7 @@ RUNS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
         {"loss_type": "dapo", "scale_rewards": "none"},
     ),
 }
+FAILURES = ("select-differs", "select-type", "select-raises", "rollout-short", "rewards-differ")
 WHOLE = publish(Whole)
 P3O = {"p3o": {"reward_scale": "running_diff"}}
 WHOLE_RUNS: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
@@ -169,7 +250,8 @@ WHOLE_RUNS: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
 }
 
 
-def main(model: str, folder: Path) -> dict[str, Any]:
+def main(model: str, folder: Path, more: bool = False) -> dict[str, Any]:
+    """Trains the runs. With `more`, only those in which plugins form groups, and more of them."""
     from accelerate import PartialState
 
     state = PartialState(cpu=True)
@@ -179,8 +261,10 @@ def main(model: str, folder: Path) -> dict[str, Any]:
     common = {"num_generations": GROUP, "max_completion_length": 8, "max_steps": 3, "optim": "sgd"}
     common |= {"learning_rate": 0.05, "seed": 7}
 
-    def train(name: str, kind: str, plugins: list[Any], resume: str | None = None, **settings: Any) -> Any:
-        with trl_ext.enable(fixed, *plugins):
+    def train(
+        name: str, kind: str, plugins: list[Any], resume: str | None = None, first: str = fixed, **settings: Any
+    ) -> Any:
+        with trl_ext.enable(first, *plugins):
             trainer = tiny_trainer(
                 kind,
                 model,
@@ -194,24 +278,42 @@ def main(model: str, folder: Path) -> dict[str, Any]:
                 {n: p.detach() for n, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()},
                 folder / f"{name}-{world}-{rank}.pt",
             )
-            seen = trainer._trl_ext.plugins["fixed"].seen
+            seen = getattr(next(iter(trainer._trl_ext.plugins.values())), "seen", {})
             report[name] = {**seen, "metrics": metrics_of(trainer), "logged": list(trainer._logs["advantages"])}
             return trainer, trainer._trl_ext.plugins
 
-    for name, (kind, plugins, settings) in RUNS.items():
-        train(name, kind, plugins, per_device_train_batch_size=ROWS // world, **settings)
-    train("resumed", "grpo", ["gdpo"], str(folder / f"gdpo-{world}" / "checkpoint-1"), loss_type="grpo",
-          per_device_train_batch_size=ROWS // world)  # fmt: skip
-    sizes = {"per_device_train_batch_size": GROUP, "gradient_accumulation_steps": 6 // world, "max_steps": 2}
-    for name, (kind, plugins, settings) in WHOLE_RUNS.items():
-        _, made = train(name, kind, plugins, **sizes | settings)
-        report[name]["groups"] = made["whole"].groups
-    train("p3o-resumed", "grpo", [WHOLE, P3O], str(folder / f"p3o-{world}" / "checkpoint-2"),
-          **sizes | {"num_iterations": 2, "max_steps": 4})  # fmt: skip
+    if not more:
+        for name, (kind, plugins, settings) in RUNS.items():
+            train(name, kind, plugins, per_device_train_batch_size=ROWS // world, **settings)
+        train("resumed", "grpo", ["gdpo"], str(folder / f"gdpo-{world}" / "checkpoint-1"), loss_type="grpo",
+              per_device_train_batch_size=ROWS // world)  # fmt: skip
+        sizes = {"per_device_train_batch_size": GROUP, "gradient_accumulation_steps": 6 // world, "max_steps": 2}
+        for name, (kind, plugins, settings) in WHOLE_RUNS.items():
+            _, made = train(name, kind, plugins, **sizes | settings)
+            report[name]["groups"] = made["whole"].groups
+        train("p3o-resumed", "grpo", [WHOLE, P3O], str(folder / f"p3o-{world}" / "checkpoint-2"),
+              **sizes | {"num_iterations": 2, "max_steps": 4})  # fmt: skip
+    formed, grown = publish(Formed), publish(Grown)
+    size = {"per_device_train_batch_size": ROWS // world, "loss_type": "grpo"}
+    packed = ["gdpo", {"shared-prefix": {"min_gain": 0}}]
+    train("formed", "grpo", packed, first=formed, **size | {"save_strategy": "steps", "save_steps": 1})
+    train("formed-resumed", "grpo", packed, str(folder / f"formed-{world}" / "checkpoint-1"), first=formed, **size)
+    train("grown", "grpo", [], first=grown, **size | {"num_iterations": 2, "beta": 0.1})
+    for where in FAILURES:
+        OneDiffers.where = where
+        try:
+            train(where, "grpo", [], first=publish(OneDiffers), **size)
+        except Exception as error:
+            report[where] = f"{type(error).__name__}: {error}"
+    if more:
+        sliced = {"per_device_train_batch_size": 6 // world, "gradient_accumulation_steps": 2}
+        train("formed-rloo", "rloo", [], first=formed, beta=0.1, per_device_train_batch_size=ROWS // world)
+        train("grown-dapo", "grpo", ["gdpo"], first=grown, **sliced | {"loss_type": "dapo"})
+        train("grown-rloo", "rloo", [], first=grown, beta=0.1, per_device_train_batch_size=ROWS // world)
     (folder / f"report-{world}-{rank}.json").write_text(json.dumps(report))
     return report
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), *map(bool, sys.argv[3:]))
     torch.distributed.destroy_process_group()

@@ -8,40 +8,42 @@ from typing import Any
 
 import torch
 
-from trl_ext_hooks import Round
+from trl_ext_hooks import Round, Scored
 from trl_ext_hooks.basics import loss_mask
 from trl_ext_hooks.toolkit.groups import group_stats
 from trl_ext_hooks.toolkit.losses import masked_mean
 
 from ...catalog.builtins import TRL
 from ...errors import PluginError
-from ...trl_internals import row_order, trainer_state
+from ...trl_internals import estimators, row_order, trainer_state
 from ..calls import as_mapping
 from ..context import Context
-from . import foreign, kept_rows, needed_logps, scoring
+from . import foreign, groups, kept_rows, needed_logps, scoring
 
 
 def finish(context: Context, output: dict[str, Any]) -> dict[str, Any]:
     """Takes TRL's finished round and returns it as the loss shall see it."""
     output = dict(output)
     needed_logps.provide(context, output)
+    state = context.current_round()
     if context.keeps_groups:
         rows = len(output["advantages"])
         start = context.view.process_index * rows
-        group = trainer_state.num_generations(context.trainer)
-        output[row_order.GROUP_IDS] = (torch.arange(start, start + rows) // group).to(output["advantages"].device)
-    state = context.current_round()
-    if not (context.recording or context.calls.has(*scoring.FINISHING)):
+        group_ids = groups.ids_of(context, rows)[start : start + rows]
+        output[row_order.GROUP_IDS] = group_ids.to(output["advantages"].device)
+    if not (context.recording or context.calls.has(*scoring.FINISHING) or state.group_ids is not None):
         if context.calls.has("annotate", "rewards"):
             context.report_logged(state.log, {})
         return output
     scored = state.scored
     if scored is None:
-        users = context.plan.users(*scoring.FINISHING)
+        users = context.plan.users(*scoring.FINISHING) or [name for name in [context.plan.forms_groups] if name]
         raise PluginError(
             f"{type(context.trainer).__name__} finished a round without scoring it through TRL's reward method, so "
             + (f"plugins {', '.join(users)} cannot act." if users else "it cannot be recorded.")
         )
+    if state.group_ids is not None:
+        _own_groups(context, scored, output)
     advantages = context.view.gather(output["advantages"])  # (N,)
     lengths = context.view.gather(loss_mask(output).sum(dim=1))  # (N,)
     round = Round(
@@ -58,7 +60,7 @@ def finish(context: Context, output: dict[str, Any]) -> dict[str, Any]:
         round = _chain(context, round, metrics)
         if round.advantages is not stock:
             output["advantages"] = round.advantages if round.advantages.dim() == 2 else round.advantages[round.local]
-    if context.calls.has("keep_rows") and round.mode == "train":
+    if context.calls.has("keep_rows") or state.group_ids is not None:
         round = kept_rows.select(context, round, metrics)
         output = dict(round.batch)
         round = dataclasses.replace(round, batch=output)  # later hooks see the fields of `batch_fields` in it
@@ -85,6 +87,28 @@ def finish(context: Context, output: dict[str, Any]) -> dict[str, Any]:
     if state.record is not None:
         state.record.finish(round)
     return output
+
+
+def _own_groups(context: Context, scored: Scored, output: dict[str, Any]) -> None:
+    """Puts the advantages of groups that a plugin formed into a finished round, and corrects what TRL recorded."""
+    trainer, view, state = context.trainer, context.view, context.current_round()
+    real = scored.group_ids != groups.PADDING  # (N,)
+    kl = None
+    if context.kind == "rloo" and trainer.beta:
+        mask = output["completion_mask"] * real[scored.local].unsqueeze(1)
+        per_token = (state.logps["old"] - state.logps["reference"]) * mask
+        kl = view.gather(per_token.sum(dim=1))
+        trainer_state.replace_last_metric(trainer, "kl", (kl.sum() / view.gather(mask.sum(dim=1)).sum()).item())
+    advantages, silent = estimators.group_advantages(
+        trainer, context.kind, scored.rewards, scored.reward_weights, scored.group_ids, kl
+    )
+    output["advantages"] = advantages[scored.local].to(output["advantages"])
+    trainer_state.replace_last_metric(trainer, "frac_reward_zero_std", silent[real].double().mean().item())
+    trainer_state.replace_logged_advantages(trainer, advantages.tolist())
+    if not real.all():
+        trainer_state.drop_logged_rows(trainer, (~real).tolist())
+        if "tool_mask" not in output:  # RLOO has none
+            output["tool_mask"] = torch.ones_like(output["completion_mask"]) * real[scored.local].unsqueeze(1)
 
 
 def _chain(context: Context, round: Round, metrics: dict[str, tuple[float, float]]) -> Round:
@@ -188,11 +212,12 @@ def _per_row(round: Round) -> torch.Tensor:
 
 def _log(context: Context, round: Round) -> None:
     """Makes TRL's completions table and its share of groups without signal speak of the advantages really used."""
-    used = context.view.gather(_per_row(round))
+    real = round.group_ids != groups.PADDING  # the table holds no other rows
+    used = context.view.gather(_per_row(round))[real]
     trainer_state.replace_logged_advantages(context.trainer, used.tolist())
     strength = used.abs()
     if round.advantages.dim() == 2:
-        strength = context.view.gather(round.token_advantages.abs().amax(dim=1))
+        strength = context.view.gather(round.token_advantages.abs().amax(dim=1))[real]
     silent = strength <= 1e-8  # TRL's own tolerance; a batch mean that is subtracted may leave rounding
-    groups = group_stats((~silent).double(), round.group_ids).mean == 0
-    trainer_state.replace_last_metric(context.trainer, "frac_reward_zero_std", groups.double().mean().item())
+    without_signal = group_stats((~silent).double(), round.group_ids[real]).mean == 0
+    trainer_state.replace_last_metric(context.trainer, "frac_reward_zero_std", without_signal.double().mean().item())

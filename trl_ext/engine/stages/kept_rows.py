@@ -13,20 +13,23 @@ from trl_ext_hooks import Round
 from ...errors import PluginError
 from ...trl_internals import losses
 from ..context import Context
+from . import groups
 
 KEPT = "trl_ext_kept"
 SCALE = "trl_ext_kept_scale"
 
 
 def select(context: Context, round: Round, metrics: dict[str, tuple[float, float]]) -> Round:
-    """Asks every plugin which rows to keep, and takes the others out of a training round.
+    """Asks every plugin which rows of a training round to keep, and takes the others out.
 
-    Their advantages and masks become 0, and the counts that the loss divides by are made again. The attention still
-    sees their tokens, so their log-probabilities stay what they are.
+    Rows that only fill up a process go in any case, also in evaluation. Advantages and masks of these rows become 0,
+    and the counts that the loss divides by are made again. The attention still sees their tokens, so their
+    log-probabilities stay what they are.
     """
     rows = len(round.group_ids)
-    kept = torch.ones(rows, dtype=torch.bool, device=round.group_ids.device)
-    for name, wanted in context.calls.each("keep_rows", round=round):
+    kept = round.group_ids != groups.PADDING
+    answers = context.calls.each("keep_rows", round=round) if round.mode == "train" else ()
+    for name, wanted in answers:
         if not isinstance(wanted, torch.Tensor) or wanted.shape != (rows,) or wanted.dtype != torch.bool:
             got = f"{wanted.dtype} {tuple(wanted.shape)}" if isinstance(wanted, torch.Tensor) else type(wanted).__name__
             raise PluginError(f"plugin {name!r} returned {got} from 'keep_rows', expected booleans ({rows},).")

@@ -124,8 +124,8 @@ def _average(context: Context, name: str, result: PolicyLoss, loss: Loss) -> tor
     """Averages a loss as its plugin asks, scaled for accumulation."""
     divisor = losses.loss_divisor(context.trainer, context.kind)
     if result.values.dim() == 0:
-        if context.calls.has("keep_rows") and "keep_rows" not in context.plan.plugins[name].honours:
-            others = ", ".join(context.plan.users("keep_rows"))
+        if context.plan.drops_rows and "keep_rows" not in context.plan.plugins[name].honours:
+            others = ", ".join(context.plan.drops_rows)
             raise PluginError(
                 f"plugin {name!r} returned a scalar from 'policy_loss', and {others} leaves rows out. Return one loss "
                 f"per token, or average over the rows where `loss.mask` is not 0 and declare honours = ('keep_rows',)."
