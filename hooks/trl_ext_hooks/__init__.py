@@ -9,7 +9,7 @@ under one short name. Both import torch, so this package does not import them. E
 
 from .basics import TrainerKind
 from .campaign import Job
-from .loss import Logps, LogpsCall, Loss, PolicyLoss
+from .loss import Logps, LogpsCall, Loss, PolicyLoss, SideBatch, SideRows, StepBatch
 from .pairs import PairLogps, Pairs, ScoredPairs
 from .plugin import (
     CLAIMS,
@@ -59,7 +59,10 @@ __all__ = [
     "Round",
     "Scored",
     "ScoredPairs",
+    "SideBatch",
+    "SideRows",
     "Span",
+    "StepBatch",
     "TrainerKind",
     "TrainerView",
     "Turns",

@@ -15,49 +15,98 @@ import torch
 
 SCRIPT = Path(__file__).parent / "scripts" / "processes.py"
 STRADDLING = ("gdpo", "gdpo-tokens", "shared-prefix", "token-wise", "rloo", "thinkless", "resumed")
+STEPS = ("steps", "steps-shared")
 LOSSES = ("p3o", "p3o-rloo", "trpa")
 WHOLE = ("whole-grpo", "whole-rloo", *LOSSES)
 Report = dict[str, Any]
 
 
-def here(model: str, folder: Path, script: Path = SCRIPT) -> Report:
+def here(model: str, folder: Path, script: Path = SCRIPT, *only: str) -> Report:
     """What one process, this one, writes down."""
     spec = importlib.util.spec_from_file_location(f"{script.stem}_script", script)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main(model, folder)
+    return module.main(model, folder, *only)
 
 
-def two_processes(model: str, folder: Path, script: Path = SCRIPT) -> list[Report]:
+def two_processes(model: str, folder: Path, script: Path = SCRIPT, *only: str, count: int = 2) -> list[Report]:
     """What each of two processes wrote down; they really run, under accelerate's launcher with gloo."""
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count)]
+    launcher += ["--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     done = subprocess.run(
-        [sys.executable, *launcher, str(script), model, str(folder)],
+        [sys.executable, *launcher, str(script), model, str(folder), *only],
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,  # a collective that one process skips would hang
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"report-2-{rank}.json").read_text()) for rank in range(2)]
+    return [json.loads((folder / f"report-{count}-{rank}.json").read_text()) for rank in range(count)]
 
 
 def test_one_and_two_processes_agree(model: str, tmp_path: Path) -> None:
     one, two = here(model, tmp_path), two_processes(model, tmp_path)
     assert [report["world"] for report in (one, *two)] == [1, 2, 2]
-    for name in STRADDLING:
+    for name in (*STRADDLING, *STEPS):
         same_rounds(name, one[name], [report[name] for report in two])
     for name in (*STRADDLING, *LOSSES):
         same_metrics(name, one[name], two[0][name])
-    for name in (*STRADDLING, *WHOLE):
+    for name in (*STRADDLING, *WHOLE, *STEPS):
         same_parameters(name, tmp_path)
+    same_steps(one, two)
+    errors_everywhere(two)
     resumed_exactly(one, two, tmp_path)
     for name in WHOLE:
         whole_groups(one[name], [report[name] for report in two])
     # the comparison can fail: another method on the same rows has other numbers
     assert one["gdpo"]["advantages"][0] != pytest.approx(one["token-wise"]["advantages"][0], abs=1e-2)
+
+
+@pytest.mark.slow
+def test_three_processes_take_the_same_steps(model: str, tmp_path: Path) -> None:
+    one = here(model, tmp_path, SCRIPT, "steps")
+    three = two_processes(model, tmp_path, SCRIPT, "steps", count=3)
+    for name in STEPS:
+        same_rounds(name, one[name], [report[name] for report in three])
+        same_parameters(name, tmp_path, 3)
+    same_steps(one, three)
+    errors_everywhere(three)
+
+
+def same_steps(one: Report, several: list[Report]) -> None:
+    """Statistics of whole steps and terms of rows that lie on some processes only, in training and in evaluation."""
+    for name in STEPS:
+        values = []
+        for report in (one, *several):
+            logged = [entry for entry in report[name]["metrics"] if "steps/kl" in entry]
+            values.append([entry[f"steps/{key}"] for entry in logged for key in ("kl", "side", "trust")])
+            assert len(logged) == 4 and 0 < logged[0]["trl_ext/steps/tokens_kept"] < 1
+        for found in values[1:]:
+            assert found == pytest.approx(values[0], abs=1e-5), name
+        assert values[0][1] > 1 and abs(values[0][3]) > 1e-4  # the second step has moved
+    evaluated = [report["steps"]["metrics"][-1] for report in (one, *several)]
+    for key in ("eval_steps/kl", "eval_steps/side", "eval_loss"):
+        assert [entry[key] for entry in evaluated] == pytest.approx([evaluated[0][key]] * len(evaluated), abs=1e-5)
+
+
+def errors_everywhere(several: list[Report]) -> None:
+    """A wrong answer of the last process stops all of them, and each says which hook of which plugin gave it."""
+    last = len(several) - 1
+    expected = {
+        "other-advantages": f"plugin 'other-advantages' returned other values from 'advantages' on process {last} than",
+        "other-shape": f"per row from 'advantages' on process 0 and one advantage per token on process {last}",
+        "other-rows": f"plugin 'other-rows' returned other values from 'keep_rows' on process {last} than on process 0",
+        "no-mask": "plugin 'no-mask' returned list from 'token_mask', expected booleans",
+        "no-rows": "plugin 'no-rows' returned the completion [] in row 0 from 'side_batch'",
+    }
+    for process, report in enumerate(several):
+        assert report["errors"].keys() == expected.keys()
+        for name, text in expected.items():
+            assert text in report["errors"][name], report["errors"][name]
+        told = report["errors"]["no-rows"].startswith(f"stopped with process {last}, which said: ")
+        assert told == (process != last)
 
 
 def same_rounds(name: str, one: Report, two: list[Report]) -> None:
@@ -91,8 +140,9 @@ def same_metrics(name: str, one: Report, two: Report) -> None:
     assert checked > 30
 
 
-def same_parameters(name: str, folder: Path) -> None:
-    one, first, second = (torch.load(folder / f"{name}-{part}.pt") for part in ("1-0", "2-0", "2-1"))
+def same_parameters(name: str, folder: Path, count: int = 2) -> None:
+    parts = ("1-0", f"{count}-0", f"{count}-{count - 1}")
+    one, first, second = (torch.load(folder / f"{name}-{part}.pt") for part in parts)
     for key, value in one.items():
         assert torch.equal(first[key], second[key]), (name, key)
         torch.testing.assert_close(first[key], value, atol=1e-5, rtol=0, msg=lambda text: f"{name}: {text}")
@@ -103,7 +153,8 @@ def resumed_exactly(one: Report, two: list[Report], folder: Path) -> None:
     for report in (one, *two):
         assert report["resumed"]["rows"] == report["gdpo"]["rows"][1:]
         assert report["resumed"]["advantages"] == report["gdpo"]["advantages"][1:]
-    for pair in (("gdpo", "resumed"), ("p3o", "p3o-resumed")):  # p3o has running moments and a reference of its own
+    # p3o has running moments and a reference of its own
+    for pair in (("gdpo", "resumed"), ("p3o", "p3o-resumed"), ("steps", "steps-resumed")):
         for part in ("1-0", "2-0", "2-1"):
             whole, resumed = (torch.load(folder / f"{name}-{part}.pt") for name in pair)
             assert all(torch.equal(whole[key], resumed[key]) for key in whole), pair

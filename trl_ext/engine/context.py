@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from trl_ext_hooks import Logps, Rollout, Scored, Turns
-from trl_ext_hooks.basics import MetricLog, Role, loss_mask
+from trl_ext_hooks import Logps, Rollout, Scored, SideBatch, SideRows, Turns
+from trl_ext_hooks.basics import MetricLog, Mode, Role, loss_mask
 
 from ..errors import PluginError
 from ..plan.compose import Plan
@@ -41,6 +41,7 @@ class RoundState:
         hidden_states: What plugins asked for, from the first forward that scored the round.
         log: The metrics that hooks log.
         logps: Log-probabilities of the round by role, as TRL computed them.
+        old_entropies: Entropies from the forward of the old ones, where a plugin needs them.
         rollout, scored: The round before and after its rewards.
         record: The record of the round, where it is recorded.
     """
@@ -52,9 +53,30 @@ class RoundState:
     hidden_states: dict[str, torch.Tensor] | None = None
     log: MetricLog = dataclasses.field(default_factory=MetricLog)
     logps: dict[Role, torch.Tensor] = dataclasses.field(default_factory=dict)
+    old_entropies: torch.Tensor | None = None
     rollout: Rollout | None = None
     scored: Scored | None = None
     record: RoundRecord | None = None
+
+
+@dataclasses.dataclass
+class StepState:
+    """One optimizer step, or one batch of an evaluation, before and between its losses.
+
+    Attributes:
+        size: Its micro-batches on this process.
+        begun: How many of them have come to their loss.
+        batches: The micro-batches after `loss_inputs`, where `step_statistics` has seen them. Otherwise empty.
+        statistics: By plugin, what `step_statistics` returned.
+        side: By plugin, the rows of `side_batch`. `side_counts` holds its rows by process, and its tokens in all.
+    """
+
+    size: int
+    begun: int = 0
+    batches: list[Mapping[str, Any]] = dataclasses.field(default_factory=list)
+    statistics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    side: dict[str, SideBatch] = dataclasses.field(default_factory=dict)
+    side_counts: dict[str, tuple[list[int], int]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -66,12 +88,20 @@ class MicroBatch:
         policy: What the policy's forward gave, with its graph. None before that forward.
         hidden_states: What plugins asked for in that forward.
         own_loss_ran: Whether TRL's own loss has been computed inside it.
+        statistics: By plugin, what `step_statistics` returned for its optimizer step.
+        side: By plugin, its rows of `side_batch`.
+        position: Its number in the optimizer step.
+        is_side: Whether it holds such rows, and not rows of the round.
     """
 
     batch: Mapping[str, Any]
     policy: Logps | None = None
     hidden_states: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     own_loss_ran: bool = False
+    statistics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    side: Mapping[str, SideRows] = dataclasses.field(default_factory=dict)
+    position: int = 0
+    is_side: bool = False
 
     @property
     def mask(self) -> torch.Tensor:
@@ -89,6 +119,7 @@ class Context:
         calls: The hooks of the plugins.
         round: The round under way, else None.
         micro_batch: The micro-batch inside its loss, else None.
+        steps: By mode, the optimizer step under way, where a plugin acts before its losses.
         reference: A frozen copy of the policy, where a plugin needs one and TRL has none.
         unchecked_reference: Whether the first round has yet to compare the policy with its reference.
         stock_reference: The reference model that the trainer had when the plugins came.
@@ -105,6 +136,7 @@ class Context:
         self.calls = HookCalls(plan)
         self.round: RoundState | None = None
         self.micro_batch: MicroBatch | None = None
+        self.steps: dict[Mode, StepState] = {}
         self.reference: Any = None
         self.unchecked_reference = False
         self.stock_reference: Any = None
@@ -113,8 +145,9 @@ class Context:
         self.undo: list[Callable[[], None]] = []
         self.keeps_groups = bool({"whole_groups", "grouped_order"} & set(plan.needs))
         self.wants_loss = self.calls.has("policy_loss", "loss_terms", "loss_metrics")
-        needs_logps = bool({"old_logps", "ref_logps"} & set(plan.needs))
-        self.watches_logps = self.wants_loss or self.calls.has("logps", "hidden_positions") or needs_logps
+        needs_logps = bool({"old_logps", "old_entropies", "ref_logps"} & set(plan.needs))
+        forward_hooks = ("logps", "hidden_positions", "side_batch", "step_statistics")
+        self.watches_logps = self.wants_loss or self.calls.has(*forward_hooks) or needs_logps
 
     # --- the round and the micro-batch under way ---
 
@@ -134,9 +167,14 @@ class Context:
         return self.round
 
     @contextlib.contextmanager
-    def in_loss(self, batch: Mapping[str, Any]) -> Iterator[MicroBatch]:
-        """Opens a micro-batch for the block, inside which the policy's forward belongs to it."""
-        current, outer = MicroBatch(batch), self.micro_batch
+    def in_loss(self, batch: Mapping[str, Any], **known: Any) -> Iterator[MicroBatch]:
+        """Opens a micro-batch for the block, inside which the policy's forward belongs to it.
+
+        Args:
+            batch: Its tensors.
+            known: Other attributes of it that are known already.
+        """
+        current, outer = MicroBatch(batch, **known), self.micro_batch
         self.micro_batch = current
         try:
             yield current

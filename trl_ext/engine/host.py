@@ -21,7 +21,19 @@ from ..trl_internals import forwards, losses, rewards, row_order, seams, steps, 
 from . import checkpoint
 from .context import Context
 from .observer import Recorder
-from .stages import advantages, foreign, forward, loss, needed_logps, pairs, precompute, rollout, scoring, turns
+from .stages import (
+    advantages,
+    foreign,
+    forward,
+    loss,
+    micro_batches,
+    needed_logps,
+    pairs,
+    precompute,
+    rollout,
+    scoring,
+    turns,
+)
 from .view import View
 
 
@@ -98,6 +110,9 @@ class PluginHost:
         refusals: list[str] = []
         with untouched_random_state():
             needed_logps.prepare(context)
+            if context.calls.has(*micro_batches.HOOKS):
+                # a training that was stopped inside a step leaves its step behind
+                context.view.add_callback(trainer_state.step_callback(context.steps.clear))
             if context.calls.has("optimizer_step"):
                 context.view.add_callback(trainer_state.optimizer_callback(self._optimizer_stepped))
             for name, answers in context.calls.each("setup", trainer=context.view):
@@ -143,6 +158,10 @@ class PluginHost:
     @property
     def watches_logps(self) -> bool:
         return self.context.watches_logps
+
+    @property
+    def needs_old_entropies(self) -> bool:
+        return self.context.round is not None and "old_entropies" in self.plan.needs
 
     def step_ended(self) -> None:
         """Checks after the first training step that every hook of every plugin has run.
@@ -241,9 +260,9 @@ def _check_trainer(context: Context) -> None:
             f"learned prompt tokens. Use another kind of adapter, such as LoRA."
         )
     term = losses.adds_to_loss(trainer)
-    scaled = calls.has("keep_rows") and losses.loss_unit(trainer, plan.kind) != "tokens"
+    scaled = calls.has("keep_rows", "token_mask") and losses.loss_unit(trainer, plan.kind) != "tokens"
     if term and scaled and not calls.has("policy_loss"):
         raise ConfigError(
-            f"plugin {plan.users('keep_rows')[0]!r} leaves rows out, for which this loss is scaled, and {term} would "
-            f"be scaled with it. Switch that off, or set loss_type='dapo', which needs no scale."
+            f"plugin {plan.users('keep_rows', 'token_mask')[0]!r} leaves rows out, for which this loss is scaled, and "
+            f"{term} would be scaled with it. Switch that off, or set loss_type='dapo', which needs no scale."
         )

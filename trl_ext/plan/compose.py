@@ -135,6 +135,11 @@ def check_kind(specs: Sequence[PluginSpec], kind: TrainerKind) -> None:
                 f"plugin {spec.name!r} declares the {kind.upper()} trainer and gives it tools in its hook "
                 f"'trainer_arguments'; only GRPO takes {', '.join(TOOL_SOURCES)}."
             )
+        if "side_batch" in spec.hooks and not {"policy_loss", "loss_terms"} & set(spec.hooks):
+            raise PluginError(
+                f"plugin {spec.name!r} supplies rows in its hook 'side_batch' and has neither 'loss_terms' nor "
+                f"'policy_loss', so nothing would be learned from them. Return their loss from one of these hooks."
+            )
         working = [hook for hook in spec.hooks if hook not in LIFECYCLE]
         if working and not any(hook in SERVED[kind] for hook in working):
             raise PluginError(

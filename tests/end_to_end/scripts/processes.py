@@ -1,8 +1,9 @@
 """Trains several small runs on one or more processes and writes down what each process saw.
 
-    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 processes.py MODEL FOLDER
+    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 processes.py MODEL FOLDER [steps]
 
-(`accelerate launch --cpu --num_processes 2` starts one process; `multi_gpu` is accelerate's word for several.)
+(`accelerate launch --cpu --num_processes 2` starts one process; `multi_gpu` is accelerate's word for several.) With
+`steps` it trains only the run of that name, and what comes with it.
 
 Completions are made from the number of the row among all processes' rows, so that the data do not depend on how many
 processes share them.
@@ -21,7 +22,7 @@ import torch
 
 import trl_ext
 from trl_ext.testing import metrics_of, tiny_data, tiny_trainer
-from trl_ext_hooks import Plugin, hookimpl
+from trl_ext_hooks import Plugin, PolicyLoss, SideBatch, hookimpl
 
 torch.set_num_threads(1)
 
@@ -116,6 +117,105 @@ class Whole(Plugin):
         self.groups.append(sorted(loss.batch["trl_ext_group_ids"].tolist()))
 
 
+class Steps(Plugin):
+    """A constraint on the whole step, rows of its own, of which some processes have none, and a mask of tokens."""
+
+    name = "steps"
+    trainers = ("grpo",)
+    needs = ("old_logps", "old_entropies")
+
+    @hookimpl
+    def token_mask(self, round: Any) -> torch.Tensor:
+        entropies, counted = round.old_entropies, round.loss_mask != 0
+        everything = torch.tensor(round.trainer.gather_objects(entropies[counted].tolist()))
+        keep = (entropies >= everything.median()) | (counted.cumsum(1) == 1)
+        rows = torch.arange(len(keep)) + round.offset
+        return keep & (rows != 7).unsqueeze(1)
+
+    @hookimpl
+    def side_batch(self, trainer: Any, step: int) -> SideBatch | None:
+        rows = list(range(5))
+        if step % 2:
+            rows = rows[trainer.process_index :: trainer.num_processes]
+        elif trainer.process_index:
+            return None
+        prompts, completions = [[30 + row] * (row + 1) for row in rows], [[40 + row] * (6 - row) for row in rows]
+        return SideBatch(prompts, completions, {"weight": torch.tensor(rows) / 4})
+
+    @hookimpl
+    def step_statistics(self, step: Any) -> float:
+        kl = step.token_mean(lambda loss: loss.old_per_token_logps - loss.per_token_logps).item()
+        step.log("kl", kl)
+        return kl
+
+    @hookimpl
+    def loss_terms(self, loss: Any) -> dict[str, torch.Tensor | PolicyLoss]:
+        side = loss.side[self.name]
+        drift = loss.old_per_token_logps - loss.per_token_logps
+        values = -side.per_token_logps * side.fields["weight"].unsqueeze(1)
+        return {
+            "side": side.token_mean(values),
+            "trust": PolicyLoss(10 * max(loss.step_statistics[self.name], 0) * drift),
+        }
+
+
+class Disagrees(Plugin):
+    """Answers a hook on the last process in another way than on the others."""
+
+    trainers = ("grpo",)
+
+    def answer(self, trainer: Any, right: Any, wrong: Any) -> Any:
+        return wrong if trainer.process_index == trainer.num_processes - 1 else right
+
+
+class OtherAdvantages(Disagrees):
+    name = "other-advantages"
+
+    @hookimpl
+    def advantages(self, round: Any) -> torch.Tensor:
+        return self.answer(round.trainer, round.advantages, round.advantages + 1)
+
+
+class OtherShape(Disagrees):
+    name = "other-shape"
+
+    @hookimpl
+    def advantages(self, round: Any) -> torch.Tensor:
+        return self.answer(round.trainer, round.advantages, round.token_advantages)
+
+
+class OtherRows(Disagrees):
+    name = "other-rows"
+
+    @hookimpl
+    def keep_rows(self, round: Any) -> torch.Tensor:
+        all_of_them = torch.ones(len(round.group_ids), dtype=torch.bool)
+        return self.answer(round.trainer, all_of_them, ~all_of_them)
+
+
+class NoMask(Disagrees):
+    name = "no-mask"
+
+    @hookimpl
+    def token_mask(self, round: Any) -> Any:
+        return self.answer(round.trainer, None, [True])
+
+
+class NoRows(Disagrees):
+    name = "no-rows"
+
+    @hookimpl
+    def side_batch(self, trainer: Any) -> Any:
+        return self.answer(trainer, None, SideBatch([[1]], [[]]))
+
+    @hookimpl
+    def loss_terms(self, loss: Any) -> None:
+        return None
+
+
+DISAGREE = (OtherAdvantages, OtherShape, OtherRows, NoMask, NoRows)
+
+
 def per_row(round: Any) -> torch.Tensor:
     if round.advantages.dim() == 1:
         return round.advantages[round.local]
@@ -149,6 +249,7 @@ RUNS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
         {"loss_type": "dapo", "scale_rewards": "none"},
     ),
 }
+STEPS = publish(Steps)
 WHOLE = publish(Whole)
 P3O = {"p3o": {"reward_scale": "running_diff"}}
 WHOLE_RUNS: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
@@ -169,7 +270,7 @@ WHOLE_RUNS: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
 }
 
 
-def main(model: str, folder: Path) -> dict[str, Any]:
+def main(model: str, folder: Path, only: str = "") -> dict[str, Any]:
     from accelerate import PartialState
 
     state = PartialState(cpu=True)
@@ -194,24 +295,42 @@ def main(model: str, folder: Path) -> dict[str, Any]:
                 {n: p.detach() for n, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()},
                 folder / f"{name}-{world}-{rank}.pt",
             )
+            if "eval_dataset" in settings.get("trainer", {}):
+                trainer.evaluate()
             seen = trainer._trl_ext.plugins["fixed"].seen
             report[name] = {**seen, "metrics": metrics_of(trainer), "logged": list(trainer._logs["advantages"])}
             return trainer, trainer._trl_ext.plugins
 
-    for name, (kind, plugins, settings) in RUNS.items():
-        train(name, kind, plugins, per_device_train_batch_size=ROWS // world, **settings)
-    train("resumed", "grpo", ["gdpo"], str(folder / f"gdpo-{world}" / "checkpoint-1"), loss_type="grpo",
-          per_device_train_batch_size=ROWS // world)  # fmt: skip
-    sizes = {"per_device_train_batch_size": GROUP, "gradient_accumulation_steps": 6 // world, "max_steps": 2}
-    for name, (kind, plugins, settings) in WHOLE_RUNS.items():
-        _, made = train(name, kind, plugins, **sizes | settings)
-        report[name]["groups"] = made["whole"].groups
-    train("p3o-resumed", "grpo", [WHOLE, P3O], str(folder / f"p3o-{world}" / "checkpoint-2"),
-          **sizes | {"num_iterations": 2, "max_steps": 4})  # fmt: skip
+    steps = {"per_device_train_batch_size": ROWS // world // 2, "gradient_accumulation_steps": 2, "num_iterations": 2}
+    steps |= {"max_steps": 4, "num_generations_eval": 2, "per_device_eval_batch_size": ROWS // world}
+    shared = [STEPS, {"shared-prefix": {"min_gain": 0}}]
+    train("steps", "grpo", [STEPS], **steps, save_strategy="steps", save_steps=2,
+          trainer={"eval_dataset": tiny_data(rows=6)})  # fmt: skip
+    train("steps-resumed", "grpo", [STEPS], str(folder / f"steps-{world}" / "checkpoint-2"), **steps)
+    train("steps-shared", "grpo", shared, **steps)
+    report["errors"] = {}
+    for cls in DISAGREE if world > 1 else ():
+        with trl_ext.enable(publish(cls)):
+            trainer = tiny_trainer("grpo", model, folder / "wrong", **common, per_device_train_batch_size=4)
+            try:
+                trainer.train()
+            except trl_ext.PluginError as error:
+                report["errors"][cls.name] = str(error)
+    if only != "steps":
+        for name, (kind, plugins, settings) in RUNS.items():
+            train(name, kind, plugins, per_device_train_batch_size=ROWS // world, **settings)
+        train("resumed", "grpo", ["gdpo"], str(folder / f"gdpo-{world}" / "checkpoint-1"), loss_type="grpo",
+              per_device_train_batch_size=ROWS // world)  # fmt: skip
+        sizes = {"per_device_train_batch_size": GROUP, "gradient_accumulation_steps": 6 // world, "max_steps": 2}
+        for name, (kind, plugins, settings) in WHOLE_RUNS.items():
+            _, made = train(name, kind, plugins, **sizes | settings)
+            report[name]["groups"] = made["whole"].groups
+        train("p3o-resumed", "grpo", [WHOLE, P3O], str(folder / f"p3o-{world}" / "checkpoint-2"),
+              **sizes | {"num_iterations": 2, "max_steps": 4})  # fmt: skip
     (folder / f"report-{world}-{rank}.json").write_text(json.dumps(report))
     return report
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
     torch.distributed.destroy_process_group()

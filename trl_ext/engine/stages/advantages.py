@@ -1,4 +1,4 @@
-"""After scoring: the hooks `advantages`, `keep_rows`, `token_weights`, `batch_fields` and `round_metrics`."""
+"""After scoring: the hooks `advantages`, `token_weights`, `batch_fields` and `round_metrics`, in a finished round."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from trl_ext_hooks.toolkit.losses import masked_mean
 
 from ...errors import PluginError
 from ...trl_internals import row_order, trainer_state
+from ..agreement import check_equal, together
 from ..calls import as_mapping
 from ..context import Context
 from . import foreign, kept_rows, needed_logps
@@ -28,7 +29,7 @@ def finish(context: Context, output: dict[str, Any]) -> dict[str, Any]:
         start = context.view.process_index * rows
         group = trainer_state.num_generations(context.trainer)
         output[row_order.GROUP_IDS] = (torch.arange(start, start + rows) // group).to(output["advantages"].device)
-    hooks = ("advantages", "keep_rows", "token_weights", "batch_fields", "round_metrics")
+    hooks = ("advantages", "keep_rows", "token_mask", "token_weights", "batch_fields", "round_metrics")
     state = context.current_round()
     if not (context.recording or context.calls.has(*hooks)):
         if context.calls.has("annotate", "rewards"):
@@ -57,8 +58,11 @@ def finish(context: Context, output: dict[str, Any]) -> dict[str, Any]:
         round = _chain(context, round, metrics)
         if round.advantages is not stock:
             output["advantages"] = round.advantages if round.advantages.dim() == 2 else round.advantages[round.local]
-    if context.calls.has("keep_rows") and round.mode == "train":
-        round = kept_rows.select(context, round, metrics)
+    if context.calls.has("keep_rows", "token_mask") and round.mode == "train":
+        if context.calls.has("keep_rows"):
+            round = kept_rows.select(context, round, metrics)
+        if context.calls.has("token_mask"):
+            round = kept_rows.select_tokens(context, round, metrics)
         output = dict(round.batch)
         round = dataclasses.replace(round, batch=output)  # later hooks see the fields of `batch_fields` in it
     if context.calls.has("token_weights"):
@@ -87,44 +91,95 @@ def finish(context: Context, output: dict[str, Any]) -> dict[str, Any]:
 
 
 def _chain(context: Context, round: Round, metrics: dict[str, tuple[float, float]]) -> Round:
-    rows, tokens = len(round.group_ids), round.batch["completion_mask"].shape
     for name, caller in context.calls.chain("advantages"):
-        result = context.calls.call(name, "advantages", caller, round=round)
-        if result is None:
-            continue
-        if not isinstance(result, torch.Tensor):
-            raise PluginError(f"plugin {name!r} returned {type(result).__name__} from 'advantages', expected a tensor.")
-        tokenwise = result.dim() == 2
-        if tuple(result.shape) not in ((rows,), tuple(tokens)) or (tokenwise and context.kind != "grpo"):
-            allowed = f"({rows},) for the rows of all processes"
-            if context.kind == "grpo":
-                allowed += f" or {tuple(tokens)} for this process's tokens"
-            raise PluginError(f"plugin {name!r} returned advantages {tuple(result.shape)}, expected {allowed}.")
-        if tokenwise and foreign.replaced_loss(type(context.trainer), context.kind):
-            raise PluginError(foreign.passed_by(context.trainer, [name]))
-        if round.advantages.dim() == 2 and not tokenwise:
-            raise PluginError(
-                f"plugin {name!r} returned one advantage per row where an earlier plugin made one per token; return "
-                f"{tuple(tokens)} when `round.advantages` has two dimensions."
-            )
-        if not torch.isfinite(result).all():
-            raise PluginError(
-                f"plugin {name!r} returned {int((~torch.isfinite(result)).sum())} advantages that are not finite."
-            )
-        round = _changed(context, name, round, result, metrics)
+        result = _advantages_of(context, name, caller, round)
+        if result is not None:
+            round = _changed(context, name, round, result, metrics)
     return round
+
+
+def _advantages_of(context: Context, name: str, caller: Any, round: Round) -> torch.Tensor | None:
+    """Returns the advantages that a plugin makes of a round, after checking them on every process. Collective."""
+    result: torch.Tensor | None = None
+
+    def run() -> torch.Tensor | None:
+        nonlocal result
+        result = context.calls.call(name, "advantages", caller, round=round)
+        if result is not None:
+            _check(context, name, round, result)
+        return result
+
+    def share(result: torch.Tensor | None) -> str | torch.Tensor:
+        if result is None:
+            return "None"
+        return "one advantage per token" if result.dim() == 2 else result.cpu()
+
+    answers = together(context, run, share)
+    kinds = ["one advantage per row" if isinstance(answer, torch.Tensor) else answer for answer in answers]
+    if len(set(kinds)) > 1:
+        other = next(process for process, kind in enumerate(kinds) if kind != kinds[0])
+        raise PluginError(
+            f"plugin {name!r} returned {kinds[0]} from 'advantages' on process 0 and {kinds[other]} on process "
+            f"{other}; expected the same on every process."
+        )
+    check_equal(name, "advantages", [answer for answer in answers if isinstance(answer, torch.Tensor)])
+    return result
+
+
+def _check(context: Context, name: str, round: Round, result: Any) -> None:
+    """Checks the advantages that a plugin returned on this process.
+
+    Raises:
+        PluginError: They are none for this round.
+    """
+    rows, tokens = len(round.group_ids), round.batch["completion_mask"].shape
+    if not isinstance(result, torch.Tensor):
+        raise PluginError(f"plugin {name!r} returned {type(result).__name__} from 'advantages', expected a tensor.")
+    tokenwise = result.dim() == 2
+    if tuple(result.shape) not in ((rows,), tuple(tokens)) or (tokenwise and context.kind != "grpo"):
+        allowed = f"({rows},) for the rows of all processes"
+        if context.kind == "grpo":
+            allowed += f" or {tuple(tokens)} for this process's tokens"
+        raise PluginError(f"plugin {name!r} returned advantages {tuple(result.shape)}, expected {allowed}.")
+    if result.is_complex():
+        raise PluginError(f"plugin {name!r} returned {result.dtype} from 'advantages', expected real numbers.")
+    if tokenwise and foreign.replaced_loss(type(context.trainer), context.kind):
+        raise PluginError(foreign.passed_by(context.trainer, [name]))
+    if round.advantages.dim() == 2 and not tokenwise:
+        raise PluginError(
+            f"plugin {name!r} returned one advantage per row where an earlier plugin made one per token; return "
+            f"{tuple(tokens)} when `round.advantages` has two dimensions."
+        )
+    if not torch.isfinite(result).all():
+        raise PluginError(
+            f"plugin {name!r} returned {int((~torch.isfinite(result)).sum())} advantages that are not finite."
+        )
 
 
 def _weighed(context: Context, round: Round, metrics: dict[str, tuple[float, float]]) -> Round:
     tokens = tuple(round.batch["completion_mask"].shape)
-    for name, weights in context.calls.each("token_weights", round=round):
-        got = tuple(weights.shape) if isinstance(weights, torch.Tensor) else type(weights).__name__
-        if got != tokens:
-            raise PluginError(f"plugin {name!r} returned {got} from 'token_weights', expected weights {tokens}.")
-        if not torch.isfinite(weights).all():
-            raise PluginError(
-                f"plugin {name!r} returned {int((~torch.isfinite(weights)).sum())} weights that are not finite."
-            )
+    for name, caller in context.calls.chain("token_weights"):
+        weights: torch.Tensor | None = None
+
+        def run(name: str = name, caller: Any = caller, round: Round = round) -> bool:
+            nonlocal weights
+            weights = context.calls.call(name, "token_weights", caller, round=round)
+            if weights is None:
+                return False
+            got = tuple(weights.shape) if isinstance(weights, torch.Tensor) else type(weights).__name__
+            if got != tokens:
+                raise PluginError(f"plugin {name!r} returned {got} from 'token_weights', expected weights {tokens}.")
+            if not torch.isfinite(weights).all():
+                raise PluginError(
+                    f"plugin {name!r} returned {int((~torch.isfinite(weights)).sum())} weights that are not finite."
+                )
+            return True
+
+        answers = together(context, run, lambda given: given)
+        if not any(answers):
+            continue
+        if weights is None:  # another process weighs, and every process has to end up with one advantage per token
+            weights = torch.ones(tokens, device=round.loss_mask.device)
         round = _changed(context, name, round, round.token_advantages * weights, metrics)
     return round
 

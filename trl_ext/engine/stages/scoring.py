@@ -16,7 +16,16 @@ from ...trl_internals import rewards, trainer_state
 from ..calls import as_mapping
 from ..context import Context
 
-HOOKS = ("annotate", "rewards", "advantages", "keep_rows", "token_weights", "batch_fields", "round_metrics")
+HOOKS = (
+    "annotate",
+    "rewards",
+    "advantages",
+    "keep_rows",
+    "token_mask",
+    "token_weights",
+    "batch_fields",
+    "round_metrics",
+)
 """The hooks that need a scored round."""
 
 
