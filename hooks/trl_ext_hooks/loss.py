@@ -67,7 +67,8 @@ class SideBatch:
     """Holds rows of a plugin's own, which the policy scores beside those of the round.
 
     Attributes:
-        prompt_ids: Token ids of each of the k prompts, unpadded. k may be 0, and may differ between processes.
+        prompt_ids: Token ids of each of the k prompts, unpadded. k may be 0, and may differ between processes. A
+            process without rows gets the fields of the others, with 0 rows.
         completion_ids: Token ids of each completion, unpadded. Prompts and completions have at least one token.
         fields: Further tensors (k, ...), such as log-probabilities that were stored with the rows. Values per token are
             (k, T), padded right, where T is the length of the longest completion.

@@ -59,6 +59,23 @@ class RoundState:
     record: RoundRecord | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class StepRows:
+    """The rows of a plugin beside those of the round, in one optimizer step.
+
+    Attributes:
+        rows: Those of this process.
+        width: Tokens of the longest completion of this process, or of another one where this one has none.
+        counts: Numbers of rows, by process.
+        tokens: Tokens of the completions, on all processes.
+    """
+
+    rows: SideBatch
+    width: int
+    counts: list[int]
+    tokens: int
+
+
 @dataclasses.dataclass
 class StepState:
     """One optimizer step, or one batch of an evaluation, before and between its losses.
@@ -68,15 +85,14 @@ class StepState:
         begun: How many of them have come to their loss.
         batches: The micro-batches after `loss_inputs`, where `step_statistics` has seen them. Otherwise empty.
         statistics: By plugin, what `step_statistics` returned.
-        side: By plugin, the rows of `side_batch`. `side_counts` holds its rows by process, and its tokens in all.
+        side: By plugin, the rows of `side_batch`.
     """
 
     size: int
     begun: int = 0
     batches: list[Mapping[str, Any]] = dataclasses.field(default_factory=list)
     statistics: dict[str, Any] = dataclasses.field(default_factory=dict)
-    side: dict[str, SideBatch] = dataclasses.field(default_factory=dict)
-    side_counts: dict[str, tuple[list[int], int]] = dataclasses.field(default_factory=dict)
+    side: dict[str, StepRows] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass

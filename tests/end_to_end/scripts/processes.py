@@ -201,6 +201,18 @@ class NoMask(Disagrees):
         return self.answer(round.trainer, None, [True])
 
 
+class OtherFields(Disagrees):
+    name = "other-fields"
+
+    @hookimpl
+    def side_batch(self, trainer: Any) -> Any:
+        return SideBatch([[1]], [[2]], self.answer(trainer, {"here": torch.zeros(1)}, {}))
+
+    @hookimpl
+    def loss_terms(self, loss: Any) -> None:
+        return None
+
+
 class NoRows(Disagrees):
     name = "no-rows"
 
@@ -213,7 +225,7 @@ class NoRows(Disagrees):
         return None
 
 
-DISAGREE = (OtherAdvantages, OtherShape, OtherRows, NoMask, NoRows)
+DISAGREE = (OtherAdvantages, OtherShape, OtherRows, NoMask, OtherFields, NoRows)
 
 
 def per_row(round: Any) -> torch.Tensor:

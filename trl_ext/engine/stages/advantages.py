@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -100,21 +101,15 @@ def _chain(context: Context, round: Round, metrics: dict[str, tuple[float, float
 
 def _advantages_of(context: Context, name: str, caller: Any, round: Round) -> torch.Tensor | None:
     """Returns the advantages that a plugin makes of a round, after checking them on every process. Collective."""
-    result: torch.Tensor | None = None
+    returned = context.calls.call(name, "advantages", caller, round=round)
 
-    def run() -> torch.Tensor | None:
-        nonlocal result
-        result = context.calls.call(name, "advantages", caller, round=round)
-        if result is not None:
-            _check(context, name, round, result)
-        return result
+    def check() -> tuple[torch.Tensor | None, str | torch.Tensor]:
+        if returned is None:
+            return None, "None"
+        _check(context, name, round, returned)
+        return returned, "one advantage per token" if returned.dim() == 2 else returned.cpu()
 
-    def share(result: torch.Tensor | None) -> str | torch.Tensor:
-        if result is None:
-            return "None"
-        return "one advantage per token" if result.dim() == 2 else result.cpu()
-
-    answers = together(context, run, share)
+    result, answers = together(context, check)
     kinds = ["one advantage per row" if isinstance(answer, torch.Tensor) else answer for answer in answers]
     if len(set(kinds)) > 1:
         other = next(process for process, kind in enumerate(kinds) if kind != kinds[0])
@@ -156,26 +151,25 @@ def _check(context: Context, name: str, round: Round, result: Any) -> None:
         )
 
 
+def _check_weights(name: str, weights: Any, tokens: tuple[int, ...]) -> tuple[torch.Tensor | None, bool]:
+    """Returns the weights that a plugin returned on this process, and whether it returned any."""
+    if weights is None:
+        return None, False
+    got = tuple(weights.shape) if isinstance(weights, torch.Tensor) else type(weights).__name__
+    if got != tokens:
+        raise PluginError(f"plugin {name!r} returned {got} from 'token_weights', expected weights {tokens}.")
+    if not torch.isfinite(weights).all():
+        raise PluginError(
+            f"plugin {name!r} returned {int((~torch.isfinite(weights)).sum())} weights that are not finite."
+        )
+    return weights, True
+
+
 def _weighed(context: Context, round: Round, metrics: dict[str, tuple[float, float]]) -> Round:
     tokens = tuple(round.batch["completion_mask"].shape)
     for name, caller in context.calls.chain("token_weights"):
-        weights: torch.Tensor | None = None
-
-        def run(name: str = name, caller: Any = caller, round: Round = round) -> bool:
-            nonlocal weights
-            weights = context.calls.call(name, "token_weights", caller, round=round)
-            if weights is None:
-                return False
-            got = tuple(weights.shape) if isinstance(weights, torch.Tensor) else type(weights).__name__
-            if got != tokens:
-                raise PluginError(f"plugin {name!r} returned {got} from 'token_weights', expected weights {tokens}.")
-            if not torch.isfinite(weights).all():
-                raise PluginError(
-                    f"plugin {name!r} returned {int((~torch.isfinite(weights)).sum())} weights that are not finite."
-                )
-            return True
-
-        answers = together(context, run, lambda given: given)
+        returned = context.calls.call(name, "token_weights", caller, round=round)
+        weights, answers = together(context, functools.partial(_check_weights, name, returned, tokens))
         if not any(answers):
             continue
         if weights is None:  # another process weighs, and every process has to end up with one advantage per token

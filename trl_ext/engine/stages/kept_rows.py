@@ -56,27 +56,21 @@ def _wanted(
     context: Context, name: str, hook: str, caller: Any, round: Round, shape: tuple[int, ...]
 ) -> torch.Tensor | None:
     """Returns a plugin's selection after checking it on every process. Collective."""
-    result: torch.Tensor | None = None
+    result = context.calls.call(name, hook, caller, round=round)
 
-    def run() -> torch.Tensor | None:
-        nonlocal result
-        result = context.calls.call(name, hook, caller, round=round)
-        if result is not None and (
-            not isinstance(result, torch.Tensor) or result.shape != shape or result.dtype != torch.bool
-        ):
+    def check() -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if result is None:
+            return None, None
+        if not isinstance(result, torch.Tensor) or result.shape != shape or result.dtype != torch.bool:
             got = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, torch.Tensor) else type(result).__name__
-            expected = f"({shape[0]},)" if len(shape) == 1 else str(shape)
-            raise PluginError(f"plugin {name!r} returned {got} from {hook!r}, expected booleans {expected}.")
-        return result
+            raise PluginError(f"plugin {name!r} returned {got} from {hook!r}, expected booleans {shape}.")
+        return result, result.cpu() if hook == "keep_rows" else None
 
-    def share(result: torch.Tensor | None) -> torch.Tensor | None:
-        return None if result is None or hook == "token_mask" else result.cpu()
-
-    answers = together(context, run, share)
+    wanted, answers = together(context, check)
     if hook == "keep_rows" and any(answer is not None for answer in answers):
         everything = torch.ones(shape, dtype=torch.bool)  # what None stands for
         check_equal(name, hook, [everything if answer is None else answer for answer in answers])
-    return result
+    return wanted
 
 
 def _without(context: Context, round: Round, kept: torch.Tensor, tokens: torch.Tensor | None) -> Round:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,33 +16,74 @@ from trl_ext_hooks.basics import Mode
 from ...errors import PluginError
 from ...trl_internals import forwards
 from ..agreement import together
-from ..context import Context, StepState
+from ..context import Context, StepRows, StepState
 
 
 def ask(context: Context, step: StepState, mode: Mode) -> None:
     """Asks every plugin for its rows of an optimizer step, and all processes for how many they have. Collective."""
     for name, caller in context.calls.chain("side_batch"):
-        rows = SideBatch((), ())
-
-        def run(name: str = name, caller: Any = caller) -> SideBatch:
-            nonlocal rows
-            arguments = {"trainer": context.view, "mode": mode, "step": context.trainer.state.global_step}
-            result = context.calls.call(name, "side_batch", caller, **arguments)
-            if result is not None:
-                rows = _checked(context, name, result)
-            return rows
-
-        counts = together(context, run, lambda rows: (len(rows.prompt_ids), sum(map(len, rows.completion_ids))))
-        step.side[name] = rows
-        step.side_counts[name] = [count for count, _ in counts], sum(tokens for _, tokens in counts)
+        returned = context.calls.call(
+            name, "side_batch", caller, trainer=context.view, mode=mode, step=context.trainer.state.global_step
+        )
+        rows, layouts = together(context, functools.partial(_checked, context, name, returned))
+        own = layouts[context.view.process_index]
+        step.side[name] = StepRows(
+            rows=_filled(name, rows, layouts, context.view.device),
+            width=next((layout.width for layout in [own, *layouts] if layout.rows), 0),
+            counts=[layout.rows for layout in layouts],
+            tokens=sum(layout.tokens for layout in layouts),
+        )
 
 
-def _checked(context: Context, name: str, result: Any) -> SideBatch:
-    """Returns a plugin's rows with its tensors on the device of the process.
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """What processes have to know of each other's rows: numbers, and shapes and types of the fields."""
+
+    rows: int
+    tokens: int
+    width: int
+    fields: dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+    @classmethod
+    def of(cls, batch: SideBatch) -> _Layout:
+        lengths = [len(ids) for ids in batch.completion_ids]
+        fields = {name: (tuple(values.shape[1:]), values.dtype) for name, values in batch.fields.items()}
+        return cls(len(lengths), sum(lengths), max(lengths, default=0), fields)
+
+
+def _filled(name: str, rows: SideBatch, layouts: Sequence[_Layout], device: torch.device) -> SideBatch:
+    """Gives a process without rows the fields of the others, without rows, so that a plugin needs no special case.
+
+    Raises:
+        PluginError: Processes with rows have different fields. Equal on every process.
+    """
+    given = [(process, layout) for process, layout in enumerate(layouts) if layout.rows]
+    if not given:
+        return rows
+    (first, known), *others = given
+    for process, layout in others:
+        if layout.fields.keys() != known.fields.keys():
+            names = [", ".join(sorted(which.fields)) or "none" for which in (known, layout)]
+            raise PluginError(
+                f"plugin {name!r} returned the fields {names[0]} from 'side_batch' on process {first} and {names[1]} "
+                f"on process {process}; expected the same on every process with rows."
+            )
+    if rows.prompt_ids:
+        return rows
+    empty = {
+        field: torch.zeros(0, *shape, dtype=dtype, device=device) for field, (shape, dtype) in known.fields.items()
+    }
+    return SideBatch((), (), empty)
+
+
+def _checked(context: Context, name: str, result: Any) -> tuple[SideBatch, _Layout]:
+    """Returns a plugin's rows, with its tensors on the device of the process, and what others have to know of them.
 
     Raises:
         PluginError: They are no rows.
     """
+    if result is None:
+        result = SideBatch((), ())
     where = f"plugin {name!r} returned"
     if not isinstance(result, SideBatch):
         raise PluginError(f"{where} {type(result).__name__} from 'side_batch', expected a SideBatch or None.")
@@ -60,7 +103,8 @@ def _checked(context: Context, name: str, result: Any) -> SideBatch:
                 f"{where} {got} for the field {field!r} from 'side_batch', expected a tensor with {rows} rows."
             )
     fields = {field: values.detach().to(context.view.device) for field, values in result.fields.items()}
-    return SideBatch(prompts, completions, fields)
+    checked = SideBatch(prompts, completions, fields)
+    return checked, _Layout.of(checked)
 
 
 def _token_ids(what: str, ids: Any, row: int, vocabulary: int) -> list[int]:
@@ -90,13 +134,13 @@ def score(
     """
     if not step.side:
         return {}, None
-    shares = {name: _share(len(rows.prompt_ids), step) for name, rows in step.side.items()}
-    counts = [count for by_process, _ in step.side_counts.values() for count in by_process]
+    shares = {name: _share(len(own.rows.prompt_ids), step) for name, own in step.side.items()}
+    counts = [count for own in step.side.values() for count in own.counts]
     if not any(_size(_share(count, step)) for count in counts):
         empty = torch.zeros(0, 0, device=context.view.device)
         return _by_plugin(context, step, shares, empty, empty), None
-    prompts = [ids for name, share in shares.items() for ids in step.side[name].prompt_ids[share]]
-    completions = [ids for name, share in shares.items() for ids in step.side[name].completion_ids[share]]
+    prompts = [ids for name, share in shares.items() for ids in step.side[name].rows.prompt_ids[share]]
+    completions = [ids for name, share in shares.items() for ids in step.side[name].rows.completion_ids[share]]
     if not prompts:  # this process runs the forward of the others too, on a row that no plugin sees
         prompts = completions = [[int(batch["prompt_ids"][0, -1])]]
     rows = forwards.padded_rows(prompts, completions, context.view.device)
@@ -127,23 +171,22 @@ def _by_plugin(
     """Gives every plugin its part of the rows that were scored together, in its own width."""
     parts, first = {}, 0
     for name, share in shares.items():
-        rows, last = step.side[name], first + _size(share)
-        width = max(map(len, rows.completion_ids), default=0)
+        own, last = step.side[name], first + _size(share)
+        rows, width = own.rows, own.width
         ids = torch.zeros(last - first, width, dtype=torch.long, device=logps.device)
         mask = torch.zeros_like(ids)
         for row, completion in enumerate(rows.completion_ids[share]):
             ids[row, : len(completion)] = torch.tensor(completion)
             mask[row, : len(completion)] = 1
         missing = max(width - logps.shape[1], 0)  # the longest completion may belong to another micro-batch
-        counts, tokens = step.side_counts[name]
         parts[name] = SideRows(
             completion_ids=ids,
             mask=mask,
             per_token_logps=pad(logps[first:last], (0, missing))[:, :width] * mask,
             entropies=pad(entropies[first:last], (0, missing))[:, :width] * mask,
             fields={field: values[share] for field, values in rows.fields.items()},
-            rows=sum(counts),
-            tokens=tokens,
+            rows=sum(own.counts),
+            tokens=own.tokens,
             micro_batches=step.size * context.view.num_processes,
         )
         first = last
