@@ -51,25 +51,30 @@ def edited(context: Context, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
                 f"plugin {name!r} returned {unknown[0]!r} from 'loss_inputs'; the batch has {', '.join(batch)}."
             )
         for key, value in changes.items():
-            _check_entry(name, key, value, batch[key])
+            _check_entry(name, key, value, batch)
         batch.update(changes)
     return batch
 
 
-def _check_entry(name: str, key: str, value: Any, before: Any) -> None:
-    """Checks an entry that `loss_inputs` puts in the place of a tensor. Advantages may become one per token.
+def _check_entry(name: str, key: str, value: Any, batch: Mapping[str, Any]) -> None:
+    """Checks an entry that `loss_inputs` puts in the place of a tensor.
 
     Raises:
-        PluginError: It is no tensor of that shape and kind.
+        PluginError: It is no tensor of that shape and kind. Advantages may be one per row or one per token.
     """
+    before = batch[key]
     if not isinstance(before, torch.Tensor):
         return
-    fits = isinstance(value, torch.Tensor) and value.is_floating_point() == before.is_floating_point()
-    if fits and (value.shape == before.shape or (key == "advantages" and len(value) == len(before))):
+    shapes = {tuple(before.shape)}
+    if key == "advantages":
+        shapes |= {(len(before),), tuple(batch["completion_mask"].shape)}
+    tensor = isinstance(value, torch.Tensor)
+    if tensor and tuple(value.shape) in shapes and value.is_floating_point() == before.is_floating_point():
         return
-    got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+    got = f"{value.dtype} {tuple(value.shape)}" if tensor else type(value).__name__
     raise PluginError(
-        f"plugin {name!r} returned {got} for {key!r} from 'loss_inputs', expected {before.dtype} {tuple(before.shape)}."
+        f"plugin {name!r} returned {got} for {key!r} from 'loss_inputs', expected {before.dtype} "
+        f"{' or '.join(map(str, sorted(shapes)))}."
     )
 
 
