@@ -67,8 +67,8 @@ class SideBatch:
     """Holds rows of a plugin's own, which the policy scores beside those of the round.
 
     Attributes:
-        prompt_ids: Token ids of each of the k prompts, unpadded. k may be 0, and may differ between processes. A
-            process without rows gets the fields of the others, with 0 rows.
+        prompt_ids: Token ids of each of the k prompts, unpadded. k may be 0, and may differ between processes. Where a
+            process has no row and another one has, the loss finds the same `fields` there, with 0 rows.
         completion_ids: Token ids of each completion, unpadded. Prompts and completions have at least one token.
         fields: Further tensors (k, ...), such as log-probabilities that were stored with the rows. Values per token are
             (k, T), padded right, where T is the length of the longest completion.
@@ -222,7 +222,7 @@ class StepBatch(Logs):
         """
         sums = [(values(loss).double() * loss.mask).sum() for loss in self.micro_batches]
         counts = [loss.mask.sum() for loss in self.micro_batches]
-        # each micro-batch is a sum and a count, so that a single collective adds up both
+        # in one tensor, so that a single collective adds up sums and counts
         total, count = self.trainer.reduce(_pair(sum(sums), sum(counts)))
         return total / count.clamp(min=1)
 
@@ -247,7 +247,7 @@ class PolicyLoss:
         normalisation: How (m, T) values are averaged. `"trainer"` averages as the trainer's `loss_type` does,
             `"token_mean"` over the tokens of the micro-batch, `"sequence_mean"` over each row first. `"share"` takes a
             scalar that is divided already, so that the mean over the micro-batches of all processes is the mean over
-            the round. It leaves out by itself the rows whose mask is 0, as `Round.micro_batches` shows.
+            the round (see `Round.micro_batches`), without the rows whose mask is 0.
     """
 
     values: torch.Tensor
