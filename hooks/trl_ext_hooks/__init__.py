@@ -9,7 +9,7 @@ under one short name. Both import torch, so this package does not import them. E
 
 from .basics import TrainerKind
 from .campaign import Job
-from .loss import Logps, LogpsCall, Loss, PolicyLoss
+from .loss import Logps, LogpsCall, Loss, PolicyLoss, SideBatch, SideRows, StepBatch
 from .pairs import PairLogps, Pairs, ScoredPairs
 from .plugin import (
     CLAIMS,
@@ -62,7 +62,10 @@ __all__ = [
     "Scored",
     "ScoredPairs",
     "SelectedRows",
+    "SideBatch",
+    "SideRows",
     "Span",
+    "StepBatch",
     "TrainerKind",
     "TrainerView",
     "Turns",

@@ -37,6 +37,8 @@ NEEDS: dict[str, str] = {
     "FSDP, DeepSpeed stage 3 and tensor parallelism are refused",
     "grouped_order": "rows of a group stay next to each other in the micro-batches, as far as the sizes allow",
     "old_logps": "`old_per_token_logps` in every micro-batch, computed once per round where TRL leaves it out",
+    "old_entropies": "`old_entropies` in every round and micro-batch: entropies of the policy that sampled, from the "
+    "forward of the old log-probabilities",
     "ref_logps": "`ref_per_token_logps` in every micro-batch. With beta = 0 they come from the policy without its new "
     "adapter, or from a frozen copy of the policy or of its trained adapter. A reference that differs from the policy "
     "before the first update stops the run",
@@ -125,7 +127,7 @@ class Plugin:
             of the loss, such as `beta`, or `loss_type` with the normalisation `"trainer"`. With the claim `estimator`
             they are settings of the advantages, such as `scale_rewards`, or `beta` of RLOO. Every other setting is
             refused when it asks for something. `keep_rows` declares a scalar loss that leaves out the rows whose mask
-            is 0.
+            is 0, as the hooks `keep_rows` and `token_mask` need it.
         state: Names of attributes that the core saves in checkpoints and restores on resume: tensors, numbers, texts,
             and lists and dicts of them, equal on every process. For anything else implement the hooks `state_dict` and
             `load_state_dict`.

@@ -149,6 +149,17 @@ class Rollout(Logs):
     source: list[int] | None = field(default=None, kw_only=True)
 
     @property
+    def columns(self) -> dict[str, list[Any]]:
+        """Returns the b local values of each column of `rows`, as reward functions get them as keyword arguments.
+
+        A callable written like a reward function is called with `prompts=rollout.prompts`,
+        `completions=rollout.completions`, `completion_ids=rollout.completion_ids` and `**rollout.columns`.
+        """
+        reserved = ("prompt", "completion", "completion_ids")  # these three have names of their own
+        names = [name for name in self.rows[0] if name not in reserved] if self.rows else []
+        return {name: [row[name] for row in self.rows] for name in names}
+
+    @property
     def local(self) -> slice:
         """Selects this process's rows from a tensor over the N rows."""
         return slice(self.offset, self.offset + len(self.rows))

@@ -14,37 +14,40 @@ from tests import processes
 
 SCRIPT = Path(__file__).parent / "scripts" / "processes.py"
 STRADDLING = ("gdpo", "gdpo-tokens", "shared-prefix", "token-wise", "rloo", "thinkless", "resumed", "formed")
+STEPS = ("steps", "steps-shared")
 LOSSES = ("p3o", "p3o-rloo", "trpa")
 WHOLE = ("whole-grpo", "whole-rloo", *LOSSES)
 Report = dict[str, Any]
 
 
-def here(model: str, folder: Path, script: Path = SCRIPT, **more: bool) -> Report:
+def here(model: str, folder: Path, script: Path = SCRIPT, *only: str) -> Report:
     """What one process, this one, writes down."""
     spec = importlib.util.spec_from_file_location(f"{script.stem}_script", script)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main(model, folder, **more)
+    return module.main(model, folder, *only)
 
 
-def two_processes(model: str, folder: Path, script: Path = SCRIPT, count: int = 2, more: bool = False) -> list[Report]:
+def two_processes(model: str, folder: Path, script: Path = SCRIPT, *only: str, count: int = 2) -> list[Report]:
     """What each of two processes, or of `count`, wrote down; they really run, under accelerate's launcher with gloo."""
-    processes.launch(count, script, model, str(folder), *(["more"] if more else []))
+    processes.launch(count, script, model, str(folder), *only)
     return [json.loads((folder / f"report-{count}-{rank}.json").read_text()) for rank in range(count)]
 
 
 def test_one_and_two_processes_agree(model: str, tmp_path: Path) -> None:
     one, two = here(model, tmp_path), two_processes(model, tmp_path)
     assert [report["world"] for report in (one, *two)] == [1, 2, 2]
-    for name in STRADDLING:
+    for name in (*STRADDLING, *STEPS):
         same_rounds(name, one[name], [report[name] for report in two])
     same_rows("grown", one["grown"], [report["grown"] for report in two])
     for name in (*STRADDLING, *LOSSES, "grown"):
         same_metrics(name, one[name], two[0][name])
-    for name in (*STRADDLING, *WHOLE, "grown"):
+    for name in (*STRADDLING, *WHOLE, *STEPS, "grown"):
         same_parameters(name, tmp_path)
     stopped_together(two)
+    same_steps(one, two)
+    errors_everywhere(two)
     resumed_exactly(one, two, tmp_path)
     for name in WHOLE:
         whole_groups(one[name], [report[name] for report in two])
@@ -54,7 +57,7 @@ def test_one_and_two_processes_agree(model: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_groups_on_three_processes(model: str, tmp_path: Path) -> None:
-    one, three = here(model, tmp_path, more=True), two_processes(model, tmp_path, count=3, more=True)
+    one, three = here(model, tmp_path, SCRIPT, "groups"), two_processes(model, tmp_path, SCRIPT, "groups", count=3)
     formed, grown = ("formed", "formed-rloo"), ("grown", "grown-dapo", "grown-rloo")
     for name in formed:
         same_rounds(name, one[name], [report[name] for report in three])
@@ -65,6 +68,53 @@ def test_groups_on_three_processes(model: str, tmp_path: Path) -> None:
     for name in (*formed, *grown):
         same_parameters(name, tmp_path, parts=("3-0", "3-1", "3-2"))
     stopped_together(three)
+
+
+@pytest.mark.slow
+def test_three_processes_take_the_same_steps(model: str, tmp_path: Path) -> None:
+    one = here(model, tmp_path, SCRIPT, "steps")
+    three = two_processes(model, tmp_path, SCRIPT, "steps", count=3)
+    for name in STEPS:
+        same_rounds(name, one[name], [report[name] for report in three])
+        same_parameters(name, tmp_path, parts=("3-0", "3-1", "3-2"))
+    same_steps(one, three)
+    errors_everywhere(three)
+
+
+def same_steps(one: Report, several: list[Report]) -> None:
+    """Statistics of whole steps and terms of rows that lie on some processes only, in training and in evaluation."""
+    for name in STEPS:
+        values = []
+        for report in (one, *several):
+            logged = [entry for entry in report[name]["metrics"] if "steps/kl" in entry]
+            values.append([entry[f"steps/{key}"] for entry in logged for key in ("kl", "side", "trust")])
+            assert len(logged) == 4 and 0 < logged[0]["steps/tokens_kept"] < 1
+        for found in values[1:]:
+            assert found == pytest.approx(values[0], abs=1e-5), name
+        assert values[0][1] > 1 and abs(values[0][3]) > 1e-4  # the second step has moved
+    evaluated = [report["steps"]["metrics"][-1] for report in (one, *several)]
+    for key in ("eval_steps/kl", "eval_steps/side"):  # transformers takes the loss from the first processes only
+        assert [entry[key] for entry in evaluated] == pytest.approx([evaluated[0][key]] * len(evaluated), abs=1e-5)
+    assert evaluated[0]["eval_steps/side"] > 1
+
+
+def errors_everywhere(several: list[Report]) -> None:
+    """A wrong answer of the last process stops all of them, and each says which hook of which plugin gave it."""
+    last = len(several) - 1
+    expected = {
+        "other-advantages": f"plugin 'other-advantages' returned other values from 'advantages' on process {last} than",
+        "other-shape": f"per row from 'advantages' on process 0 and one advantage per token on process {last}",
+        "other-rows": f"plugin 'other-rows' returned other values from 'keep_rows' on process {last} than on process 0",
+        "no-mask": "plugin 'no-mask' returned list from 'token_mask', expected booleans",
+        "other-fields": f"the fields here from 'side_batch' on process 0 and none on process {last}",
+        "no-rows": "plugin 'no-rows' returned the completion [] in row 0 from 'side_batch'",
+    }
+    for process, report in enumerate(several):
+        assert report["errors"].keys() == expected.keys()
+        for name, text in expected.items():
+            assert text in report["errors"][name], report["errors"][name]
+        told = report["errors"]["no-rows"].startswith(f"stopped with process {last}, which said: ")
+        assert told == (process != last)
 
 
 def same_rounds(name: str, one: Report, two: list[Report]) -> None:
@@ -137,11 +187,9 @@ def resumed_exactly(one: Report, two: list[Report], folder: Path) -> None:
     for report in (one, *two):
         assert report["resumed"]["rows"] == report["gdpo"]["rows"][1:]
         assert report["resumed"]["advantages"] == report["gdpo"]["advantages"][1:]
-    for pair in (
-        ("gdpo", "resumed"),
-        ("formed", "formed-resumed"),
-        ("p3o", "p3o-resumed"),
-    ):  # p3o has running moments and a reference of its own
+    # p3o has running moments and a reference of its own
+    pairs = (("gdpo", "resumed"), ("formed", "formed-resumed"), ("p3o", "p3o-resumed"), ("steps", "steps-resumed"))
+    for pair in pairs:
         for part in ("1-0", "2-0", "2-1"):
             whole, resumed = (torch.load(folder / f"{name}-{part}.pt") for name in pair)
             assert all(torch.equal(whole[key], resumed[key]) for key in whole), pair

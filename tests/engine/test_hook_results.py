@@ -93,6 +93,7 @@ CASES: list[Any] = [
     ("advantages", torch.zeros(8, 8, 1), "returned advantages (8, 8, 1), expected (8,)"),
     ("advantages", nan_at(3), "returned advantages that are not finite: 3 of 8"),
     ("advantages", lambda round: round.advantages * torch.inf, "returned advantages that are not finite: 8 of 8"),
+    ("advantages", torch.zeros(8, dtype=torch.complex64), "returned torch.complex64 from 'advantages', expected real"),
     ("batch_fields", 3, "returned int from 'batch_fields', expected a mapping"),
     ("batch_fields", {"undeclared": torch.zeros(8)}, "'undeclared' from 'batch_fields' without declaring it"),
     ("batch_fields", {"mine": torch.zeros(5)}, "returned (5,) for the batch field 'mine', expected a tensor with 8"),
@@ -103,11 +104,24 @@ CASES: list[Any] = [
     ("loss_metrics", {"x": (1, 2, 3)}, "reported 'x' as (1, 2, 3), expected a pair (sum, count)"),
     ("loss_inputs", {"advantage": torch.zeros(8)}, "returned 'advantage' from 'loss_inputs'; the batch has prompt_ids"),
     ("loss_inputs", torch.zeros(8), "returned Tensor from 'loss_inputs', expected a mapping"),
+    ("loss_inputs", {"advantages": torch.zeros(3)}, "returned torch.float32 (3,) for 'advantages' from 'loss_inputs'"),
+    ("loss_inputs", {"completion_mask": torch.ones(8, 8)}, "torch.float32 (8, 8) for 'completion_mask' from"),
+    ("loss_inputs", {"advantages": [0.0] * 8}, "list for 'advantages' from 'loss_inputs', expected torch.float32 (8,)"),
+    ("loss_terms", {"x": torch.tensor(torch.nan)}, "returned the loss term 'x' that is nan, expected a finite number"),
     ("loss_terms", torch.zeros(()), "returned Tensor from 'loss_terms', expected a mapping"),
     ("loss_terms", {"x": 1.0}, "returned the loss term 'x' as float, expected a 0-d tensor or PolicyLoss"),
     ("loss_terms", {"x": torch.zeros(8)}, "returned the loss term 'x' as shape (8,), expected a 0-d tensor"),
     ("loss_terms", {"x": PolicyLoss(torch.zeros(8, 3))}, "a loss of shape (8, 3), expected a scalar or (8, 8)"),
     ("policy_loss", torch.zeros(()), "returned Tensor from 'policy_loss', expected PolicyLoss"),
+    ("policy_loss", PolicyLoss([0.0]), "returned a loss whose values are list, expected a tensor"),  # type: ignore[arg-type]
+    ("policy_loss", PolicyLoss(torch.zeros(8, 8), "mean"), "normalisation='mean', expected one of 'trainer', 'tok"),  # type: ignore[arg-type]
+    ("policy_loss", PolicyLoss(torch.zeros(8, 8), "share"), "(8, 8) with normalisation='share', expected a scalar"),
+    (
+        "policy_loss",
+        PolicyLoss(torch.tensor(torch.inf)),
+        "returned a policy loss that is inf, expected a finite number",
+    ),
+    ("policy_loss", PolicyLoss(torch.zeros(8, 8)), "the loss of plugin 'returning' has no gradient"),
     ("policy_loss", PolicyLoss(torch.zeros(8, 3)), "returned a loss of shape (8, 3), expected a scalar or (8, 8)"),
 ]
 FIRST = {case[0]: case for case in reversed(CASES)}
@@ -171,6 +185,14 @@ class BadForward(Plugin):
     [
         (lambda logps: logps.per_token_logps, "returned Tensor from 'logps', expected Logps with (8, 8)"),
         (lambda logps: Logps(logps.per_token_logps[:, 1:]), "returned (8, 7) from 'logps', expected Logps with (8, 8)"),
+        (
+            lambda logps: Logps(logps.per_token_logps, logps.entropies[:3]),
+            "returned entropies (3, 8) from 'logps', exp",
+        ),
+        (
+            lambda logps: Logps(logps.per_token_logps.detach(), logps.entropies),
+            "returned log-probabilities without grad",
+        ),
         (lambda logps: Logps(logps.per_token_logps), "returned no entropies from 'logps', which the policy forward"),
     ],
 )

@@ -1,45 +1,51 @@
-"""Agreement of processes: a hook that fails or answers differently on one process stops all of them."""
+"""Agreement of processes: a hook that answers wrongly or differently on one process stops all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from ..errors import PluginError
 from .context import Context
 
-Result = TypeVar("Result")
+Own = TypeVar("Own")
 Shared = TypeVar("Shared")
 
 
-def together(context: Context, run: Callable[[], Result], share: Callable[[Result], Shared]) -> list[Shared]:
-    """Runs something on every process, and returns what each of them shares of its result, in order. Collective.
+def together(context: Context, check: Callable[[], tuple[Own, Shared]]) -> tuple[Own, list[Shared]]:
+    """Checks what a hook returned on every process, and tells all of them. Collective.
+
+    A hook with collectives of its own runs before: if it raises, it stops its process at once, because the others may
+    wait for it in such a collective.
 
     Args:
         context: The context.
-        run: Runs a hook and checks its result.
-        share: Returns what the other processes have to know of the result.
+        check: Returns the result for this process, and what the other processes have to know of it.
+
+    Returns:
+        The result for this process, and what each process has to tell, in order.
 
     Raises:
-        Exception: What `run` raised here, once all processes know of it.
+        Exception: What `check` raised here, once all processes know of it.
         PluginError: It went well here, and another process stopped.
     """
     failure: Exception | None = None
-    shared: Shared | None = None
+    own: Any = None
+    shared: Any = None
     try:
-        shared = share(run())
+        own, shared = check()
     except Exception as error:  # raised below, when the other processes know of it
         failure = error
-    complaint = None if failure is None else f"{type(failure).__name__}: {failure}"
-    answers = context.view.gather_objects([(complaint, shared)])
+    complaint = str(failure) if isinstance(failure, PluginError) else f"{type(failure).__name__}: {failure}"
+    answers = context.view.gather_objects([(None if failure is None else complaint, shared)])
     if failure is not None:
         raise failure
-    for process, (complaint, _) in enumerate(answers):
-        if complaint is not None:
-            raise PluginError(f"stopped with process {process}, which said: {complaint}")
-    return [shared for _, shared in answers]
+    for process, (told, _) in enumerate(answers):
+        if told is not None:
+            raise PluginError(f"stopped with process {process}, which said: {told}")
+    return own, [known for _, known in answers]
 
 
 def check_equal(name: str, hook: str, values: list[torch.Tensor]) -> None:

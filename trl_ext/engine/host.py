@@ -22,7 +22,19 @@ from ..trl_internals import forwards, losses, rewards, row_order, seams, steps, 
 from . import checkpoint, model_card
 from .context import Context
 from .observer import Recorder
-from .stages import advantages, foreign, forward, loss, needed_logps, pairs, precompute, rollout, scoring, turns
+from .stages import (
+    advantages,
+    foreign,
+    forward,
+    loss,
+    micro_batches,
+    needed_logps,
+    pairs,
+    precompute,
+    rollout,
+    scoring,
+    turns,
+)
 from .view import View
 
 
@@ -101,6 +113,9 @@ class PluginHost:
         refusals: list[str] = []
         with untouched_random_state():
             needed_logps.prepare(context)
+            if context.calls.has(*micro_batches.HOOKS):
+                # a training that was stopped inside a step leaves its step behind
+                context.view.add_callback(trainer_state.step_callback(context.steps.clear))
             if context.calls.has("optimizer_step"):
                 context.view.add_callback(trainer_state.optimizer_callback(self._optimizer_stepped))
             for name, answers in context.calls.each("setup", trainer=context.view):
@@ -150,6 +165,10 @@ class PluginHost:
     @property
     def watches_logps(self) -> bool:
         return self.context.watches_logps
+
+    @property
+    def needs_old_entropies(self) -> bool:
+        return self.context.round is not None and "old_entropies" in self.plan.needs
 
     def step_ended(self) -> None:
         """Checks after the first training step that every hook of every plugin has run.

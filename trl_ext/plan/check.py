@@ -119,6 +119,8 @@ def make_plan(specs: Sequence[PluginSpec], config: Config, plugins: Mapping[str,
                     notes.append(f"{spec.name}: {message}")
                 case _:
                     raise PluginError(f"plugin {spec.name!r}: `configure` returned {requirement!r}, not a requirement.")
+        if "step_statistics" in spec.hooks:
+            refusals += _check_steps(spec.name, config)
         if "policy_loss" in spec.claims:
             refusals += dropped_settings(spec, config)
         if "estimator" in spec.claims:
@@ -307,6 +309,19 @@ def _check_groups(specs: Sequence[PluginSpec], needs: Mapping[str, Sequence[str]
                 f"use {' or '.join(map(str, near_count))}"
             )
     return refusals
+
+
+def _check_steps(who: str, config: Config) -> list[str]:
+    """Returns the refusal of optimizer steps that take rows of several rounds, as later rounds do not exist yet."""
+    args = config.args
+    if config.kind == "dpo" or args.steps_per_generation * args.num_iterations % args.gradient_accumulation_steps == 0:
+        return []
+    return [
+        f"{who} looks at all rows of an optimizer step before its losses, and with "
+        f"gradient_accumulation_steps={args.gradient_accumulation_steps} a step takes rows of several rounds of "
+        f"steps_per_generation={args.steps_per_generation} and num_iterations={args.num_iterations}; make "
+        f"steps_per_generation * num_iterations a multiple of gradient_accumulation_steps"
+    ]
 
 
 def _split_groups(who: str, setting: str, size: int, name: str, group: int) -> str:

@@ -58,9 +58,9 @@ class Plan:
 
     @property
     def drops_rows(self) -> list[str]:
-        """The plugins by which a round may hold rows that the loss leaves out."""
+        """The plugins by which a round may hold rows or tokens that the loss leaves out."""
         adding = [spec.name for spec in self.specs if "groups" in spec.claims and "rollout" in spec.hooks]
-        return [*self.users("keep_rows"), *adding]
+        return [*self.users("keep_rows", "token_mask"), *adding]
 
     def columns(self) -> list[str]:
         """Returns the columns of the data that plugins need."""
@@ -174,6 +174,11 @@ def check_kind(specs: Sequence[PluginSpec], kind: TrainerKind) -> None:
             raise PluginError(
                 f"plugin {spec.name!r} declares the {kind.upper()} trainer and gives it tools in its hook "
                 f"'trainer_arguments'; only GRPO takes {', '.join(TOOL_SOURCES)}."
+            )
+        if "side_batch" in spec.hooks and not {"policy_loss", "loss_terms"} & set(spec.hooks):
+            raise PluginError(
+                f"plugin {spec.name!r} supplies rows in its hook 'side_batch' and has neither 'loss_terms' nor "
+                f"'policy_loss', so nothing would be learned from them. Return their loss from one of these hooks."
             )
         working = [hook for hook in spec.hooks if hook not in LIFECYCLE]
         if working and not any(hook in SERVED[kind] for hook in working):

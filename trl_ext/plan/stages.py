@@ -18,7 +18,7 @@ _PAIRS = ("pair_batch", "pair_logps", "pair_metrics")
 _ROUNDS = tuple(hook for hook in HOOKS if hook not in (*_PAIRS, "run"))
 SERVED: dict[TrainerKind, tuple[str, ...]] = {
     "grpo": _ROUNDS,
-    "rloo": tuple(hook for hook in _ROUNDS if hook not in ("trainer_arguments", "token_weights")),
+    "rloo": tuple(hook for hook in _ROUNDS if hook not in ("trainer_arguments", "token_mask", "token_weights")),
     "dpo": (*_COMMON, "run", "loss_inputs", "logps", "optimizer_step", *_PAIRS),
 }
 """The hooks that each trainer calls."""

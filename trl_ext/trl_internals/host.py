@@ -36,6 +36,10 @@ class Host(Protocol):
     def watches_logps(self) -> bool:
         """Whether a plugin uses the log-probability forward."""
 
+    @property
+    def needs_old_entropies(self) -> bool:
+        """Whether the forward that scores a round after sampling has to return entropies."""
+
     # every trainer
     def step_ended(self) -> None: ...
     def save(self, folder: str) -> None: ...

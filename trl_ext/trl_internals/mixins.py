@@ -100,6 +100,7 @@ class RoundMixin(TrainerMixin):
             role = "reference"
         else:
             role = "old"
+            compute_entropy = compute_entropy or host.needs_old_entropies
         call = LogpsCall(
             kind=host.kind,
             role=role,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from trl_ext_hooks import TrainerKind
 
-from ..errors import ConfigError, counted
+from ..errors import CompatError, ConfigError, counted
 from . import seams
 
 
@@ -82,6 +83,33 @@ def planned_steps(kind: TrainerKind, args: Any, rows: int | None) -> int:
         return max(1, int(args.max_steps))
     batches = rows // rows_of_a_round(kind, args) * args.num_iterations * args.steps_per_generation
     return math.ceil(args.num_train_epochs * max(1, batches // args.gradient_accumulation_steps))
+
+
+def batches_of_step(trainer: Any, first: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Returns the micro-batches of the optimizer step under way, which wait in the trainer's buffer.
+
+    Args:
+        trainer: GRPO or RLOO in training.
+        first: The first micro-batch of the step.
+
+    Raises:
+        CompatError: The trainer does not take its micro-batches from TRL's buffer.
+    """
+    waiting, now = trainer._buffered_inputs, trainer._step
+    size = int(trainer.args.steps_per_generation)
+    batches = [waiting[(now + ahead) % size] for ahead in range(micro_batches_of_step(trainer))] if waiting else []
+    if not batches or batches[0]["completion_ids"] is not first["completion_ids"]:
+        raise CompatError(
+            f"{type(trainer).__name__} computes a loss of rows that are not the next ones in TRL's buffer of a round. "
+            f"The micro-batches of an optimizer step are then not known before its losses. Use TRL's own class, or "
+            f"leave out the plugin with the hook 'step_statistics'."
+        )
+    return batches
+
+
+def micro_batches_of_step(trainer: Any) -> int:
+    """Counts the micro-batches of the optimizer step under way, on this process."""
+    return int(trainer.current_gradient_accumulation_steps)
 
 
 class StepsCheck(TrainerCallback):

@@ -78,13 +78,21 @@ def has_router_loss(trainer: Any) -> bool:
 
 def optimizer_callback(run: Callable[[], None]) -> Any:
     """Makes a callback that runs after every step of the trainer's optimizer."""
+    return _callback("on_optimizer_step", run)
+
+
+def step_callback(run: Callable[[], None]) -> Any:
+    """Makes a callback that runs before the first micro-batch of every optimizer step."""
+    return _callback("on_step_begin", run)
+
+
+def _callback(event: str, run: Callable[[], None]) -> Any:
     from transformers import TrainerCallback
 
-    class Stepped(TrainerCallback):
-        def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-            run()
+    def happened(self: Any, *args: Any, **kwargs: Any) -> None:
+        run()
 
-    return Stepped()
+    return type("Calls", (TrainerCallback,), {event: happened})()
 
 
 def add_metric(trainer: Any, name: str, value: float) -> None:

@@ -1,8 +1,9 @@
 """Trains several small runs on one or more processes and writes down what each process saw.
 
-    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 processes.py MODEL FOLDER
+    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 processes.py MODEL FOLDER [steps]
 
-(`accelerate launch --cpu --num_processes 2` starts one process; `multi_gpu` is accelerate's word for several.)
+(`accelerate launch --cpu --num_processes 2` starts one process; `multi_gpu` is accelerate's word for several.) With
+`steps` it trains only the run of that name, and what comes with it.
 
 Completions are made from the number of the row among all processes' rows, so that the data do not depend on how many
 processes share them.
@@ -21,7 +22,7 @@ import torch
 
 import trl_ext
 from trl_ext.testing import metrics_of, tiny_data, tiny_trainer
-from trl_ext_hooks import Generation, Plugin, PolicyLoss, SelectedRows, hookimpl
+from trl_ext_hooks import Generation, Plugin, PolicyLoss, SelectedRows, SideBatch, hookimpl
 
 torch.set_num_threads(1)
 
@@ -196,6 +197,117 @@ class Whole(Plugin):
         self.groups.append(sorted(loss.batch["trl_ext_group_ids"].tolist()))
 
 
+class Steps(Plugin):
+    """A constraint on the whole step, rows of its own, of which some processes have none, and a mask of tokens."""
+
+    name = "steps"
+    trainers = ("grpo",)
+    needs = ("old_logps", "old_entropies")
+
+    @hookimpl
+    def token_mask(self, round: Any) -> torch.Tensor:
+        entropies, counted = round.old_entropies, round.loss_mask != 0
+        everything = torch.tensor(round.trainer.gather_objects(entropies[counted].tolist()))
+        keep = (entropies >= everything.median()) | (counted.cumsum(1) == 1)
+        rows = torch.arange(len(keep)) + round.offset
+        return keep & (rows != 7).unsqueeze(1)
+
+    @hookimpl
+    def side_batch(self, trainer: Any, step: int) -> SideBatch | None:
+        rows = list(range(5))
+        if step % 2:
+            rows = rows[trainer.process_index :: trainer.num_processes]
+        elif trainer.process_index:
+            return None
+        prompts, completions = [[30 + row] * (row + 1) for row in rows], [[40 + row] * (6 - row) for row in rows]
+        return SideBatch(prompts, completions, {"weight": torch.tensor(rows) / 4})
+
+    @hookimpl
+    def step_statistics(self, step: Any) -> float:
+        kl = step.token_mean(lambda loss: loss.old_per_token_logps - loss.per_token_logps).item()
+        step.log("kl", kl)
+        return kl
+
+    @hookimpl
+    def loss_terms(self, loss: Any) -> dict[str, torch.Tensor | PolicyLoss]:
+        side = loss.side[self.name]
+        drift = loss.old_per_token_logps - loss.per_token_logps
+        values = -side.per_token_logps * side.fields["weight"].unsqueeze(1)
+        return {
+            "side": side.token_mean(values),
+            "trust": PolicyLoss(10 * max(loss.step_statistics[self.name], 0) * drift),
+        }
+
+
+class Disagrees(Plugin):
+    """Answers a hook on the last process in another way than on the others."""
+
+    trainers = ("grpo",)
+
+    def answer(self, trainer: Any, right: Any, wrong: Any) -> Any:
+        return wrong if trainer.process_index == trainer.num_processes - 1 else right
+
+
+class OtherAdvantages(Disagrees):
+    name = "other-advantages"
+
+    @hookimpl
+    def advantages(self, round: Any) -> torch.Tensor:
+        return self.answer(round.trainer, round.advantages, round.advantages + 1)
+
+
+class OtherShape(Disagrees):
+    name = "other-shape"
+
+    @hookimpl
+    def advantages(self, round: Any) -> torch.Tensor:
+        return self.answer(round.trainer, round.advantages, round.token_advantages)
+
+
+class OtherRows(Disagrees):
+    name = "other-rows"
+
+    @hookimpl
+    def keep_rows(self, round: Any) -> torch.Tensor:
+        all_of_them = torch.ones(len(round.group_ids), dtype=torch.bool)
+        return self.answer(round.trainer, all_of_them, ~all_of_them)
+
+
+class NoMask(Disagrees):
+    name = "no-mask"
+
+    @hookimpl
+    def token_mask(self, round: Any) -> Any:
+        return self.answer(round.trainer, None, [True])
+
+
+class OtherFields(Disagrees):
+    name = "other-fields"
+
+    @hookimpl
+    def side_batch(self, trainer: Any) -> Any:
+        return SideBatch([[1]], [[2]], self.answer(trainer, {"here": torch.zeros(1)}, {}))
+
+    @hookimpl
+    def loss_terms(self, loss: Any) -> None:
+        return None
+
+
+class NoRows(Disagrees):
+    name = "no-rows"
+
+    @hookimpl
+    def side_batch(self, trainer: Any) -> Any:
+        return self.answer(trainer, None, SideBatch([[1]], [[]]))
+
+    @hookimpl
+    def loss_terms(self, loss: Any) -> None:
+        return None
+
+
+DISAGREE = (OtherAdvantages, OtherShape, OtherRows, NoMask, OtherFields, NoRows)
+
+
 def per_row(round: Any) -> torch.Tensor:
     if round.advantages.dim() == 1:
         return round.advantages[round.local]
@@ -230,6 +342,7 @@ RUNS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     ),
 }
 FAILURES = ("select-differs", "select-type", "select-raises", "rollout-short", "rewards-differ")
+STEPS = publish(Steps)
 WHOLE = publish(Whole)
 P3O = {"p3o": {"reward_scale": "running_diff"}}
 WHOLE_RUNS: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
@@ -250,8 +363,15 @@ WHOLE_RUNS: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
 }
 
 
-def main(model: str, folder: Path, more: bool = False) -> dict[str, Any]:
-    """Trains the runs. With `more`, only those in which plugins form groups, and more of them."""
+def main(model: str, folder: Path, only: str = "") -> dict[str, Any]:
+    """Trains the runs.
+
+    Args:
+        model: Folder of the model.
+        folder: Where to write.
+        only: `steps` for the runs with hooks of whole steps, `groups` for those in which plugins form groups and more
+            of them, or nothing for all but these.
+    """
     from accelerate import PartialState
 
     state = PartialState(cpu=True)
@@ -278,11 +398,30 @@ def main(model: str, folder: Path, more: bool = False) -> dict[str, Any]:
                 {n: p.detach() for n, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()},
                 folder / f"{name}-{world}-{rank}.pt",
             )
+            if "eval_dataset" in settings.get("trainer", {}):
+                trainer.evaluate()
             seen = getattr(next(iter(trainer._trl_ext.plugins.values())), "seen", {})
             report[name] = {**seen, "metrics": metrics_of(trainer), "logged": list(trainer._logs["advantages"])}
             return trainer, trainer._trl_ext.plugins
 
-    if not more:
+    if only != "groups":
+        steps = {"per_device_train_batch_size": ROWS // world // 2, "gradient_accumulation_steps": 2}
+        steps |= {"num_iterations": 2, "max_steps": 4}
+        steps |= {"num_generations_eval": 2, "per_device_eval_batch_size": ROWS // world}
+        shared = [STEPS, {"shared-prefix": {"min_gain": 0}}]
+        train("steps", "grpo", [STEPS], **steps, save_strategy="steps", save_steps=2,
+              trainer={"eval_dataset": tiny_data(rows=6)})  # fmt: skip
+        train("steps-resumed", "grpo", [STEPS], str(folder / f"steps-{world}" / "checkpoint-2"), **steps)
+        train("steps-shared", "grpo", shared, **steps)
+        report["errors"] = {}
+        for cls in DISAGREE if world > 1 else ():
+            with trl_ext.enable(publish(cls)):
+                trainer = tiny_trainer("grpo", model, folder / "wrong", **common, per_device_train_batch_size=4)
+                try:
+                    trainer.train()
+                except trl_ext.PluginError as error:
+                    report["errors"][cls.name] = str(error)
+    if not only:
         for name, (kind, plugins, settings) in RUNS.items():
             train(name, kind, plugins, per_device_train_batch_size=ROWS // world, **settings)
         train("resumed", "grpo", ["gdpo"], str(folder / f"gdpo-{world}" / "checkpoint-1"), loss_type="grpo",
@@ -293,19 +432,20 @@ def main(model: str, folder: Path, more: bool = False) -> dict[str, Any]:
             report[name]["groups"] = made["whole"].groups
         train("p3o-resumed", "grpo", [WHOLE, P3O], str(folder / f"p3o-{world}" / "checkpoint-2"),
               **sizes | {"num_iterations": 2, "max_steps": 4})  # fmt: skip
-    formed, grown = publish(Formed), publish(Grown)
-    size = {"per_device_train_batch_size": ROWS // world, "loss_type": "grpo"}
-    packed = ["gdpo", {"shared-prefix": {"min_gain": 0}}]
-    train("formed", "grpo", packed, first=formed, **size | {"save_strategy": "steps", "save_steps": 1})
-    train("formed-resumed", "grpo", packed, str(folder / f"formed-{world}" / "checkpoint-1"), first=formed, **size)
-    train("grown", "grpo", [], first=grown, **size | {"num_iterations": 2, "beta": 0.1})
-    for where in FAILURES:
-        OneDiffers.where = where
-        try:
-            train(where, "grpo", [], first=publish(OneDiffers), **size)
-        except Exception as error:
-            report[where] = f"{type(error).__name__}: {error}"
-    if more:
+    if only != "steps":
+        formed, grown = publish(Formed), publish(Grown)
+        size = {"per_device_train_batch_size": ROWS // world, "loss_type": "grpo"}
+        packed = ["gdpo", {"shared-prefix": {"min_gain": 0}}]
+        train("formed", "grpo", packed, first=formed, **size | {"save_strategy": "steps", "save_steps": 1})
+        train("formed-resumed", "grpo", packed, str(folder / f"formed-{world}" / "checkpoint-1"), first=formed, **size)
+        train("grown", "grpo", [], first=grown, **size | {"num_iterations": 2, "beta": 0.1})
+        for where in FAILURES:
+            OneDiffers.where = where
+            try:
+                train(where, "grpo", [], first=publish(OneDiffers), **size)
+            except Exception as error:
+                report[where] = f"{type(error).__name__}: {error}"
+    if only == "groups":
         sliced = {"per_device_train_batch_size": 6 // world, "gradient_accumulation_steps": 2}
         train("formed-rloo", "rloo", [], first=formed, beta=0.1, per_device_train_batch_size=ROWS // world)
         train("grown-dapo", "grpo", ["gdpo"], first=grown, **sliced | {"loss_type": "dapo"})
@@ -315,5 +455,5 @@ def main(model: str, folder: Path, more: bool = False) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), *map(bool, sys.argv[3:]))
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
     torch.distributed.destroy_process_group()

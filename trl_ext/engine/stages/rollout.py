@@ -30,13 +30,13 @@ def select_rows(context: Context, rows: list[dict[str, Any]]) -> list[dict[str, 
     for name, caller in context.calls.chain("select_rows"):
         selected: tuple[list[dict[str, Any]], list[int]] | None = None
 
-        def run(name: str = name, caller: Any = caller, rows: Any = everything, ids: Any = group_ids) -> int | None:
+        def run(name: str = name, caller: Any = caller, rows: Any = everything, ids: Any = group_ids) -> Any:
             nonlocal selected
             given = {"rows": list(rows), "group_ids": list(ids), "trainer": view}
             selected = _selected(context, name, context.calls.call(name, "select_rows", caller, **given), size)
-            return None if selected is None else groups.selection_key(*selected)
+            return None, None if selected is None else groups.selection_key(*selected)
 
-        keys = together(context, run, lambda key: key)
+        _, keys = together(context, run)
         other = next((process for process, key in enumerate(keys) if key != keys[0]), None)
         if other is not None:
             raise PluginError(
@@ -108,7 +108,7 @@ def _around(
     def run(prompts: list[Any]) -> Generation:
         result: Any = None
 
-        def checked() -> None:
+        def checked() -> tuple[None, None]:
             nonlocal result
             result = context.calls.call(name, "rollout", caller, prompts=prompts, generate=inner, trainer=context.view)
             rows, may_add = context.current_round().rows, context.plan.forms_groups is not None
@@ -118,8 +118,9 @@ def _around(
             for field in result.fields:
                 if not any(field in plugin.fields for plugin in context.plan.plugins.values()):
                     context.calls.check_declared(name, "rollout", field)
+            return None, None
 
-        together(context, checked, lambda nothing: nothing)
+        together(context, checked)
         assert isinstance(result, Generation)
         return result
 

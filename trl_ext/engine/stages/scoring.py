@@ -18,7 +18,10 @@ from ..calls import as_mapping
 from ..context import Context
 from . import groups
 
-FINISHING = ("advantages", "mix_advantages", "keep_rows", "token_weights", "batch_fields", "round_metrics")
+FINISHING = (
+    *("advantages", "mix_advantages", "keep_rows", "token_mask", "token_weights", "batch_fields"),
+    "round_metrics",
+)
 """The hooks that run when TRL has finished a round."""
 HOOKS = ("annotate", "rewards", *FINISHING)
 """The hooks that need a scored round."""
@@ -148,9 +151,11 @@ def _rewrite(context: Context, scored: Scored) -> Scored:
         def run(name: str = name, caller: Any = caller, scored: Scored = scored, planned: Any = planned) -> Any:
             nonlocal result
             result = _rewards_of(name, context.calls.call(name, "rewards", caller, scored=scored), scored, planned)
-            return None if result is None else torch.cat([result.values.cpu(), result.weights.cpu().unsqueeze(0)])
+            if result is None:
+                return None, None
+            return None, torch.cat([result.values.cpu(), result.weights.cpu().unsqueeze(0)])
 
-        answers = together(context, run, lambda values: values)
+        _, answers = together(context, run)
         if any((answer is None) != (answers[0] is None) for answer in answers):
             raise PluginError(
                 f"plugin {name!r} returned None from 'rewards' on some processes and rewards on others, expected the "
