@@ -23,7 +23,7 @@ from .plugin import (
     hookspec,
     option,
 )
-from .rollout import Generation, Rollout, Turns
+from .rollout import Generate, Generation, Rollout, RolloutContext, Turns
 from .scoring import Rewards, Round, Scored
 from .setup import Config, Need, Recommend, Refuse, Require, Requirement, Warn
 from .trainer import TrainerView
@@ -38,6 +38,7 @@ __all__ = [
     "ColumnName",
     "Config",
     "Curve",
+    "Generate",
     "Generation",
     "Job",
     "Logps",
@@ -56,6 +57,7 @@ __all__ = [
     "RewardName",
     "Rewards",
     "Rollout",
+    "RolloutContext",
     "Round",
     "Scored",
     "ScoredPairs",

@@ -31,6 +31,8 @@ class LogpsCall:
         batch_size: Rows per forward that the trainer asks for, or None for all at once.
         compute_entropy: Whether entropies are wanted.
         extra: Further arguments, such as image tensors or `compute_aux_loss`.
+        side: Whether a plugin asks, with `trainer.logps`, for rows of its own. The role is then `"policy"` with
+            gradient, else `"old"`.
     """
 
     kind: TrainerKind
@@ -43,6 +45,7 @@ class LogpsCall:
     batch_size: int | None
     compute_entropy: bool
     extra: Mapping[str, Any]
+    side: bool = False
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ SIGNATURES = {
     "setup": ["trainer"],
     "teardown": ["trainer"],
     "select_rows": ["rows", "trainer"],
-    "rollout": ["prompts", "generate", "trainer"],
+    "rollout": ["prompts", "generate", "trainer", "context"],
     "annotate": ["rollout"],
     "rewards": ["scored"],
     "advantages": ["round"],

@@ -40,6 +40,7 @@ class RoundState:
         turns: The readings as turns, when the generation has ended.
         hidden_states: What plugins asked for, from the first forward that scored the round.
         log: The metrics that hooks log.
+        reward_columns: The trainer's own reward columns, which plugins may change until the round ends.
         logps: Log-probabilities of the round by role, as TRL computed them.
         rollout, scored: The round before and after its rewards.
         record: The record of the round, where it is recorded.
@@ -51,6 +52,7 @@ class RoundState:
     turns: Turns | None = None
     hidden_states: dict[str, torch.Tensor] | None = None
     log: MetricLog = dataclasses.field(default_factory=MetricLog)
+    reward_columns: dict[str, Any] | None = None
     logps: dict[Role, torch.Tensor] = dataclasses.field(default_factory=dict)
     rollout: Rollout | None = None
     scored: Scored | None = None

@@ -21,7 +21,19 @@ from ..trl_internals import forwards, losses, rewards, row_order, seams, steps, 
 from . import checkpoint
 from .context import Context
 from .observer import Recorder
-from .stages import advantages, foreign, forward, loss, needed_logps, pairs, precompute, rollout, scoring, turns
+from .stages import (
+    advantages,
+    foreign,
+    forward,
+    loss,
+    needed_logps,
+    own_rows,
+    pairs,
+    precompute,
+    rollout,
+    scoring,
+    turns,
+)
 from .view import View
 
 
@@ -34,6 +46,7 @@ class PluginHost:
 
     def __init__(self, trainer: Any, plan: Plan) -> None:
         self.context = Context(trainer, plan)
+        self.context.view.own_rows = own_rows.OwnRows(self.context)
         self.context.view.precompute = functools.partial(precompute.add_columns, self.context)
         self.kind = plan.kind
         self._fired = False
@@ -179,7 +192,7 @@ class PluginHost:
             selected = rollout.select_rows(self.context, rows)
             state.data_rows = [dict(row) for row in selected]
             # plugins may change the reward columns, which TRL reads from the trainer until its round ends
-            with rewards.own_columns(self.context.trainer):
+            with rewards.own_columns(self.context.trainer) as state.reward_columns:
                 output = stock(selected)
             return advantages.finish(self.context, output)
 

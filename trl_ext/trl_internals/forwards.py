@@ -92,8 +92,6 @@ def completion_logps(
         model: The model to score with, by default the policy as it is now.
         forward: TRL's log-probability method without plugins, by default with them.
     """
-    training = mode(trainer) == "train"
-    rows = trainer.args.per_device_train_batch_size if training else trainer.args.per_device_eval_batch_size
     run = trainer._get_per_token_logps_and_entropies if forward is None else forward
     with scoring(trainer):
         logps: torch.Tensor = run(
@@ -101,10 +99,32 @@ def completion_logps(
             torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
             torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
             batch["completion_ids"].size(1),
-            batch_size=rows,
+            batch_size=rows_at_once(trainer),
             **{name: batch[name] for name in _VISION if batch.get(name) is not None},
         )[0]
     return logps
+
+
+def padded(
+    trainer: Any, prompt_ids: list[list[int]], completion_ids: list[list[int]]
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Returns ids and attention mask (n, P + T) as TRL lays rows out, and T, which is at least 1."""
+    width = max(1, *map(len, completion_ids))
+    left = max(map(len, prompt_ids))
+    pad, device = trainer._tokenizer.pad_token_id, trainer.accelerator.device
+    ids = torch.full((len(prompt_ids), left + width), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
+        where = slice(left - len(prompt), left + len(completion))
+        ids[row, where] = torch.tensor([*prompt, *completion], dtype=torch.long)
+        mask[row, where] = 1
+    return ids.to(device), mask.to(device), width
+
+
+def rows_at_once(trainer: Any) -> int:
+    """Returns how many rows TRL gives to one forward that scores completions."""
+    args = trainer.args
+    return int(args.per_device_train_batch_size if mode(trainer) == "train" else args.per_device_eval_batch_size)
 
 
 def add_fused_head(model: Any) -> None:

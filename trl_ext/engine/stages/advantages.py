@@ -31,7 +31,7 @@ def finish(context: Context, output: dict[str, Any]) -> dict[str, Any]:
     hooks = ("advantages", "keep_rows", "token_weights", "batch_fields", "round_metrics")
     state = context.current_round()
     if not (context.recording or context.calls.has(*hooks)):
-        if context.calls.has("annotate", "rewards"):
+        if context.calls.has("rollout", "annotate", "rewards"):
             context.report_logged(state.log, {})
         return output
     scored = state.scored

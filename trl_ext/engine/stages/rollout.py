@@ -11,6 +11,7 @@ from ...errors import PluginError
 from ...trl_internals import trainer_state
 from ..context import Context
 from . import turns
+from .passes import Passes
 
 
 def select_rows(context: Context, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -33,28 +34,11 @@ def select_rows(context: Context, rows: list[dict[str, Any]]) -> list[dict[str, 
 
 
 def generate(context: Context, prompts: list[Any], stock: Callable[[list[Any]], Generation]) -> Generation:
-    """Nests the plugins around TRL's generation, the first one outermost."""
-
-    def stock_with_turns(prompts: list[Any]) -> Generation:
+    """Runs the generation of a round, with the plugins around it."""
+    if context.calls.has("rollout"):
+        result = Passes(context, prompts, stock).run()
+    else:
         with turns.reading(context):
-            return stock(prompts)
-
-    run: Callable[[list[Any]], Generation] = stock_with_turns
-    for name, caller in reversed(context.calls.chain("rollout")):
-        run = _around(context, name, caller, run, len(prompts))
-    result = run(prompts)
+            result = stock(prompts)
     context.current_round().tool_mask = result.tool_mask
     return result
-
-
-def _around(
-    context: Context, name: str, caller: Any, inner: Callable[[list[Any]], Generation], rows: int
-) -> Callable[[list[Any]], Generation]:
-    def run(prompts: list[Any]) -> Generation:
-        result = context.calls.call(name, "rollout", caller, prompts=prompts, generate=inner, trainer=context.view)
-        if not isinstance(result, Generation) or len(result.completion_ids) != rows:
-            got = f"{len(result.completion_ids)} completions" if isinstance(result, Generation) else repr(type(result))
-            raise PluginError(f"plugin {name!r} returned {got} from 'rollout', expected a Generation with {rows} rows.")
-        return result
-
-    return run
