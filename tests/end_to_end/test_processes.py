@@ -14,7 +14,7 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).parent / "scripts" / "processes.py"
-STRADDLING = ("gdpo", "gdpo-tokens", "shared-prefix", "token-wise", "rloo", "thinkless", "resumed")
+STRADDLING = ("asks", "gdpo", "gdpo-tokens", "shared-prefix", "token-wise", "rloo", "thinkless", "resumed")
 LOSSES = ("p3o", "p3o-rloo", "trpa")
 WHOLE = ("whole-grpo", "whole-rloo", *LOSSES)
 Report = dict[str, Any]
@@ -29,9 +29,9 @@ def here(model: str, folder: Path, script: Path = SCRIPT) -> Report:
     return module.main(model, folder)
 
 
-def two_processes(model: str, folder: Path, script: Path = SCRIPT) -> list[Report]:
+def two_processes(model: str, folder: Path, script: Path = SCRIPT, count: int = 2) -> list[Report]:
     """What each of two processes wrote down; they really run, under accelerate's launcher with gloo."""
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", f"{count}", "--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     done = subprocess.run(
         [sys.executable, *launcher, str(script), model, str(folder)],
@@ -41,7 +41,7 @@ def two_processes(model: str, folder: Path, script: Path = SCRIPT) -> list[Repor
         timeout=300,  # a collective that one process skips would hang
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"report-2-{rank}.json").read_text()) for rank in range(2)]
+    return [json.loads((folder / f"report-{count}-{rank}.json").read_text()) for rank in range(count)]
 
 
 def test_one_and_two_processes_agree(model: str, tmp_path: Path) -> None:
@@ -53,6 +53,7 @@ def test_one_and_two_processes_agree(model: str, tmp_path: Path) -> None:
         same_metrics(name, one[name], two[0][name])
     for name in (*STRADDLING, *WHOLE):
         same_parameters(name, tmp_path)
+    same_answers(one["asks"], [report["asks"] for report in two])
     resumed_exactly(one, two, tmp_path)
     for name in WHOLE:
         whole_groups(one[name], [report[name] for report in two])
@@ -71,6 +72,30 @@ def same_rounds(name: str, one: Report, two: list[Report]) -> None:
         assert report["logged"] == pytest.approx(one["logged"], abs=1e-5), name
     assert all(abs(value) > 0 for value in one["advantages"][0][3:6]), name  # the group that lies on both is no void
     assert two[0]["widths"] != two[1]["widths"], name
+
+
+@pytest.mark.slow
+def test_one_and_three_processes_agree(model: str, tmp_path: Path) -> None:
+    one, three = here(model, tmp_path), two_processes(model, tmp_path, count=3)
+    same_answers(one["asks"], [report["asks"] for report in three])
+    for key, value in torch.load(tmp_path / "asks-1-0.pt").items():
+        for rank in range(3):
+            other = torch.load(tmp_path / f"asks-3-{rank}.pt")[key]
+            torch.testing.assert_close(other, value, atol=1e-5, rtol=0)
+
+
+def same_answers(one: Report, others: list[Report]) -> None:
+    """Greedy completions, their scores and their log-probabilities, asked for by one process or by several."""
+    assert [sorted(answers) for answers in one["answers"][:3]] == [["1", "5", "9"], ["0"], []]
+    assert all(set(answers) < {"0", "1", "5", "9"} for report in others for answers in report["answers"])
+    for number, answers in enumerate(one["answers"]):
+        found = {row: answer for report in others for row, answer in report["answers"][number].items()}
+        assert found.keys() == answers.keys()
+        for row, (ids, scores, logps) in answers.items():
+            assert found[row][0] == ids
+            assert found[row][1] == pytest.approx(scores, nan_ok=True) and found[row][2] == pytest.approx(
+                logps, abs=1e-4
+            )
 
 
 def same_metrics(name: str, one: Report, two: Report) -> None:
