@@ -7,9 +7,9 @@
 under one short name. Both import torch, so this package does not import them. Every name is in `hooks/REFERENCE.md`.
 """
 
-from .basics import TrainerKind
+from .basics import Logps, TrainerKind
 from .campaign import Job
-from .loss import Logps, LogpsCall, Loss, PolicyLoss
+from .loss import LogpsCall, Loss, PolicyLoss
 from .pairs import PairLogps, Pairs, ScoredPairs
 from .plugin import (
     CLAIMS,

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .basics import TrainerKind
+from .basics import Logps, TrainerKind
 
 if TYPE_CHECKING:
     import torch
-
-    from .loss import Logps
 
 
 class TrainerView(Protocol):

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, IterableDataset
 
 import trl_ext
+from tests.conftest import tool_call
 from tests.engine.stages.ranks import Ranks, RankView
 from trl_ext.engine.stages.own_rows import OwnRows
 from trl_ext.errors import PluginError
@@ -122,6 +124,7 @@ def test_what_a_plugin_asks_for_leaves_no_trace(kind: str, build: Any, plugin: A
         torch.testing.assert_close(logps.per_token_logps, old[:, : logps.per_token_logps.shape[1]], atol=1e-5, rtol=0)
         assert ((logps.entropies > 0) == (batch["completion_mask"] == 1)[:, : logps.entropies.shape[1]]).all()
     # TRL's own numbers are those that are computed for mixed rounds
+    trainer.model.train()  # it was left after an evaluation
     first = generation.recorded_of(trainer, seen["result"][0])
     for name, (value,) in first.metrics.items():
         assert trainer.state.log_history[0][name] == pytest.approx(value, rel=1e-6)
@@ -166,6 +169,53 @@ def test_with_an_adapter_and_a_reward_model(kind: str, build: Any, plugin: Any, 
         torch.testing.assert_close(logps.per_token_logps, old[:, : logps.per_token_logps.shape[1]], atol=1e-5, rtol=0)
 
 
+def test_tools_in_passes_of_other_sizes(build: Any, plugin: Any, play: Any, tool_model: str) -> None:
+    """Every pass calls the tools of its own rows, and the metrics are those of the pass that is used."""
+
+    def double(number: int) -> int:
+        """
+        Doubles a number.
+
+        Args:
+            number: The number
+
+        Returns:
+            Twice the number
+        """
+        made.append(number)
+        return 2 * number
+
+    class Part(Plugin):
+        name = "part"
+        trainers = ("grpo",)
+        first: Any = None
+
+        @hookimpl
+        def rollout(self, prompts: Any, generate: Any) -> Any:
+            self.first = generate(prompts[-1:] + prompts, greedy=True)
+            result = generate(prompts)
+            return result.replaced([0], generate(prompts[2:3])) if mixed else result
+
+    made: list[int] = []
+    play([[tool_call("double", number=row), f"{row}"] if row % 2 else ["."] for row in range(8)])
+    data = Dataset.from_list([{"prompt": [{"role": "user", "content": f"#{row}#"}]} for row in range(8)])
+    common = {"model": tool_model, "max_completion_length": 200, "max_steps": 1, "data": data, "num_generations": 2}
+    common |= {"rewards": [lambda completions, **kwargs: [float(len(text)) for text in completions]]}
+    for mixed in (False, True):
+        made.clear()
+        with trl_ext.enable(plugin(Part)):
+            trainer = build(trainer={"tools": [double]}, **common)
+            trainer.train()
+            first = trainer._trl_ext.plugins["part"].first
+        texts = [completion[-1]["content"] for completion in first.completions]
+        asked = [text.split("#")[1] for text in trainer.processing_class.batch_decode(first.prompt_ids)]
+        assert texts == [row if int(row) % 2 else "." for row in asked] and len(texts) == 9
+        assert len(made) > 2 and len(trainer._sync_tool_dicts) == 8
+        logged = trainer.state.log_history[0]
+        calls = [sum(message["role"] == "tool" for message in completion) for completion in trainer._logs["completion"]]
+        assert logged.get("tools/call_frequency") == (None if mixed else sum(calls) / 8)
+
+
 class Knows(Plugin):
     name = "knows"
     trainers = ("grpo", "rloo", "dpo")
@@ -176,8 +226,6 @@ class Knows(Plugin):
 
 
 def test_data_and_steps(build: Any, plugin: Any) -> None:
-    from datasets import Dataset, IterableDataset
-
     def known(kind: str = "grpo", **settings: Any) -> Any:
         with trl_ext.enable(plugin(Knows)):
             trainer = build(kind, **settings)

@@ -99,7 +99,9 @@ def test_rules_that_forget_or_keep_lists() -> None:
     beta = PromptMemory(
         lambda known, new: [new[1] * known[0] + new[0], new[1] * known[1] + 1 - new[0]], start=[0.5, 0.5]
     )
-    values = torch.tensor([[1, 0.9], [0, 0.5], [NAN, 0.9]]).double()  # a reward, and how much of the past is kept
+    values = torch.tensor(
+        [[1, 0.9], [0, 0.5], [NAN, 0.9]], dtype=torch.float64
+    )  # a reward, and how much of the past is kept
     beta.update(Round([]), keys, values)
     first = [0.9 * 0.5 + 1, 0.9 * 0.5]
     assert beta.recall(torch.tensor([1, 2])).tolist() == [[0.5 * first[0], 0.5 * first[1] + 1], [0.5, 0.5]]
