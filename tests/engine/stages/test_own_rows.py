@@ -189,12 +189,13 @@ def test_tools_in_passes_of_other_sizes(build: Any, plugin: Any, play: Any, tool
         name = "part"
         trainers = ("grpo",)
         first: Any = None
+        used: Any = None
 
         @hookimpl
         def rollout(self, prompts: Any, generate: Any) -> Any:
             self.first = generate(prompts[-1:] + prompts, greedy=True)
-            result = generate(prompts)
-            return result.replaced([0], generate(prompts[2:3])) if mixed else result
+            self.used = generate(prompts)
+            return self.used.replaced([0], generate(prompts[2:3])) if mixed else self.used
 
     made: list[int] = []
     play([[tool_call("double", number=row), f"{row}"] if row % 2 else ["."] for row in range(8)])
@@ -206,13 +207,13 @@ def test_tools_in_passes_of_other_sizes(build: Any, plugin: Any, play: Any, tool
         with trl_ext.enable(plugin(Part)):
             trainer = build(trainer={"tools": [double]}, **common)
             trainer.train()
-            first = trainer._trl_ext.plugins["part"].first
+            first, used = (getattr(trainer._trl_ext.plugins["part"], name) for name in ("first", "used"))
         texts = [completion[-1]["content"] for completion in first.completions]
         asked = [text.split("#")[1] for text in trainer.processing_class.batch_decode(first.prompt_ids)]
         assert texts == [row if int(row) % 2 else "." for row in asked] and len(texts) == 9
         assert len(made) > 2 and len(trainer._sync_tool_dicts) == 8
         logged = trainer.state.log_history[0]
-        calls = [sum(message["role"] == "tool" for message in completion) for completion in trainer._logs["completion"]]
+        calls = [sum(message["role"] == "tool" for message in completion) for completion in used.completions]
         assert logged.get("tools/call_frequency") == (None if mixed else sum(calls) / 8)
 
 

@@ -207,6 +207,7 @@ def test_an_inner_plugin_that_has_to_know_rows_is_not_left_in_the_dark() -> None
         (lambda generate, prompts: generate([1]), "a prompt is 1, expected a text or a list of messages"),
         (lambda generate, prompts: generate(["a", [{}]]), "some prompts are text and some are messages"),
         (lambda generate, prompts: generate(["a"], rows=[0, 1]), "`rows` has 2 entries for 1 prompts"),
+        (lambda generate, prompts: generate(["a"], rows=torch.tensor([0])), "`rows` is a Tensor, expected a list"),
         (lambda generate, prompts: generate(["a"], rows=[4]), "`rows` is [4], expected indices of the 4 prompts"),
     ],
 )
@@ -258,6 +259,13 @@ def test_what_cannot_be_done() -> None:
 
     for error in run(2, made(greedy), rollout_func=print):
         assert isinstance(error, PluginError) and "cannot make the `rollout_func` of this trainer greedy" in str(error)
+
+    def turned(prompts: Any, generate: Any, trainer: Any, context: Any) -> Generation:
+        rows = [3, 2, 1, 0] if trainer.process_index else [0, 1, 2, 3]
+        return generate([prompts[row] for row in rows], rows=rows)
+
+    for error in run(2, made(turned), environments=[object()] * ROWS):
+        assert isinstance(error, PluginError) and "for the 4 prompts that the hook got, in their order" in str(error)
     for error in run(2, made(part), environments=[object()] * ROWS):
         assert isinstance(error, PluginError) and "ran for [2, 2] prompts per process, as pass 1" in str(error)
     (done,) = run(1, made(greedy), environments=[object()] * ROWS)

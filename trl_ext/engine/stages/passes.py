@@ -30,12 +30,14 @@ class Request:
         greedy: Whether the most likely tokens are asked for.
         counts: How many prompts each process has.
         numbers: For each prompt the number of its row in the round, where the caller told it.
+        whole: Whether the prompts stand in for all rows of the round in their order, on every process.
     """
 
     prompts: list[Any]
     greedy: bool
     counts: list[int]
     numbers: list[int] | None
+    whole: bool
 
 
 class Passes:
@@ -48,13 +50,14 @@ class Passes:
         self._plugins = context.calls.chain("rollout")
         self._made: list[tuple[Generation, generation.Recorded]] = []
         self._open = True
+        self._all: list[int] = []
 
     def run(self) -> Generation:
         """Returns the generation of the round, of which the trainer then holds the metrics."""
         first = self._context.view.process_index * len(self._prompts)
-        numbers = list(range(first, first + len(self._prompts)))
+        self._all = list(range(first, first + len(self._prompts)))
         counts = [len(self._prompts)] * self._context.view.num_processes
-        result = self._inside(0, Request(self._prompts, False, counts, numbers))
+        result = self._inside(0, Request(self._prompts, False, counts, self._all, True))
         self._open = False
         sources = agree(self._context.view, "the end of 'rollout'", self._source(result))
         trainer = self._context.trainer
@@ -100,15 +103,17 @@ class Passes:
         if problem is not None:
             prompts, rows = [], None
         numbers = _numbers(request, len(prompts), rows)
-        known = agree(self._context.view, call, (len(prompts), bool(greedy), numbers is not None), problem)
+        place = "nowhere" if numbers is None else "in place" if numbers == self._all else "elsewhere"
+        known = agree(self._context.view, call, (len(prompts), bool(greedy), place), problem)
         if len({wanted for _, wanted, _ in known}) > 1:
             raise PluginError(f"{call} got greedy=True on some processes and greedy=False on others.")
         counts = [count for count, _, _ in known]
-        if not all(told for _, _, told in known):
+        places = {where for _, _, where in known}
+        if "nowhere" in places:
             numbers = None
         if not any(counts):
             return Generation([], [], [])
-        inner = Request(list(prompts), bool(greedy) or request.greedy, counts, numbers)
+        inner = Request(list(prompts), bool(greedy) or request.greedy, counts, numbers, places == {"in place"})
         readers = [other for other, hook in self._plugins[level + 1 :] if _reads_context(hook)]
         if numbers is None and readers:
             raise PluginError(
@@ -178,12 +183,12 @@ class Passes:
             )
         if not trainer_state.environments(trainer):
             return
-        if self._made or any(count != b for count in request.counts):
+        if self._made or not request.whole:
             raise PluginError(
                 f"{users}: generate in 'rollout' ran for {request.counts} prompts per process, as pass "
                 f"{len(self._made) + 1} of the round. With an environment it runs once, for the {b} prompts that the "
-                f"hook got, because an episode that was played goes on in the next pass. Use tools without state, or "
-                f"leave the plugin out."
+                f"hook got, in their order, because an episode that was played goes on in the next pass. Use tools "
+                f"without state, or leave the plugin out."
             )
 
     def _in_groups(self, prompts: list[Any]) -> bool:
@@ -222,6 +227,8 @@ def _problem(prompts: Any, rows: Any, known: int) -> str | None:
         return "some prompts are text and some are messages, expected one of both"
     if rows is None:
         return None
+    if not isinstance(rows, Sequence):
+        return f"`rows` is a {type(rows).__name__}, expected a list of indices"
     if len(rows) != len(prompts):
         return f"`rows` has {len(rows)} entries for {len(prompts)} prompts, expected one for each"
     if not all(isinstance(row, int) and 0 <= row < known for row in rows):
