@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from .basics import Logs, Metric, Mode, Role, TrainerKind, loss_mask
+from .basics import Logps, Logs, Metric, Mode, Role, TrainerKind, loss_mask
 from .plugin import hookspec
 from .trainer import TrainerView
 
@@ -31,6 +31,8 @@ class LogpsCall:
         batch_size: Rows per forward that the trainer asks for, or None for all at once.
         compute_entropy: Whether entropies are wanted.
         extra: Further arguments, such as image tensors or `compute_aux_loss`.
+        side: Whether a plugin asks, with `trainer.logps`, for rows of its own. The role is then `"policy"` with
+            gradient, else `"old"`.
     """
 
     kind: TrainerKind
@@ -43,23 +45,7 @@ class LogpsCall:
     batch_size: int | None
     compute_entropy: bool
     extra: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Logps:
-    """Holds what a forward gives for the tokens to score.
-
-    Attributes:
-        per_token_logps: (B, T), 0 on masked tokens.
-        entropies: (B, T) where asked for, else None.
-        aux_loss: Scalar, or None.
-        extra: For pairs, the other per-token values of TRL's fused head by its names, such as `mean_logits`.
-    """
-
-    per_token_logps: torch.Tensor
-    entropies: torch.Tensor | None = None
-    aux_loss: torch.Tensor | None = None
-    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    side: bool = False
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ SIGNATURES = {
     "setup": ["trainer"],
     "teardown": ["trainer"],
     "select_rows": ["rows", "group_ids", "trainer"],
-    "rollout": ["prompts", "generate", "trainer"],
+    "rollout": ["prompts", "generate", "trainer", "context"],
     "annotate": ["rollout"],
     "rewards": ["scored"],
     "advantages": ["round"],

@@ -13,7 +13,7 @@ import torch
 from tests import processes
 
 SCRIPT = Path(__file__).parent / "scripts" / "processes.py"
-STRADDLING = ("gdpo", "gdpo-tokens", "shared-prefix", "token-wise", "rloo", "thinkless", "resumed", "formed")
+STRADDLING = ("asks", "gdpo", "gdpo-tokens", "shared-prefix", "token-wise", "rloo", "thinkless", "resumed", "formed")
 STEPS = ("steps", "steps-shared")
 LOSSES = ("p3o", "p3o-rloo", "trpa")
 WHOLE = ("whole-grpo", "whole-rloo", *LOSSES)
@@ -48,6 +48,7 @@ def test_one_and_two_processes_agree(model: str, tmp_path: Path) -> None:
     stopped_together(two)
     same_steps(one, two)
     errors_everywhere(two)
+    same_answers(one["asks"], [report["asks"] for report in two])
     resumed_exactly(one, two, tmp_path)
     for name in WHOLE:
         whole_groups(one[name], [report[name] for report in two])
@@ -157,6 +158,30 @@ def stopped_together(reports: list[Report]) -> None:
             assert f"from '{hook}' on process {last} than on process 0" in report[where]
 
 
+@pytest.mark.slow
+def test_one_and_three_processes_agree(model: str, tmp_path: Path) -> None:
+    one, three = here(model, tmp_path), two_processes(model, tmp_path, count=3)
+    same_answers(one["asks"], [report["asks"] for report in three])
+    for key, value in torch.load(tmp_path / "asks-1-0.pt").items():
+        for rank in range(3):
+            other = torch.load(tmp_path / f"asks-3-{rank}.pt")[key]
+            torch.testing.assert_close(other, value, atol=1e-5, rtol=0)
+
+
+def same_answers(one: Report, others: list[Report]) -> None:
+    """Greedy completions, their scores and their log-probabilities, asked for by one process or by several."""
+    assert [sorted(answers) for answers in one["answers"][:3]] == [["1", "5", "9"], ["0"], []]
+    assert all(set(answers) < {"0", "1", "5", "9"} for report in others for answers in report["answers"])
+    for number, answers in enumerate(one["answers"]):
+        found = {row: answer for report in others for row, answer in report["answers"][number].items()}
+        assert found.keys() == answers.keys()
+        for row, (ids, scores, logps) in answers.items():
+            assert found[row][0] == ids
+            assert found[row][1] == pytest.approx(scores, nan_ok=True) and found[row][2] == pytest.approx(
+                logps, abs=1e-4
+            )
+
+
 def same_metrics(name: str, one: Report, two: Report) -> None:
     """Sums and counts are added over processes before they are divided."""
     checked = 0
@@ -165,9 +190,8 @@ def same_metrics(name: str, one: Report, two: Report) -> None:
             assert second["fixed/logged_length"] == second["fixed/length"] == first["fixed/logged_length"]
             assert second["fixed/rank"] in (0.5, 1.0) and second["fixed/only_1"] == second["fixed/only_0"] == 2.0
         for key in first.keys() & second.keys():
-            # TRL counts what was sampled, before the completions were replaced
             # a process shares what its own rows have in common
-            local = ("completions/", "num_tokens", "shared-prefix/", "fixed/rank")
+            local = ("shared-prefix/", "fixed/rank")
             if key.startswith(local):
                 continue
             assert second[key] == pytest.approx(first[key], rel=1e-3, abs=1e-4), (name, key)

@@ -1,4 +1,4 @@
-"""Agreement of processes: a hook that answers wrongly or differently on one process stops all of them."""
+"""Agreement of processes: a hook that asks or answers wrongly or differently on one process stops all of them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from ..errors import PluginError
 from .context import Context
+from .view import View
 
 Own = TypeVar("Own")
 Shared = TypeVar("Shared")
@@ -72,3 +73,29 @@ def check_equal(name: str, hook: str, values: list[torch.Tensor]) -> None:
                 f"per row, equal on every process. Compute it from gathered values, and draw from a generator with "
                 f"the same seed on each process."
             )
+
+
+def agree(view: View, call: str, fact: Any, problem: str | None = None) -> list[Any]:
+    """Returns what the same call holds on every process, in their order. Collective.
+
+    Args:
+        view: The trainer.
+        call: What this process does, such as `trainer.score`.
+        fact: What the others have to know of it. Picklable.
+        problem: Why it cannot be done, or None.
+
+    Raises:
+        PluginError: On every process alike: a process does something else, or has a problem.
+    """
+    calls: list[tuple[str, Any, str | None]] = view.gather_objects([(call, fact, problem)])
+    for rank, (name, _, _) in enumerate(calls):
+        if name != calls[0][0]:
+            raise PluginError(
+                f"{calls[0][0]} is under way on process 0, and {name} on process {rank}. Every process must make the "
+                f"same calls in the same order. Call with empty lists where a process has nothing to ask."
+            )
+    for rank, (_, _, reason) in enumerate(calls):
+        if reason is not None:
+            where = f" on process {rank}" if len(calls) > 1 else ""
+            raise PluginError(f"{call}{where}: {reason}")
+    return [known for _, known, _ in calls]

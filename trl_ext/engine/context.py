@@ -48,6 +48,7 @@ class RoundState:
         turns: The readings as turns, when the generation has ended.
         hidden_states: What plugins asked for, from the first forward that scored the round.
         log: The metrics that hooks log.
+        reward_columns: The trainer's own reward columns, which plugins may change until the round ends.
         logps: Log-probabilities of the round by role, as TRL computed them.
         old_entropies: Entropies from the forward of the old ones, where a plugin needs them.
         rollout, scored: The round before and after its rewards.
@@ -65,6 +66,7 @@ class RoundState:
     turns: Turns | None = None
     hidden_states: dict[str, torch.Tensor] | None = None
     log: MetricLog = dataclasses.field(default_factory=MetricLog)
+    reward_columns: dict[str, Any] | None = None
     logps: dict[Role, torch.Tensor] = dataclasses.field(default_factory=dict)
     old_entropies: torch.Tensor | None = None
     rollout: Rollout | None = None

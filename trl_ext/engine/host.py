@@ -29,6 +29,7 @@ from .stages import (
     loss,
     micro_batches,
     needed_logps,
+    own_rows,
     pairs,
     precompute,
     rollout,
@@ -47,6 +48,7 @@ class PluginHost:
 
     def __init__(self, trainer: Any, plan: Plan) -> None:
         self.context = Context(trainer, plan)
+        self.context.view.own_rows = own_rows.OwnRows(self.context)
         self.context.view.precompute = functools.partial(precompute.add_columns, self.context)
         self.kind = plan.kind
         self._fired = False
@@ -206,7 +208,11 @@ class PluginHost:
         """Runs TRL's round on the selected rows, and returns it as the loss shall see it."""
         trainer = self.context.trainer
         # plugins may change reward columns and groups, which TRL reads from the trainer until its round ends
-        with self.context.new_round() as state, rewards.own_columns(trainer), trainer_state.own_group_size(trainer):
+        with (
+            self.context.new_round() as state,
+            rewards.own_columns(trainer) as state.reward_columns,
+            trainer_state.own_group_size(trainer),
+        ):
             state.rows = rows
             state.rows = rollout.select_rows(self.context, rows)
             state.data_rows = [dict(row) for row in state.rows]

@@ -104,8 +104,7 @@ def round_scores(
     compute_entropy: bool = False,
 ) -> Logps:
     """Scores a round's completions as TRL does after sampling: without gradient, in forwards of one micro-batch."""
-    training = mode(trainer) == "train"
-    rows = trainer.args.per_device_train_batch_size if training else trainer.args.per_device_eval_batch_size
+    rows = rows_at_once(trainer)
     with scoring(trainer):
         return scores(trainer, batch, model, forward, batch_size=rows, compute_entropy=compute_entropy)
 
@@ -158,6 +157,28 @@ def padded_rows(
 def vocabulary_size(trainer: Any) -> int:
     """Returns the number of tokens that the policy knows."""
     return int(trainer.accelerator.unwrap_model(trainer.model).config.get_text_config().vocab_size)
+
+
+def padded(
+    trainer: Any, prompt_ids: list[list[int]], completion_ids: list[list[int]]
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Returns ids and attention mask (n, P + T) as TRL lays rows out, and T, which is at least 1."""
+    width = max(1, *map(len, completion_ids))
+    left = max(map(len, prompt_ids))
+    pad, device = trainer._tokenizer.pad_token_id, trainer.accelerator.device
+    ids = torch.full((len(prompt_ids), left + width), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
+        where = slice(left - len(prompt), left + len(completion))
+        ids[row, where] = torch.tensor([*prompt, *completion], dtype=torch.long)
+        mask[row, where] = 1
+    return ids.to(device), mask.to(device), width
+
+
+def rows_at_once(trainer: Any) -> int:
+    """Returns how many rows TRL gives to one forward that scores completions."""
+    args = trainer.args
+    return int(args.per_device_train_batch_size if mode(trainer) == "train" else args.per_device_eval_batch_size)
 
 
 def add_fused_head(model: Any) -> None:

@@ -121,6 +121,11 @@ class RoundMixin(TrainerMixin):
         return self._trl_ext.loss(inputs, lambda batch: stock(model, batch))
 
 
+def behind(trainer: Any, name: str) -> Any:
+    """Returns a method of a trainer of rounds as it is without plugins."""
+    return getattr(super(RoundMixin, trainer), name)
+
+
 class OwnLossMixin(_Base):
     """GRPO and RLOO, behind the classes of users: what they call as TRL's loss."""
 
@@ -160,5 +165,5 @@ def bases(kind: TrainerKind, cls: type[Any]) -> tuple[type[Any], ...]:
         return (MIXINS[kind], cls)
     trl_class = trainer_class(kind)
     # a subclass of TRL's class that is named last stands behind `cls` and before TRL's class in the order of methods
-    behind = type(trl_class.__name__, (OwnLossMixin, trl_class), {"__module__": trl_class.__module__})
-    return (MIXINS[kind], behind) if cls is trl_class else (MIXINS[kind], cls, behind)
+    last = type(trl_class.__name__, (OwnLossMixin, trl_class), {"__module__": trl_class.__module__})
+    return (MIXINS[kind], last) if cls is trl_class else (MIXINS[kind], cls, last)

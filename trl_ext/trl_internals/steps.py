@@ -112,6 +112,16 @@ def micro_batches_of_step(trainer: Any) -> int:
     return int(trainer.current_gradient_accumulation_steps)
 
 
+def total_steps(kind: TrainerKind, trainer: Any) -> int | None:
+    """Returns how many optimizer steps the training of a trainer has. None where only its begin will tell."""
+    args = trainer.args
+    if trainer.state.max_steps > 0:
+        return int(trainer.state.max_steps)
+    if args.max_steps > 0:
+        return int(args.max_steps)
+    return None if kind == "dpo" else planned_steps(kind, args, len(trainer.train_dataset))
+
+
 class StepsCheck(TrainerCallback):
     """Refuses to call a training without a step a success."""
 

@@ -217,6 +217,18 @@ def set_collator(trainer: Any, collator: Any) -> None:
     forget_columns(trainer)
 
 
+def training_data(trainer: Any) -> Any:
+    """Returns the training data with the columns that the trainer's loader leaves in. None where they are a stream."""
+    from datasets import Dataset
+    from torch.utils.data import IterableDataset
+
+    data = trainer.train_dataset
+    if isinstance(data, Dataset):
+        return trainer._remove_unused_columns(data, description="training")
+    # a stream of datasets is one of torch's too
+    return None if isinstance(data, IterableDataset) else data
+
+
 def forget_columns(trainer: Any) -> None:
     """Lets TRL find out anew which columns it keeps with `remove_unused_columns`."""
     trainer._signature_columns = None

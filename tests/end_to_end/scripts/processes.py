@@ -308,6 +308,47 @@ class NoRows(Disagrees):
 DISAGREE = (OtherAdvantages, OtherShape, OtherRows, NoMask, OtherFields, NoRows)
 
 
+class Asks(Plugin):
+    """Generates and scores for some rows only, so that processes ask for unequal numbers and some for none."""
+
+    name = "asks"
+    trainers = ("grpo", "rloo")
+    fields = ("number",)
+
+    def start(self) -> None:
+        self.answers: list[dict[str, Any]] = []
+
+    @hookimpl
+    def rollout(self, prompts: list[Any], generate: Any, trainer: Any, context: Any) -> Any:
+        for wanted in ((1, 5, 9), (0,), ()):
+            where = [row for row, number in enumerate(context.row_numbers) if number in wanted]
+            asked, rows = [prompts[row] for row in where], [context.rows[row] for row in where]
+            greedy = generate(asked, greedy=True, rows=where)
+            for row, number in zip(rows, where, strict=True):
+                row["row"] = context.row_numbers[number]
+            scores = trainer.score(rows, asked, greedy.completions, greedy.completion_ids)
+            logps = trainer.logps(greedy.prompt_ids, greedy.completion_ids, entropy=True)
+            assert logps.entropies.shape == logps.per_token_logps.shape
+            values = zip(greedy.completion_ids, scores.tolist(), logps.per_token_logps.sum(1).tolist(), strict=True)
+            self.answers.append(
+                {str(context.row_numbers[row]): value for row, value in zip(where, values, strict=True)}
+            )
+        return generate(prompts)
+
+    @hookimpl
+    def batch_fields(self, round: Any) -> dict[str, torch.Tensor]:
+        return {"number": torch.arange(len(round.rows)) + round.offset}
+
+    @hookimpl
+    def loss_terms(self, loss: Any) -> dict[str, torch.Tensor]:
+        batch = loss.batch
+        chosen = [row for row, number in enumerate(batch["number"].tolist()) if number < 3]  # of process 0
+        prompts = [batch["prompt_ids"][row][batch["prompt_mask"][row] == 1].tolist() for row in chosen]
+        ids = [batch["completion_ids"][row][batch["completion_mask"][row] == 1].tolist() for row in chosen]
+        logps = loss.trainer.logps(prompts, ids, grad=True).per_token_logps
+        return {"push": 0.1 * logps.sum() / len(batch["number"])}
+
+
 def per_row(round: Any) -> torch.Tensor:
     if round.advantages.dim() == 1:
         return round.advantages[round.local]
@@ -333,6 +374,8 @@ RUNS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "gdpo": ("grpo", ["gdpo"], {"loss_type": "grpo", "save_strategy": "steps", "save_steps": 1}),
     "gdpo-tokens": ("grpo", [{"gdpo": {"whiten": "token"}}], {"loss_type": "dapo"}),
     "shared-prefix": ("grpo", ["gdpo", {"shared-prefix": {"min_gain": 0}}], {"loss_type": "grpo"}),
+    # with the forward of shared-prefix, and rounds that are used twice
+    "asks": ("grpo", [{"shared-prefix": {"min_gain": 0}}, publish(Asks)], {"loss_type": "grpo", "num_iterations": 2}),
     "token-wise": ("grpo", [publish(Tokens)], {"loss_type": "grpo"}),
     "rloo": ("rloo", [], {"beta": 0.0}),
     "thinkless": (
@@ -402,6 +445,8 @@ def main(model: str, folder: Path, only: str = "") -> dict[str, Any]:
                 trainer.evaluate()
             seen = getattr(next(iter(trainer._trl_ext.plugins.values())), "seen", {})
             report[name] = {**seen, "metrics": metrics_of(trainer), "logged": list(trainer._logs["advantages"])}
+            if "asks" in trainer._trl_ext.plugins:
+                report[name]["answers"] = trainer._trl_ext.plugins["asks"].answers
             return trainer, trainer._trl_ext.plugins
 
     if only != "groups":

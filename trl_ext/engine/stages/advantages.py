@@ -34,7 +34,7 @@ def finish(context: Context, output: dict[str, Any]) -> dict[str, Any]:
         group_ids = groups.ids_of(context, rows)[start : start + rows]
         output[row_order.GROUP_IDS] = group_ids.to(output["advantages"].device)
     if not (context.recording or context.calls.has(*scoring.FINISHING) or state.group_ids is not None):
-        if context.calls.has("annotate", "rewards"):
+        if context.calls.has("rollout", "annotate", "rewards"):
             context.report_logged(state.log, {})
         return output
     scored = state.scored

@@ -18,13 +18,16 @@ def logps(context: Context, call: LogpsCall, dense: Callable[[], Logps]) -> Logp
     result: Logps | None = None
 
     def compute() -> Logps:
-        return hidden_states.during(context, call, dense)
+        # hooks that read hidden states know the rows of the round, not those of a plugin
+        return dense() if call.side else hidden_states.during(context, call, dense)
 
     for name, caller in context.calls.chain("logps"):
         result = context.calls.call(name, "logps", caller, call=call, compute=compute)
         _check(name, call, result)
     if result is None:
         result = compute()
+    if call.side:
+        return result
     if call.role == "policy" and context.micro_batch is not None:
         context.micro_batch.policy = result
     elif context.round is not None:

@@ -12,6 +12,7 @@ from ...trl_internals import trainer_state
 from ..agreement import together
 from ..context import Context
 from . import groups, turns
+from .passes import Passes
 
 
 def select_rows(context: Context, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -82,46 +83,12 @@ def _check_drawn(context: Context, rows: list[dict[str, Any]], size: int) -> Non
 
 
 def generate(context: Context, prompts: list[Any], stock: Callable[[list[Any]], Generation]) -> Generation:
-    """Nests the plugins around TRL's generation, the first one outermost."""
-    surrounded = context.calls.has("rollout")
-
-    def stock_with_turns(prompts: list[Any]) -> Generation:
-        with turns.reading(context), trainer_state.own_group_size(context.trainer):
-            if surrounded:  # the prompts of a group may differ, of which vLLM's server would take the first one
-                trainer_state.use_single_rows(context.trainer)
-            return stock(prompts)
-
-    run: Callable[[list[Any]], Generation] = stock_with_turns
-    for name, caller in reversed(context.calls.chain("rollout")):
-        run = _around(context, name, caller, run)
-    result = run(prompts)
+    """Runs the generation of a round, with the plugins around it."""
+    if context.calls.has("rollout"):
+        result = Passes(context, prompts, stock).run()
+    else:
+        with turns.reading(context):
+            result = stock(prompts)
     state = context.current_round()
-    if context.plan.forms_groups and surrounded:
-        result = groups.spread(context, prompts, result)
     state.tool_mask, state.fields = result.tool_mask, result.fields
     return result
-
-
-def _around(
-    context: Context, name: str, caller: Any, inner: Callable[[list[Any]], Generation]
-) -> Callable[[list[Any]], Generation]:
-    def run(prompts: list[Any]) -> Generation:
-        result: Any = None
-
-        def checked() -> tuple[None, None]:
-            nonlocal result
-            result = context.calls.call(name, "rollout", caller, prompts=prompts, generate=inner, trainer=context.view)
-            rows, may_add = context.current_round().rows, context.plan.forms_groups is not None
-            problem = groups.wrong_generation(result, len(prompts), rows, may_add)
-            if problem is not None:
-                raise PluginError(f"plugin {name!r} {problem}")
-            for field in result.fields:
-                if not any(field in plugin.fields for plugin in context.plan.plugins.values()):
-                    context.calls.check_declared(name, "rollout", field)
-            return None, None
-
-        together(context, checked)
-        assert isinstance(result, Generation)
-        return result
-
-    return run
