@@ -79,8 +79,8 @@ def plan_of_arguments(
     """
     _check_device(bound["args"])
     config = _config_of_arguments(kind, bound)
-    steps.check_rows(kind, config.args, bound.get("train_dataset"), cls)
     plan = make_plan(specs, config, plugins)
+    steps.check_rows(kind, config.args, bound.get("train_dataset"), cls, plan.prompts)
     if kind != "dpo" and rewards.calls_them(kind, cls, _functions(bound)):
         kept = arguments.kept_columns(kind, config.args, config.columns or (), plan.columns())
         rewards.check_columns(kept)
@@ -105,9 +105,10 @@ def attach_to(trainer: Any, specs: tuple[PluginSpec, ...]) -> None:
             f"plugin {late[0]!r} supplies constructor arguments, so it cannot be attached to an existing trainer. Use "
             f"trl_ext.enable or trl_ext.extend."
         )
-    steps.check_rows(kind, trainer.args, trainer.train_dataset, type(trainer))
     _check_device(trainer.args)
-    _start(trainer, make_plan(specs, _config_of_trainer(trainer, kind)))
+    plan = make_plan(specs, _config_of_trainer(trainer, kind))
+    steps.check_rows(kind, trainer.args, trainer.train_dataset, type(trainer), plan.prompts)
+    _start(trainer, plan)
 
 
 def _start(trainer: Any, plan: Plan) -> None:
