@@ -26,6 +26,7 @@ CLAIMS: dict[str, str] = {
     "adjust them",
     "reward_labels": "reads rewards as labels, such as right or wrong, and not as amounts, so no other plugin of the "
     "run may rewrite them",
+    "groups": "forms groups of its own: `SelectedRows` of `select_rows`, or rows that `rollout` adds",
     "run": "controls the whole run (implied by the hook `run`)",
 }
 """Exclusive resources: at most one plugin of a run may claim each."""
@@ -36,14 +37,18 @@ NEEDS: dict[str, str] = {
     "FSDP, DeepSpeed stage 3 and tensor parallelism are refused",
     "grouped_order": "rows of a group stay next to each other in the micro-batches, as far as the sizes allow",
     "old_logps": "`old_per_token_logps` in every micro-batch, computed once per round where TRL leaves it out",
+    "old_entropies": "`old_entropies` in every round and micro-batch: entropies of the policy that sampled, from the "
+    "forward of the old log-probabilities",
     "ref_logps": "`ref_per_token_logps` in every micro-batch. With beta = 0 they come from the policy without its new "
     "adapter, or from a frozen copy of the policy or of its trained adapter. A reference that differs from the policy "
     "before the first update stops the run",
     "tools": "rollouts that can call tools: `tools`, `environment_factory` or `rollout_func` of the trainer",
     "token_advantages": "a loss of TRL that takes one advantage per token. Settings that need one per row are refused",
     "turns": "`Rollout.turns`: rewards and ends of episodes that environments report turn by turn",
+    "prompts:COUNT": "COUNT prompts are drawn for a round of training, each of them N / COUNT times, instead of N / G. "
+    "Belongs to the claim `groups`. COUNT divides N, which is `generation_batch_size`",
     "column:NAME": "the column NAME in the training data, which is kept also with `remove_unused_columns`",
-    "reward:NAME": "a reward function of that name",
+    "reward:NAME": "a reward column of that name: a reward function, or what a plugin makes of some",
 }
 """What the core can provide or check for a plugin."""
 
@@ -122,7 +127,7 @@ class Plugin:
             of the loss, such as `beta`, or `loss_type` with the normalisation `"trainer"`. With the claim `estimator`
             they are settings of the advantages, such as `scale_rewards`, or `beta` of RLOO. Every other setting is
             refused when it asks for something. `keep_rows` declares a scalar loss that leaves out the rows whose mask
-            is 0.
+            is 0, as the hooks `keep_rows` and `token_mask` need it.
         state: Names of attributes that the core saves in checkpoints and restores on resume: tensors, numbers, texts,
             and lists and dicts of them, equal on every process. For anything else implement the hooks `state_dict` and
             `load_state_dict`.

@@ -21,10 +21,11 @@ class Config:
     Attributes:
         kind: Which trainer.
         args: The training arguments (`GRPOConfig`, `RLOOConfig` or `DPOConfig`).
-        reward_names: Names of the reward functions. DPO has none. None where an environment adds some that are known
-            only once the trainer is built. `configure` then runs again.
+        reward_names: Names of the reward columns of a round, as the hooks `reward_columns` of all plugins leave those
+            of the reward functions. DPO has none. None where an environment adds some that are known only once the
+            trainer is built. `configure` then runs again.
         columns: Columns of the training data. None where they are unknown before the data is read.
-        plugins: Names of all plugins of the run, in the order in which they act.
+        plugins: Names of all plugins of the run, in the order in which the user named them.
         tool_sources: What lets rollouts call tools: those of `tools`, `environment_factory` and `rollout_func` that
             the trainer receives.
         estimators: Names of the plugins that claim `estimator`, in the same order.

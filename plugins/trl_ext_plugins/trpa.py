@@ -223,4 +223,4 @@ class TRPA(Plugin):
         loss.log("kl_sampling", kl)
         loss.log("kl_reference", trust_region(logps.detach(), reference, mask) / tokens)
         total = preference + options.tr_kl_coef * penalty(kl, options.use_sqrt_trkl)
-        return PolicyLoss(total.to(loss.per_token_logps.dtype))
+        return PolicyLoss(total.to(loss.per_token_logps.dtype), "share")

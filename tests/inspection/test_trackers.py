@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import sqlite3
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 import trl_ext
+from tests import processes
 from trl_ext.inspection import file_format, tracker_table
 from trl_ext.trl_internals import trackers
 
@@ -111,7 +111,7 @@ def _train(model: str, folder: Path, tracker: str, **environment: str) -> None:
     """Trains in a process of its own, because trackers look at the environment when they are imported."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | environment
     command = [sys.executable, "-c", SCRIPT, model, str(folder / "run"), tracker]
-    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
+    done = processes.run(command, env=env, cwd=folder)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

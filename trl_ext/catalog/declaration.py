@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, get_args
 
 import pluggy
@@ -134,6 +134,15 @@ def _is_bibtex(text: str) -> bool:
     return re.fullmatch(r"(\s*@\w+)+\s*", text) is not None
 
 
+def is_known(entry: str, known: Collection[str]) -> bool:
+    """Tells whether a need or a claim is among those that exist, some of which are patterns such as `column:NAME`."""
+    kind, colon, value = entry.partition(":")
+    if not colon:
+        return entry in known
+    pattern = next((name for name in known if name.startswith(f"{kind}:")), "")
+    return bool(value) and (pattern.endswith(":NAME") or (pattern.endswith(":COUNT") and value.isdigit()))
+
+
 def check_plugin(cls: Any, origin: str) -> type[Plugin]:
     """Checks a plugin's declaration.
 
@@ -174,8 +183,7 @@ def check_plugin(cls: Any, origin: str) -> type[Plugin]:
     for attribute, known in (("claims", CLAIMS), ("needs", NEEDS)):
         # entries such as `column:answer` are known by their pattern, `column:NAME`
         for entry in getattr(cls, attribute):
-            pattern = entry.partition(":")[0] + ":NAME" if ":" in entry else entry
-            if pattern not in known:
+            if not is_known(entry, known):
                 raise broken(f"`{attribute}` holds {entry!r}.{near(entry, known)}")
     entries = cls.bibtex
     if not isinstance(entries, str) or (entries.strip() and not _is_bibtex(entries)):

@@ -85,7 +85,8 @@ class RoundRecord:
     def finish(self, round: Round) -> None:
         """Asks the plugins for their views, gathers the kept rows of all processes, and writes. Collective."""
         views = self._views(round)
-        kept = kept_groups(round.group_ids.tolist(), self.recorder.max_rows)
+        # rows of the group -1 only fill up a process
+        kept = kept_groups([group for group in round.group_ids.tolist() if group >= 0], self.recorder.max_rows)
         local = [
             self._row(round, index, views[index])
             for index in range(len(round.rows))
@@ -180,7 +181,7 @@ class RoundRecord:
             step=round.step,
             processes=self.context.view.num_processes,
             num_generations=round.num_generations,
-            left_out=len(round.group_ids) - len(rows),
+            left_out=int((round.group_ids >= 0).sum()) - len(rows),
             plugins=[
                 {
                     "name": spec.name,

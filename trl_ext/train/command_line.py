@@ -25,13 +25,16 @@ from .repeat import read_record
 
 BLOCKS = ("plugins", "experiment")
 """Blocks of the YAML file that are ours. TRL gets the file without them."""
-ONLY_TYPED = ("help", "help_trl", "plugin", "set", "config", "no_file_plugins", "write_config")
+ONLY_TYPED = (
+    *("help", "help_trl", "plugin", "set", "config", "no_file_plugins", "write_config", "dry_run", "overwrite"),
+)
 """Our own options that are no keys of the YAML file."""
 SIZES = ("train_size", "test_size")
 """Keys of the block `experiment:` that size the data of its task."""
 OWN_OPTIONS = (
     *("--plugin", "--set", "--config", "--trainer", "--no_reward_check"),
     *("--inspect", "--no_save", "--no_file_plugins", "--write_config", "--help-trl"),
+    *("--dry_run", "--overwrite", "--save_on_interrupt"),
 )
 """Our own options, for the hint at a misspelt one."""
 
@@ -51,7 +54,10 @@ class Request:
         sizes: The sizes of the task's data that the block gives.
         check_rewards: Whether to try the reward functions before the model is loaded.
         inspect: How many rounds to record, or None.
-        save: Whether to save the final model.
+        save: Whether to save checkpoints and the final model.
+        overwrite: Whether the run may replace an older one in its output folder.
+        save_on_interrupt: Whether Ctrl-C saves a checkpoint before the run ends.
+        dry_run: Whether to check and show everything, and to train nothing.
         bars: Whether the user wants the progress bars of transformers.
         command: The command line of the user.
         own: Our own options that differ from their defaults, as keys of the YAML file.
@@ -59,6 +65,7 @@ class Request:
         experiment: The block `experiment:` of the file.
         config_to_repeat: What was asked for, as the content of one YAML file.
         filled_in: Settings of TRL that nobody asked for: defaults of the machine and of the embedded demo.
+        started: When the run was started.
     """
 
     plugins: dict[str, dict[str, Any]]
@@ -72,6 +79,9 @@ class Request:
     check_rewards: bool = True
     inspect: int | None = None
     save: bool = True
+    overwrite: bool = False
+    save_on_interrupt: bool = False
+    dry_run: bool = False
     bars: bool = False
     command: str = ""
     own: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -79,6 +89,7 @@ class Request:
     experiment: dict[str, Any] = dataclasses.field(default_factory=dict)
     config_to_repeat: dict[str, Any] = dataclasses.field(default_factory=dict)
     filled_in: dict[str, Any] = dataclasses.field(default_factory=dict)
+    started: str = ""
 
 
 class Parser(help.Parser):
@@ -145,7 +156,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no_save",
         action="store_true",
-        help="do not save the final model, as TRL's scripts do",
+        help="save no model: neither checkpoints nor the final one",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the run in output_dir: its checkpoints, model and record are removed when training begins",
+    )
+    parser.add_argument(
+        "--save_on_interrupt",
+        "--save-on-interrupt",
+        action="store_true",
+        help="at Ctrl-C finish the round and save a checkpoint; a second Ctrl-C leaves at once",
+    )
+    parser.add_argument(
+        "--dry_run",
+        "--dry-run",
+        action="store_true",
+        help="check everything short of loading the model, print the plan, and train nothing; needs no GPU",
     )
 
 
@@ -206,6 +234,9 @@ def understand(args: argparse.Namespace, rest: list[str]) -> Request:
         own={name: value for name in file_keys() if (value := getattr(args, name)) not in (None, False)},
         environment=environment,
         experiment=dict(experiment),
+        overwrite=args.overwrite,
+        save_on_interrupt=args.save_on_interrupt,
+        dry_run=args.dry_run,
     )
 
 

@@ -25,12 +25,20 @@ class Host(Protocol):
         """Columns of the data that TRL would drop and plugins need."""
 
     @property
+    def prompts(self) -> int | None:
+        """How many prompts a round of training has, where a plugin says so."""
+
+    @property
     def in_loss(self) -> bool:
         """Whether a micro-batch is inside its loss."""
 
     @property
     def watches_logps(self) -> bool:
         """Whether a plugin uses the log-probability forward."""
+
+    @property
+    def needs_old_entropies(self) -> bool:
+        """Whether the forward that scores a round after sampling has to return entropies."""
 
     # every trainer
     def step_ended(self) -> None: ...

@@ -24,12 +24,13 @@ from trl_ext_hooks import (
     Round,
     Span,
     TrainerView,
+    UsageError,
     Views,
     hookimpl,
     option,
 )
 from trl_ext_hooks.toolkit.answers import answer_requirements, row_answer
-from trl_ext_hooks.toolkit.judges import JudgeError, load
+from trl_ext_hooks.toolkit.callables import load
 
 from .maths import outcome_advantages, saturated_before, spae_advantages, step_of_tokens
 from .probing import Probe, StepFinder, Steps, ask_policy, stop_tokens
@@ -119,8 +120,8 @@ class SPAE(Plugin):
         else:
             try:
                 load(prober)
-            except JudgeError as error:
-                yield Refuse(str(error), "Correct spae.prober.")
+            except UsageError as error:
+                yield Refuse(f"{error}.", "Correct spae.prober.")
 
     @hookimpl
     def setup(self, trainer: TrainerView) -> None:
