@@ -129,13 +129,13 @@ class Cells(HTMLParser):
 
 def test_it_shows_plan_options_and_what_ran(build: Any, plugin: Callable[[type], str]) -> None:
     with trl_ext.enable(plugin(Weights), "gdpo", gdpo={"group_eps": 0.5}) as handle:
-        assert repr(handle) == "<trl_ext: gdpo, weights on grpo>"
+        assert repr(handle) == "<trl_ext: weights, gdpo on grpo>"
         assert "enabled, no trainer has them" in handle.describe()
         trainer = build()
         trainer.train()
         text, rows = handle.describe(), Cells(handle._repr_html_()).rows
         calls = {hook: trainer._trl_ext.calls["gdpo", hook] for hook in ("advantages", "round_metrics")}
-        assert text.splitlines()[0] == "gdpo and weights on GRPO: enabled, 1 living trainer with them"
+        assert text.splitlines()[0] == "weights and gdpo on GRPO: enabled, 1 living trainer with them"
         assert calls["advantages"] > 1
         assert ["advantages", "gdpo → weights", f"{calls['advantages']} → {calls['advantages']}"] in rows
         assert ["gdpo.group_eps", "0.5"] in rows and len([row for row in rows if row[0].startswith("gdpo.")]) == 1

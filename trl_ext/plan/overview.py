@@ -20,7 +20,7 @@ class Overview:
     """What can be said of enabled plugins.
 
     Attributes:
-        specs: The plugins in the order in which they act.
+        specs: The plugins in the order in which they were asked for.
         kinds: The trainers that they serve.
         enabled: Whether new trainers get them.
         counts: For each living trainer, how often each hook of each plugin ran.
