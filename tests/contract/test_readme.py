@@ -35,18 +35,18 @@ def test_the_first_screen_has_promise_commands_diff_and_one_picture() -> None:
     assert README.count("![") == FIRST_SCREEN.count("![") == 1
 
 
-def test_the_install_lines_are_those_of_the_package() -> None:
+def test_the_install_line_has_the_versions_and_extras_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    plain, extra = re.findall(r"^pip install (.*)$", FIRST_SCREEN, re.MULTILINE)
-    beyond = seams.BEYOND
-    assert f"trl {seams.OLDEST} to {beyond.major}.{beyond.minor - 1}," in plain
-    python = project["requires-python"].removeprefix(">=")
+    text, beyond = " ".join(FIRST_SCREEN.split()), seams.BEYOND
+    assert f"trl {seams.OLDEST} to {beyond.major}.{beyond.minor - 1}, " in text
+    assert f"trl>={seams.OLDEST},<{beyond}" in project["dependencies"]
     (torch,) = [name.removeprefix("torch>=") for name in project["dependencies"] if name.startswith("torch>=")]
-    assert f"torch {torch} or later" in plain and f"Python {python} or later" in plain
-    assert set(re.findall(r"[a-z][a-z-]+", extra.partition("extra: ")[2])) == set(project["optional-dependencies"]) - {
-        "dev"
-    }
-    assert extra.startswith('".[math]"')  # the reward function of the script needs it
+    python = project["requires-python"].removeprefix(">=")
+    assert f"torch {torch} or later and Python {python} or later" in text
+    named = re.findall(r"`([a-z-]+)`", text.partition("Extras: ")[2].partition(".")[0])
+    assert {*named, "dev"} == set(project["optional-dependencies"])
+    # the reward function of the script needs this extra
+    assert re.findall(r"^pip install (.*)$", FIRST_SCREEN, re.MULTILINE) == ['".[math]"']
 
 
 def test_the_change_of_the_script_is_three_lines() -> None:
