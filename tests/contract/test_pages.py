@@ -34,10 +34,18 @@ FENCE = re.compile(r"^(```+)[^\n]*\n.*?^\1", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
+def patched(diff: str) -> str:
+    """Returns the code after a change."""
+    return "".join(line[1:] if line.strip() else line for line in diff.splitlines(True) if not line.startswith("-"))
+
+
 def blocks(language: str) -> list[Any]:
-    """Returns the code blocks of a language as cases of a test, without pages that have tests of their own."""
+    """Returns the code blocks of a language as cases of a test, without pages that have tests of their own.
+
+    Of a diff, this is the code after the change.
+    """
     return [
-        pytest.param(code, id=f"{page}-{number}")
+        pytest.param(patched(code) if language == "diff" else code, id=f"{page}-{language}-{number}")
         for page, text in PAGES.items()
         if page not in OTHER_TESTS
         for number, code in enumerate(re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
@@ -115,7 +123,7 @@ ON_CPU = 'use_cpu=True, bf16=False, report_to="none"'
 SHORT = f'args=__import__("trl").GRPOConfig("run", {ON_CPU}, max_steps=2, max_completion_length=16)'
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.parametrize("code", [*blocks("python"), *blocks("diff")])
 def test_python_runs(code: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As printed, with models and data of the hub as folders of their names, on a CPU and with few steps."""
     for name in MODELS:
