@@ -27,6 +27,7 @@ PAGES = {
     if not any(part.startswith(".") or part in GENERATED for part in path.relative_to(ROOT).parts)
 }
 OTHER_TESTS = {"hooks/README.md", "hooks/REFERENCE.md", "trl_ext/lab/README.md", "trl_ext/environments/README.md"}
+OTHER_TESTS |= {str(path.relative_to(ROOT)) for path in (ROOT / "hooks" / "docs").glob("*.md")}
 """Pages whose code has tests of its own."""
 METHODS = {name: f"plugins/docs/{name}.md" for name in builtins.BUILTINS}
 FENCE = re.compile(r"^(```+)[^\n]*\n.*?^\1", re.DOTALL | re.MULTILINE)
