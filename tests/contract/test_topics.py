@@ -28,12 +28,11 @@ BLOCKS = {name: re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTIL
 MIGRATION = "migration.md"
 """The page with several plugins, each beside a subclass."""
 PAIRS = [(BLOCKS[MIGRATION][place], BLOCKS[MIGRATION][place + 1]) for place in range(0, len(BLOCKS[MIGRATION]), 2)]
-PLUGINS = {
-    next(code for code in blocks if "(Plugin):" in code).partition("\n")[0].removeprefix("# "): name
-    for name, blocks in BLOCKS.items()
-    if name != MIGRATION
-}
-"""File of the one complete plugin of a page -> the page."""
+COMPLETE = [
+    next(code for code in blocks if "(Plugin):" in code) for name, blocks in BLOCKS.items() if name != MIGRATION
+]
+PLUGINS = {code.partition("\n")[0].removeprefix("# "): code for code in COMPLETE}
+"""The one complete plugin of each other page, by the name of its file."""
 
 
 @pytest.fixture
@@ -81,10 +80,10 @@ def stock(model: str, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("file", PLUGINS)
-def test_the_plugin_of_a_page_trains(file: str, folder: Any, train: Any, stock: torch.Tensor) -> None:
-    code = (folder(PLUGINS[file]) / file).read_text()
-    assert 20 <= len([line for line in code.splitlines() if line]) <= 40
-    with trl_ext.enable(file) as handle:
+def test_the_plugin_of_a_page_trains(file: str, tmp_path: Path, train: Any, stock: torch.Tensor) -> None:
+    assert 20 <= len([line for line in PLUGINS[file].splitlines() if line]) <= 40
+    (tmp_path / file).write_text(PLUGINS[file])
+    with trl_ext.enable(str(tmp_path / file)) as handle:
         trainer = train("grpo", data=tiny_data(rows=2), **LONG)
     prefix = f"{handle.specs[0].name}/"
     assert all(any(name.startswith(prefix) for name in entry) for entry in trainer.state.log_history[:2])
