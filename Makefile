@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 2
 .PHONY: demo test slow setup lint docs matrix experiments clean
 
 demo: setup
-	$(BIN)/trl_ext train --plugin gdpo
+	$(BIN)/trl_ext train --plugin gdpo --overwrite --save_on_interrupt
 
 test: setup lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2

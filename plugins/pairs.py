@@ -40,7 +40,7 @@ def table() -> str:
 
 def without_names(reason: str, left: str, right: str) -> str:
     """Returns a reason that calls the two plugins one and the other, in the order in which it names them."""
-    text = reason.rpartition("cannot be combined: ")[2].removesuffix(" Leave one out.")
+    text = reason.rpartition("cannot be combined: ")[2].partition(" Leave one out")[0]
     text = re.sub(r" \([^)]*\)", "", text)
     for name, word in zip(sorted((left, right), key=lambda name: text.find(f"'{name}'")), WORDS, strict=True):
         text = text.replace(f"'{name}'", word)

@@ -25,7 +25,7 @@ def load() -> list[dict[str, Any]]:
 
 def table(records: list[dict[str, Any]]) -> str:
     """Returns the overview: a row per recipe with its claim, whether it held, and the headline of the paper."""
-    lines = ["| recipe | what it shows | held | in the paper |", "|---|---|---|---|"]
+    lines = ["| recipe | claim | held | in the paper |", "|---|---|---|---|"]
     for record in records:
         name = record["recipe"]
         recipe = f"[{name}](../recipes/tiny/{name}.yaml)"
@@ -39,8 +39,9 @@ def details(record: Record) -> str:
     """Returns all numbers of one recipe: a table of metrics by arms, then every expectation."""
     name, arms = record["recipe"], list(record["arms"])
     lines = [
-        f"`trl_ext compare recipes/tiny/{name}.yaml` ([recipe](../../recipes/tiny/{name}.yaml), task "
-        f"`{record['task']}`, {len(record['seeds'])} seeds): {record['claim']}.",
+        f"`trl_ext compare {name}` ([recipe](../../recipes/tiny/{name}.yaml), task "
+        f"`{record['task']}`, {len(record['seeds'])} seeds): {record['claim']}."
+        + ("" if _held(record) == ["yes"] else " **This did not hold.**"),
         "",
         f"| mean [95 % interval] | {' | '.join(arms)} |",
         f"|---|{'---|' * len(arms)}",

@@ -44,6 +44,7 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
     Args:
         count: The count.
         noun: The noun for one.
-        plural: The noun for several, by default with an `s`.
+        plural: The noun for several, by default with `s`, or `es` where that is spelt.
     """
-    return f"{count} {noun if count == 1 else plural or noun + 's'}"
+    ending = "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+    return f"{count} {noun if count == 1 else plural or noun + ending}"

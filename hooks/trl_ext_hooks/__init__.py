@@ -7,9 +7,9 @@
 under one short name. Both import torch, so this package does not import them. Every name is in `hooks/REFERENCE.md`.
 """
 
-from .basics import TrainerKind
+from .basics import Logps, TrainerKind
 from .campaign import Job
-from .loss import Logps, LogpsCall, Loss, PolicyLoss
+from .loss import LogpsCall, Loss, PolicyLoss, SideBatch, SideRows, StepBatch
 from .pairs import PairLogps, Pairs, ScoredPairs
 from .plugin import (
     CLAIMS,
@@ -17,13 +17,14 @@ from .plugin import (
     ColumnName,
     NoOptions,
     Plugin,
+    PluginName,
     RewardName,
     UsageError,
     hookimpl,
     hookspec,
     option,
 )
-from .rollout import Generation, Rollout, Turns
+from .rollout import Generate, Generation, Rollout, RolloutContext, SelectedRows, Turns
 from .scoring import Rewards, Round, Scored
 from .setup import Config, Need, Recommend, Refuse, Require, Requirement, Warn
 from .trainer import TrainerView
@@ -38,6 +39,7 @@ __all__ = [
     "ColumnName",
     "Config",
     "Curve",
+    "Generate",
     "Generation",
     "Job",
     "Logps",
@@ -48,6 +50,7 @@ __all__ = [
     "PairLogps",
     "Pairs",
     "Plugin",
+    "PluginName",
     "PolicyLoss",
     "Recommend",
     "Refuse",
@@ -56,10 +59,15 @@ __all__ = [
     "RewardName",
     "Rewards",
     "Rollout",
+    "RolloutContext",
     "Round",
     "Scored",
     "ScoredPairs",
+    "SelectedRows",
+    "SideBatch",
+    "SideRows",
     "Span",
+    "StepBatch",
     "TrainerKind",
     "TrainerView",
     "Turns",

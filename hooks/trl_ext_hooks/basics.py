@@ -1,4 +1,4 @@
-"""Basics: kinds of trainers, modes, roles, metrics and masks, which every stage uses.
+"""Basics: kinds of trainers, modes, roles, log-probabilities, metrics and masks, which every stage uses.
 
 Axis letters: `b` rows of a round on this process, `N = b * processes` rows of all processes, `G` rows of a group, `F`
 reward functions, `m` rows of a micro-batch, `B` rows of one forward, `P` padded prompt tokens, `T` padded completion
@@ -27,6 +27,23 @@ Role = Literal["policy", "old", "reference"]
 
 Metric = tuple[float, float]
 """A sum and a count. The core adds both over processes and reports their ratio."""
+
+
+@dataclass(frozen=True)
+class Logps:
+    """Holds what a forward gives for the tokens to score.
+
+    Attributes:
+        per_token_logps: (B, T), 0 on masked tokens.
+        entropies: (B, T) where asked for, else None.
+        aux_loss: Scalar, or None.
+        extra: For pairs, the other per-token values of TRL's fused head by its names, such as `mean_logits`.
+    """
+
+    per_token_logps: torch.Tensor
+    entropies: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

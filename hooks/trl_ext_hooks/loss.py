@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from .basics import Logs, Metric, Mode, Role, TrainerKind, loss_mask
+from .basics import Logps, Logs, Metric, Mode, Role, TrainerKind, loss_mask
 from .plugin import hookspec
 from .trainer import TrainerView
 
@@ -31,6 +31,8 @@ class LogpsCall:
         batch_size: Rows per forward that the trainer asks for, or None for all at once.
         compute_entropy: Whether entropies are wanted.
         extra: Further arguments, such as image tensors or `compute_aux_loss`.
+        side: Whether a plugin asks, with `trainer.logps`, for rows of its own. The role is then `"policy"` with
+            gradient, else `"old"`.
     """
 
     kind: TrainerKind
@@ -43,23 +45,63 @@ class LogpsCall:
     batch_size: int | None
     compute_entropy: bool
     extra: Mapping[str, Any]
+    side: bool = False
 
 
 @dataclass(frozen=True)
-class Logps:
-    """Holds what a forward gives for the tokens to score.
+class SideBatch:
+    """Holds rows of a plugin's own, which the policy scores beside those of the round.
 
     Attributes:
-        per_token_logps: (B, T), 0 on masked tokens.
-        entropies: (B, T) where asked for, else None.
-        aux_loss: Scalar, or None.
-        extra: For pairs, the other per-token values of TRL's fused head by its names, such as `mean_logits`.
+        prompt_ids: Token ids of each of the k prompts, unpadded. k may be 0, and may differ between processes. Where a
+            process has no row and another one has, the loss finds the same `fields` there, with 0 rows.
+        completion_ids: Token ids of each completion, unpadded. Prompts and completions have at least one token.
+        fields: Further tensors (k, ...), such as log-probabilities that were stored with the rows. Values per token are
+            (k, T), padded right, where T is the length of the longest completion.
     """
 
+    prompt_ids: Sequence[Sequence[int]]
+    completion_ids: Sequence[Sequence[int]]
+    fields: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SideRows:
+    """Holds the rows of a `SideBatch` that belong to one micro-batch, scored by the policy.
+
+    The core deals the k rows of a process to the micro-batches of the optimizer step in order. A micro-batch without a
+    row has n = 0, and both means are then 0.
+
+    Attributes:
+        completion_ids: (n, T), padded right.
+        mask: (n, T), 1 on the tokens of the completions.
+        per_token_logps: (n, T) with gradient, 0 where `mask` is 0.
+        entropies: (n, T).
+        fields: The plugin's own tensors of these rows: (n, ...).
+        rows: Rows of the plugin in this optimizer step, on all processes.
+        tokens: Tokens of their completions.
+        micro_batches: Micro-batches of this optimizer step, on all processes together.
+    """
+
+    completion_ids: torch.Tensor
+    mask: torch.Tensor
     per_token_logps: torch.Tensor
-    entropies: torch.Tensor | None = None
-    aux_loss: torch.Tensor | None = None
-    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    entropies: torch.Tensor
+    fields: Mapping[str, torch.Tensor]
+    rows: int
+    tokens: int
+    micro_batches: int
+
+    def token_mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns a 0-d term whose mean over the micro-batches of the step is the mean of (n, T) values over tokens.
+
+        All tokens of the step on all processes have the same weight, however the rows were dealt.
+        """
+        return (values * self.mask).sum() * (self.micro_batches / max(self.tokens, 1))
+
+    def row_mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns a 0-d term whose mean over the micro-batches of the step is the mean of (n,) values over rows."""
+        return values.sum() * (self.micro_batches / max(self.rows, 1))
 
 
 @dataclass(frozen=True)
@@ -72,6 +114,9 @@ class Loss(Logs):
         per_token_logps: (m, T) with gradient.
         entropies: (m, T) or None. TRL's own carry a gradient from TRL 1.15 on.
         hidden_states: By plugin, what it named in `hidden_positions`, from this very forward: (n, H), detached.
+        step_statistics: By plugin, what its `step_statistics` returned for this optimizer step.
+        side: By plugin, the scored rows of its `side_batch` that belong to this micro-batch.
+        position: Number of this micro-batch in `StepBatch.micro_batches`, where a plugin has `step_statistics`.
     """
 
     mode: Mode
@@ -81,6 +126,9 @@ class Loss(Logs):
     per_token_logps: torch.Tensor
     entropies: torch.Tensor | None
     hidden_states: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    step_statistics: Mapping[str, Any] = field(default_factory=dict)
+    side: Mapping[str, SideRows] = field(default_factory=dict)
+    position: int = 0
 
     @property
     def mask(self) -> torch.Tensor:
@@ -134,17 +182,62 @@ class Loss(Logs):
 
 
 @dataclass(frozen=True)
+class StepBatch(Logs):
+    """Holds what one optimizer step learns from, before any of its losses.
+
+    Attributes:
+        mode, step, trainer: As in `Rollout`.
+        micro_batches: The micro-batches of this process in order, as `loss_inputs` left them. Their log-probabilities
+            and entropies are those of the policy before the step, without gradient. Every process has as many. In
+            evaluation it is one.
+    """
+
+    mode: Mode
+    step: int
+    trainer: TrainerView
+    micro_batches: tuple[Loss, ...]
+
+    def token_mean(self, values: Callable[[Loss], torch.Tensor]) -> torch.Tensor:
+        """Averages values per token over all tokens of the step that the loss counts, on all processes. Collective.
+
+        Args:
+            values: Returns the (m, T) values of a micro-batch.
+
+        Returns:
+            A 0-d float64 tensor, equal on every process. 0 where the step has no token.
+        """
+        sums = [(values(loss).double() * loss.mask).sum() for loss in self.micro_batches]
+        counts = [loss.mask.sum() for loss in self.micro_batches]
+        # in one tensor, so that a single collective adds up sums and counts
+        total, count = self.trainer.reduce(_pair(sum(sums), sum(counts)))
+        return total / count.clamp(min=1)
+
+
+def _pair(total: Any, count: Any) -> torch.Tensor:
+    """Returns two 0-d tensors as one float64 tensor (2,), without importing torch."""
+    both: torch.Tensor = total.new_zeros(2)
+    both[0], both[1] = total, count
+    return both
+
+
+Normalisation = Literal["trainer", "token_mean", "sequence_mean", "share"]
+"""How a `PolicyLoss` is averaged."""
+
+
+@dataclass(frozen=True)
 class PolicyLoss:
     """Holds a loss of a micro-batch: the policy loss itself, or a term beside it.
 
     Attributes:
         values: (m, T) loss per token, or a scalar that already is a mean over the micro-batch.
         normalisation: How (m, T) values are averaged. `"trainer"` averages as the trainer's `loss_type` does,
-            `"token_mean"` over the tokens of the micro-batch, `"sequence_mean"` over each row first.
+            `"token_mean"` over the tokens of the micro-batch, `"sequence_mean"` over each row first. `"share"` takes a
+            scalar that is divided already, so that the mean over the micro-batches of all processes is the mean over
+            the round (see `Round.micro_batches`), without the rows whose mask is 0.
     """
 
     values: torch.Tensor
-    normalisation: Literal["trainer", "token_mean", "sequence_mean"] = "trainer"
+    normalisation: Normalisation = "trainer"
 
 
 Compute = Callable[[], Logps]
@@ -220,6 +313,70 @@ def loss_inputs(batch: Mapping[str, Any], trainer: TrainerView) -> Mapping[str, 
         def loss_inputs(self, batch):
             advantages = batch["advantages"]
             return {"advantages": torch.where(advantages < 0, 0.5 * advantages, advantages)}
+    ```
+    """
+
+
+@hookspec
+def side_batch(trainer: TrainerView, mode: Mode, step: int) -> SideBatch | None:
+    """Supplies rows of the plugin's own, whose log-probabilities arrive with the loss. All plugins.
+
+    Runs on every process, once per optimizer step before its first loss, and once per batch of an evaluation. Each
+    process gives rows of its own, so a plugin deals a common store by `trainer.process_index`. The core deals them to
+    the micro-batches of the step. `loss.side[name of the plugin]` holds those of a micro-batch as `SideRows`, scored by
+    the policy with gradient, through the owner of the forward. None supplies no row for this process.
+
+    All rows of a micro-batch go through one forward of their own, on every process or on none, so memory grows with
+    them. Their loss is a term that the plugin returns. `SideRows.token_mean` gives every token of the step the same
+    weight. GRPO and RLOO. Collective.
+
+    ```python
+    class Rehearse(Plugin):
+        name = "rehearse"
+        trainers = ("grpo", "rloo")
+
+        @hookimpl
+        def side_batch(self, trainer):
+            known = [trainer.tokenizer(f"{i}+{i}={2 * i}")["input_ids"] for i in range(4)]
+            mine = known[trainer.process_index :: trainer.num_processes]
+            return SideBatch([ids[:-1] for ids in mine], [ids[-1:] for ids in mine])
+
+        @hookimpl
+        def loss_terms(self, loss):
+            side = loss.side[self.name]
+            return {"rehearsal": 0.1 * side.token_mean(-side.per_token_logps)}
+    ```
+    """
+
+
+@hookspec
+def step_statistics(step: StepBatch) -> Any:
+    """Computes what the losses of an optimizer step need to know of the whole step. All plugins.
+
+    Runs on every process, once per optimizer step before its first loss, and once per batch of an evaluation. The core
+    scores all micro-batches of the step without gradient, through the owner of the forward, and gives them to the hook.
+    The random state is as before when the losses begin. The result is `loss.step_statistics[name of the plugin]` of
+    every micro-batch of the step. None leaves the plugin out there.
+
+    A value for the whole step must be equal on every process: use `StepBatch.token_mean`, or `trainer.reduce`. The pass
+    costs a forward of all rows. A run in which an optimizer step takes rows of two rounds is refused. GRPO and RLOO.
+    Collective.
+
+    ```python
+    class TrustRegion(Plugin):
+        name = "trust-region"
+        trainers = ("grpo", "rloo")
+        needs = ("old_logps",)
+
+        @hookimpl
+        def step_statistics(self, step):
+            return step.token_mean(lambda loss: loss.old_per_token_logps - loss.per_token_logps)
+
+        @hookimpl
+        def loss_terms(self, loss):
+            drift = loss.old_per_token_logps - loss.per_token_logps
+            excess = torch.relu(loss.step_statistics[self.name] - 1e-4).float()
+            return {"kl": PolicyLoss(1e3 * excess * drift, "token_mean")}
     ```
     """
 

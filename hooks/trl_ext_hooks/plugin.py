@@ -17,13 +17,16 @@ hookimpl = pluggy.HookimplMarker("trl_ext")
 
 CLAIMS: dict[str, str] = {
     "estimator": "computes the advantages from the rewards, in place of TRL. Other plugins may only adjust them. "
+    "Several plugins may claim it beside one with the hook `mix_advantages`. "
     "Settings of TRL's advantages, such as `scale_rewards`, are refused unless `honours` or a `Require` names them",
+    "mix_advantages": "combines the advantages of estimators (implied by the hook `mix_advantages`)",
     "policy_loss": "replaces the policy loss (implied by the hook `policy_loss`)",
     "logps": "owns the log-probability forward (implied by the hook `logps`)",
     "no_advantages": "replaces the policy loss by one that uses no advantages, so no plugin of the run may compute or "
     "adjust them",
     "reward_labels": "reads rewards as labels, such as right or wrong, and not as amounts, so no other plugin of the "
     "run may rewrite them",
+    "groups": "forms groups of its own: `SelectedRows` of `select_rows`, or rows that `rollout` adds",
     "run": "controls the whole run (implied by the hook `run`)",
 }
 """Exclusive resources: at most one plugin of a run may claim each."""
@@ -34,14 +37,18 @@ NEEDS: dict[str, str] = {
     "FSDP, DeepSpeed stage 3 and tensor parallelism are refused",
     "grouped_order": "rows of a group stay next to each other in the micro-batches, as far as the sizes allow",
     "old_logps": "`old_per_token_logps` in every micro-batch, computed once per round where TRL leaves it out",
+    "old_entropies": "`old_entropies` in every round and micro-batch: entropies of the policy that sampled, from the "
+    "forward of the old log-probabilities",
     "ref_logps": "`ref_per_token_logps` in every micro-batch. With beta = 0 they come from the policy without its new "
     "adapter, or from a frozen copy of the policy or of its trained adapter. A reference that differs from the policy "
     "before the first update stops the run",
     "tools": "rollouts that can call tools: `tools`, `environment_factory` or `rollout_func` of the trainer",
     "token_advantages": "a loss of TRL that takes one advantage per token. Settings that need one per row are refused",
     "turns": "`Rollout.turns`: rewards and ends of episodes that environments report turn by turn",
+    "prompts:COUNT": "COUNT prompts are drawn for a round of training, each of them N / COUNT times, instead of N / G. "
+    "Belongs to the claim `groups`. COUNT divides N, which is `generation_batch_size`",
     "column:NAME": "the column NAME in the training data, which is kept also with `remove_unused_columns`",
-    "reward:NAME": "a reward function of that name",
+    "reward:NAME": "a reward column of that name: a reward function, or what a plugin makes of some",
 }
 """What the core can provide or check for a plugin."""
 
@@ -55,6 +62,11 @@ RewardName = Annotated[str, "reward:NAME"]
 
 ColumnName = Annotated[str, "column:NAME"]
 """Type of an option that names a column of the training data. The core checks the name and keeps the column."""
+
+
+PluginName = Annotated[str, "plugin:NAME"]
+"""Type of an option that names another plugin. Where the user did not ask for that plugin, the core adds it to the run
+with default options. `trl` stands for TRL itself."""
 
 
 def option(
@@ -101,6 +113,8 @@ class Plugin:
     Attributes:
         name: The name that users ask for: lower-case words, digits and hyphens.
         paper: The publication, for example `arXiv 2601.05242`.
+        bibtex: BibTeX entries of what a run with the plugin should cite. Model cards and `trl_ext show NAME --bibtex`
+            hold them. The text may be indented like the code around it.
         summary: One line on what the plugin changes.
         trainers: The trainers that it serves, of `"grpo"`, `"rloo"` and `"dpo"`. Every other trainer is refused.
         Options: A frozen dataclass, best nested in the class, whose fields are made with `option`. Checks of one value
@@ -113,7 +127,7 @@ class Plugin:
             of the loss, such as `beta`, or `loss_type` with the normalisation `"trainer"`. With the claim `estimator`
             they are settings of the advantages, such as `scale_rewards`, or `beta` of RLOO. Every other setting is
             refused when it asks for something. `keep_rows` declares a scalar loss that leaves out the rows whose mask
-            is 0.
+            is 0, as the hooks `keep_rows` and `token_mask` need it.
         state: Names of attributes that the core saves in checkpoints and restores on resume: tensors, numbers, texts,
             and lists and dicts of them, equal on every process. For anything else implement the hooks `state_dict` and
             `load_state_dict`.
@@ -122,6 +136,7 @@ class Plugin:
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
+    bibtex: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     trainers: ClassVar[tuple[TrainerKind, ...]]
     Options: ClassVar[type] = NoOptions

@@ -21,12 +21,14 @@ class Config:
     Attributes:
         kind: Which trainer.
         args: The training arguments (`GRPOConfig`, `RLOOConfig` or `DPOConfig`).
-        reward_names: Names of the reward functions. DPO has none. None where an environment adds some that are known
-            only once the trainer is built. `configure` then runs again.
+        reward_names: Names of the reward columns of a round, as the hooks `reward_columns` of all plugins leave those
+            of the reward functions. DPO has none. None where an environment adds some that are known only once the
+            trainer is built. `configure` then runs again.
         columns: Columns of the training data. None where they are unknown before the data is read.
-        plugins: Names of all plugins of the run, in the order in which they act.
+        plugins: Names of all plugins of the run, in the order in which the user named them.
         tool_sources: What lets rollouts call tools: those of `tools`, `environment_factory` and `rollout_func` that
             the trainer receives.
+        estimators: Names of the plugins that claim `estimator`, in the same order.
         data: The training data. None where their rows cannot be read before training, as in a stream.
         rewriters: Names of the plugins that rewrite rewards (hook `rewards`), in the same order.
     """
@@ -38,6 +40,7 @@ class Config:
     plugins: tuple[str, ...]
     tool_sources: tuple[str, ...] = ()
     rewriters: tuple[str, ...] = ()
+    estimators: tuple[str, ...] = field(default=(), kw_only=True)
     data: Any = field(default=None, kw_only=True, repr=False, compare=False)
 
     def first_rows(self, *columns: str, count: int = 1000) -> list[dict[str, Any]]:

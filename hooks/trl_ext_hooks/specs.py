@@ -16,6 +16,7 @@ from . import views as _views
 
 configure = _setup.configure
 trainer_arguments = _setup.trainer_arguments
+reward_columns = _scoring.reward_columns
 setup = _setup.setup
 teardown = _setup.teardown
 select_rows = _rollout.select_rows
@@ -23,12 +24,16 @@ rollout = _rollout.rollout
 annotate = _rollout.annotate
 rewards = _scoring.rewards
 advantages = _scoring.advantages
+mix_advantages = _scoring.mix_advantages
 keep_rows = _scoring.keep_rows
+token_mask = _scoring.token_mask
 token_weights = _scoring.token_weights
 batch_fields = _scoring.batch_fields
 hidden_positions = _loss.hidden_positions
 logps = _loss.logps
 loss_inputs = _loss.loss_inputs
+side_batch = _loss.side_batch
+step_statistics = _loss.step_statistics
 policy_loss = _loss.policy_loss
 loss_terms = _loss.loss_terms
 optimizer_step = _loss.optimizer_step

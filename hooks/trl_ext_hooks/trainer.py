@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .basics import TrainerKind
+from .basics import Logps, TrainerKind
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +59,74 @@ class TrainerView(Protocol):
     @property
     def process_index(self) -> int:
         """Returns the number of this process, from 0."""
+
+    @property
+    def data(self) -> Any:
+        """Returns the training data, with the columns of the rows that hooks get: `len(data)` rows, `data[i]` a row.
+
+        `select_rows` may return such rows.
+
+        Raises:
+            UsageError: The data are a stream, whose rows are known only once they come.
+        """
+
+    @property
+    def total_steps(self) -> int:
+        """Returns how many optimizer steps the whole training has, those before a resume included.
+
+        Raises:
+            UsageError: DPO counts them only when training begins.
+        """
+
+    @property
+    def reward_names(self) -> tuple[str, ...]:
+        """Returns the names of the F reward functions, each of them once. DPO has none."""
+
+    def score(
+        self, rows: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids: list[list[int]]
+    ) -> torch.Tensor:
+        """Returns what the trainer's reward functions give for rows outside the batch: (n, F). GRPO and RLOO.
+
+        Each process gets the scores of its own n rows, and n may differ, also be 0. All reward functions run, reward
+        models and asynchronous ones too. Nothing that they log is kept. NaN = does not apply. The columns are those of
+        `reward_names`: the hook `rewards` rewrites whole rounds and has no part in them. Collective.
+
+        Where the numbers of rows differ between processes, the shorter lists are filled up with copies of a row, whose
+        scores are dropped. Rewards that look at the other rows of a batch see only these rows. In environments there is
+        nothing to score, since they pay for what was played in them.
+
+        Args:
+            rows: Dataset rows, whose columns the reward functions get. Fields of `annotate` that they need belong in
+                them too.
+            prompts, completions: Text or messages.
+            completion_ids: Token ids of each completion, unpadded.
+
+        Raises:
+            PluginError: The lists do not fit, a score is infinite, or the rollouts use environments.
+        """
+
+    def logps(
+        self,
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        grad: bool = False,
+        entropy: bool = False,
+    ) -> Logps:
+        """Returns the policy's log-probabilities of completions: (n, T), padded right with 0. GRPO and RLOO.
+
+        Each process gets those of its own n rows, and n may differ, also be 0. T is the length of its longest
+        completion. The plugin that owns the forward (hook `logps`) computes them, else TRL's forward, in chunks of the
+        batch size per device and with the sampling temperature. Text only. Collective.
+
+        Args:
+            prompt_ids, completion_ids: Token ids, unpadded. A completion may be empty, a prompt may not.
+            grad: Whether they carry gradients. Let them enter the loss on every process, also where n is 0: their sum
+                is then a 0 that belongs to the graph, which sharded models need.
+            entropy: Whether the entropies are computed too, (n, T).
+
+        Raises:
+            PluginError: The lists do not fit.
+        """
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the (b, ...) tensors of all processes as one (N, ...) on each, in row order. Collective."""

@@ -65,7 +65,9 @@ def gdpo_advantages(
     lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns the advantages (N,) of rewards (N, K): 0 for rows of NaN rewards only, and in batches without signal."""
-    used = torch.nan_to_num(rewards) if nan_policy == "zero" else rewards
+    used = rewards
+    if nan_policy == "zero":  # rows of the group -1 only fill up a process, and count for nothing
+        used = torch.where((group_ids >= 0).unsqueeze(1), torch.nan_to_num(rewards), torch.nan)
     total = decoupled_sum(used, weights, group_ids, eps=group_eps, tol=tol)
     if not batch_norm:
         out = torch.nan_to_num(total)
@@ -88,6 +90,12 @@ class Condition:
 class GDPO(Plugin):
     name = "gdpo"
     paper = "arXiv 2601.05242"
+    bibtex = """@misc{gdpo2026,
+      title = {{GDPO: Group reward-Decoupled Normalization Policy Optimization for Multi-reward RL Optimization}},
+      eprint = {2601.05242},
+      archivePrefix = {arXiv},
+      year = {2026},
+    }"""
     summary = "normalises every reward inside its group before adding them, then rescales over the batch"
     trainers = ("grpo",)  # RLOO does not normalise inside the group
     claims = ("estimator",)

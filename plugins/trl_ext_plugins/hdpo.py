@@ -97,6 +97,12 @@ class HDPO(Plugin):
 
     name = "hdpo"
     paper = "arXiv 2604.08545"
+    bibtex = """@misc{hdpo2026,
+      title = {{Act Wisely: Cultivating Meta-Cognitive Tool Use in Agentic Multimodal Models}},
+      eprint = {2604.08545},
+      archivePrefix = {arXiv},
+      year = {2026},
+    }"""
     summary = "a second clipped loss for few tool calls, among the right answers of a prompt only"
     trainers = ("grpo",)
     needs = ("tools",)
@@ -132,6 +138,12 @@ class HDPO(Plugin):
     def configure(self, config: Config) -> Iterator[Requirement]:
         yield from self.options.counter.requirements(config, self.name)
         yield from self.check_weights(config)
+        earlier = config.rewriters[: config.rewriters.index(self.name)] if self.name in config.rewriters else ()
+        if earlier:
+            yield Warn(
+                f"{', '.join(earlier)} rewrites rewards before hdpo judges the answers by them; name hdpo first if it "
+                f"should judge by what the reward functions return"
+            )
         yield Require("loss_type", CLIPPED, "the tool loss is the clipped surrogate, as the accuracy loss must be")
         yield Require("top_entropy_quantile", (1.0,), "the tool loss counts every token of a rollout")
         yield Require("off_policy_mask_threshold", (None,), "the mask is made of the accuracy advantages only")
@@ -168,7 +180,7 @@ class HDPO(Plugin):
 
     @hookimpl
     def rewards(self, scored: Scored) -> Rewards:
-        """Makes the tool channel before other plugins change the rewards, and weighs those of the accuracy channel."""
+        """Makes the tool channel before later plugins change the rewards, and weighs those of the accuracy channel."""
         options = self.options
         score, calls = scored.reward(options.correct_reward), options.counter.gather(scored)
         correct, self.unjudged = score > options.correct_threshold, score.isnan()  # (N,)

@@ -111,6 +111,13 @@ class OTC(Plugin):
 
     name = "otc"
     paper = "arXiv 2504.14870"
+    bibtex = """@misc{otc2025,
+      title = {{Acting Less is Reasoning More! Teaching Model to Act Efficiently}},
+      eprint = {2504.14870},
+      archivePrefix = {arXiv},
+      year = {2025},
+      note = {first version: OTC: Optimal Tool Calls via Reinforcement Learning},
+    }"""
     summary = "multiplies rewards by a coefficient of the tool calls, 1 at the fewest that solved the prompt"
     trainers = ("grpo", "rloo")
 

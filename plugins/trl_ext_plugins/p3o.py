@@ -123,6 +123,12 @@ class P3O(Plugin):
 
     name = "p3o"
     paper = "arXiv 2310.00212"
+    bibtex = """@misc{p3o2023,
+      title = {{Pairwise Proximal Policy Optimization: Harnessing Relative Feedback for LLM Alignment}},
+      eprint = {2310.00212},
+      archivePrefix = {arXiv},
+      year = {2023},
+    }"""
     summary = "replaces the loss by a clipped policy gradient of reward differences between completions of a prompt"
     trainers = ("grpo", "rloo")
     needs = ("whole_groups",)
@@ -170,9 +176,10 @@ class P3O(Plugin):
     def batch_fields(self, round: Round) -> dict[str, torch.Tensor]:
         """Carries each row's reward, NaN where it is in no pair, and how many pairs (or tokens) a micro-batch holds."""
         options, rewards, lengths = self.options, round.total_reward, round.lengths  # (N,) each
-        # a completion whose tokens TRL masked, such as a truncated one, is not one of length 0
+        # a completion whose tokens TRL or a plugin masked, such as a truncated one, is not one of length 0
         wrote = torch.tensor([len(ids) > 0 for ids in round.completion_ids], device=lengths.device)
-        rewards[round.trainer.gather(wrote) & (lengths == 0)] = torch.nan
+        masked = (wrote & (round.loss_mask.sum(1) == 0)) | ~round.kept
+        rewards[round.trainer.gather(masked)] = torch.nan
         if options.reward_clip is not None:
             rewards = rewards.clamp(-options.reward_clip, options.reward_clip)
         paired = ~rewards.isnan()
@@ -217,4 +224,4 @@ class P3O(Plugin):
         loss.log("log_ratio_max", log_ratios.abs().max())
         if options.kl_coef:
             loss.log("kl", scores)
-        return PolicyLoss((losses.sum() / total).to(loss.per_token_logps.dtype))
+        return PolicyLoss((losses.sum() / total).to(loss.per_token_logps.dtype), "share")

@@ -113,13 +113,15 @@ class SharedPrefix(Plugin):
 
     @hookimpl
     def logps(self, call: LogpsCall, compute: Compute) -> Logps:
-        if call.role == "policy":
+        if call.role == "policy" and not call.side:
             self._forwards = []  # a reference scores the pairs of a micro-batch after the policy
+        # rows of another plugin are none of the micro-batch that is reported
+        forwards = [] if call.side else self._forwards
         refusal = _refusal(call)
         if refusal is not None:
             if self.options.on_refusal == "error":
                 raise RefusedError(f"shared-prefix cannot serve this run: {refusal}")
-            self._forwards.append(None)
+            forwards.append(None)
             return compute()
         if call.score_mask is not None:
             return self._pairs(call)
@@ -138,7 +140,7 @@ class SharedPrefix(Plugin):
             logps.append(part_logps)
             if part_entropies is not None:
                 entropies.append(part_entropies)
-            self._forwards.append(report)
+            forwards.append(report)
         return Logps(torch.cat(logps), torch.cat(entropies) if call.compute_entropy else None)
 
     def _pairs(self, call: LogpsCall) -> Logps:

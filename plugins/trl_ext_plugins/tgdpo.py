@@ -81,6 +81,13 @@ class TGDPO(Plugin):
 
     name = "tgdpo"
     paper = "arXiv 2506.14574"
+    bibtex = """@misc{tgdpo2025,
+      title = {{TGDPO: Harnessing Token-Level Reward Guidance for Enhancing Direct Preference Optimization}},
+      eprint = {2506.14574},
+      archivePrefix = {arXiv},
+      year = {2025},
+      note = {ICML 2025},
+    }"""
     summary = "weights every token of DPO by a token reward, such as that of a model trained with DPO before"
     trainers = ("dpo",)
     fields = (GUIDE, REWARDS)

@@ -120,6 +120,13 @@ class TRPA(Plugin):
 
     name = "trpa"
     paper = "arXiv 2504.04524"
+    bibtex = """@misc{trpa2025,
+      title = {{Trust Region Preference Approximation: A simple and stable reinforcement learning algorithm for
+        LLM reasoning}},
+      eprint = {2504.04524},
+      archivePrefix = {arXiv},
+      year = {2025},
+    }"""
     summary = "replaces the loss by preferences between completions on different levels, inside a trust region"
     trainers = ("grpo",)
     needs = ("whole_groups", "ref_logps")
@@ -216,4 +223,4 @@ class TRPA(Plugin):
         loss.log("kl_sampling", kl)
         loss.log("kl_reference", trust_region(logps.detach(), reference, mask) / tokens)
         total = preference + options.tr_kl_coef * penalty(kl, options.use_sqrt_trkl)
-        return PolicyLoss(total.to(loss.per_token_logps.dtype))
+        return PolicyLoss(total.to(loss.per_token_logps.dtype), "share")

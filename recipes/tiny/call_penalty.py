@@ -32,6 +32,10 @@ class CallPenalty(Plugin):
         return self.counter.requirements(config, self.name)
 
     @hookimpl
+    def reward_columns(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return (*names, "call-penalty")
+
+    @hookimpl
     def rewards(self, scored: Scored) -> Rewards:
         cost = -self.options.penalty * self.counter.gather(scored).to(scored.rewards).unsqueeze(1)
         weights = torch.cat([scored.reward_weights, torch.ones_like(scored.reward_weights[:1])])

@@ -29,6 +29,10 @@ class Shift(Plugin):
     options: ShiftOptions
 
     @hookimpl
+    def reward_columns(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return (*names, "shift")
+
+    @hookimpl
     def rewards(self, scored: Scored) -> Rewards:
         draw = torch.Generator().manual_seed(1_000_003 * scored.trainer.args.seed + scored.step)
         constants = self.options.std * torch.randn(int(scored.group_ids.max()) + 1, generator=draw)

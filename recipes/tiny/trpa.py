@@ -19,6 +19,10 @@ class Adversary(Plugin):
     trainers = ("grpo", "rloo")
 
     @hookimpl
+    def reward_columns(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return (*names, "bait")
+
+    @hookimpl
     def rewards(self, scored: Scored) -> Rewards:
         bait = torch.tensor([float(final_text(text) == BAIT) for text in scored.completions])
         everywhere = scored.trainer.gather(bait.to(scored.rewards))

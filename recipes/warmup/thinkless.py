@@ -1,10 +1,11 @@
 """Adds the control tokens of Thinkless to a model and teaches it to use both, with TRL's SFTTrainer.
 
-    python recipes/warmup/thinkless.py --config recipes/warmup/thinkless.yaml
+    python "$(trl_ext recipes --path)/warmup/thinkless.py" --config my_warmup.yaml
 
-Takes the options and YAML keys of `trl sft`. The data have the columns `prompt` (text or messages), `short` (a direct
-answer) and `think` (thoughts, `</think>`, answer). Prompts are rendered as GRPO will render them, so the model learns
-to choose at the place where reinforcement learning lets it choose.
+Takes the options and YAML keys of `trl sft`, and thinkless.yaml beside this file has the authors' settings. The data
+have the columns `prompt` (text or messages), `short` (a direct answer) and `think` (thoughts, `</think>`, answer).
+Prompts are rendered as GRPO will render them, so the model learns to choose at the place where reinforcement learning
+lets it choose.
 """
 
 from __future__ import annotations

@@ -31,6 +31,10 @@ def bad(**attributes: Any) -> type[Plugin]:
         ({"needs": "old_logps"}, "`needs` must be a tuple of strings; got 'old_logps'"),
         ({"claims": ("estimtor",)}, "`claims` holds 'estimtor'. Did you mean 'estimator'?"),
         ({"fields": ["x"]}, "`fields` must be a tuple of strings; got ['x']"),
+        ({"bibtex": "arXiv 2601.05242"}, "`bibtex` must hold BibTeX entries, such as '@misc{key, title = {...}}'; got"),
+        ({"bibtex": "@misc{a, title = {b}"}, "`bibtex` must hold BibTeX entries"),
+        ({"bibtex": "@misc{a, title = {b}}}"}, "`bibtex` must hold BibTeX entries"),
+        ({"bibtex": ("@misc{a}",)}, "`bibtex` must hold BibTeX entries"),
         ({"honours": "beta"}, "`honours` must be a tuple of strings; got 'beta'"),
     ],
 )
@@ -75,7 +79,7 @@ class HalfState(Good):
     [
         (
             Misspelt,
-            ["plugin 'misspelt'", "'advantage' is marked with @hookimpl, but no hook has", "mean 'advantages'?"],
+            ["plugin 'misspelt'", "'advantage' is marked with @hookimpl, but no hook has", "mean 'advantages' or"],
         ),
         (Unmarked, ["plugin 'unmarked'", "the method 'advantages' is named like a hook and lacks @hookimpl"]),
         (WrongArgument, ["plugin 'wrong-argument'", "a hook does not fit its specification", "rond"]),

@@ -80,7 +80,7 @@ def test_wrong_options_of_gdpo(values: dict[str, Any], expected: str) -> None:
         ({"needed": 1, "limit": "x"}, "with-options.limit: expected float or null, got 'x'"),
         ({"needed": 1, "names": "abc"}, "with-options.names: expected a list of str, got 'abc'"),
         ({"needed": 1, "names": [1]}, "with-options.names: expected a list of str, got [1]"),
-        ({"needed": 1, "table": [1]}, "with-options.table: expected dict"),
+        ({"needed": 1, "table": [1]}, "with-options.table: expected a mapping of str to float"),
     ],
 )
 def test_wrong_options_of_every_type(values: dict[str, Any], expected: str, plugin: Callable[[type], str]) -> None:

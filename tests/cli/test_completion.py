@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests import processes
 from trl_ext.catalog import builtins, find
 from trl_ext.catalog.option_names import option_names
 from trl_ext.cli import completion, main
@@ -75,7 +75,7 @@ def test_it_imports_nothing_heavy() -> None:
         "main.main(['completion', '--words', 'trl_ext', 'train', '--plugin', 'vl-dac', '--set', 'vl-dac.g']);"
         "print(sorted({'torch', 'trl', 'transformers', 'numpy', 'pydantic', 'rich'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = processes.run_python(code)
     assert done.stdout.split() == ["vl-dac.gamma=", "vl-dac.gae_lambda=", "[]"], done.stdout + done.stderr
 
 
@@ -108,9 +108,7 @@ def console_script(tmp_path: Path) -> dict[str, str]:
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 def test_bash_completes(console_script: dict[str, str], tmp_path: Path) -> None:
-    done = subprocess.run(
-        ["bash", "--norc", "-c", BASH], env=console_script, capture_output=True, text=True, timeout=120, cwd=tmp_path
-    )
+    done = processes.run(["bash", "--norc", "-c", BASH], env=console_script, cwd=tmp_path)
     assert done.stderr == ""
     assert [line.split() for line in done.stdout.splitlines()] == [
         ["complete", "-o", "default", "-F", "_trl_ext", "trl_ext"],
@@ -123,13 +121,16 @@ def test_bash_completes(console_script: dict[str, str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shell", completion.SCRIPTS)
-def test_the_script_of_a_shell_is_read_without_errors(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_script_of_a_shell_is_read_without_errors(
+    shell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main.main(["completion", shell]) == 0
     script = capsys.readouterr().out
     assert "completion --words" in script
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
-    done = subprocess.run([shell, "-n"], input=script, capture_output=True, text=True, timeout=60)
+    (tmp_path / "script").write_text(script)
+    done = processes.run([shell, "-n", str(tmp_path / "script")])
     assert done.returncode == 0 and done.stderr == ""
 
 

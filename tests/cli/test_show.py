@@ -57,6 +57,14 @@ def test_show_takes_files_and_modules(tmp_path, monkeypatch, capsys):
         assert "floor" in text and "required" in text and "least advantage" in text
 
 
+def test_show_prints_what_to_cite(capsys):
+    assert main.main(["show", "gdpo", "--bibtex"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "@misc{gdpo2026," and lines[-1] == "}" and "  eprint = {2601.05242}," in lines
+    assert main.main(["show", "tools", "--bibtex"]) == 2
+    assert "plugin 'tools' names nothing to cite" in capsys.readouterr().err
+
+
 def test_show_an_unknown_plugin(capsys):
     assert main.main(["show", "gdop"]) == 2
     assert "Did you mean 'gdpo'" in capsys.readouterr().err

@@ -33,6 +33,7 @@ CONTENT: dict[str, Any] = {
     "model": "m",
     "parameters": 89_000,
     "seeds": [1, 2],
+    "paired": True,
     "settings": {"learning_rate": 0.001, "odd": "</script><!-- data -->"},
     "arms": {
         "plain": {"finished": 2, "failed": [], "seconds_per_run": 61.0, "plugins": [], "settings": {}},

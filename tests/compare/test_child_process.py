@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import types
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,20 @@ def test_words_and_a_result_and_output_in_a_file(outside: Any, tmp_path: Path, m
     value = (3, "set after the first process was made", str(tmp_path), 1)
     assert messages == [Said("beginning"), Step(1, 2, ("loss",)), Result(value)]
     assert set((tmp_path / "log").read_text().splitlines()) == {"printed", "from another program"}
+
+
+def test_a_call_that_takes_long_is_never_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    messages = [child_process.Said("checking"), child_process.Result(7)]
+    child = types.SimpleNamespace(receive=lambda: messages.pop(0))
+    answers = [False, True, False, False, True]
+    said: list[str] = []
+    monkeypatch.setattr(child_process, "start", lambda *args, log: child)
+    monkeypatch.setattr(child_process, "ready", lambda children, timeout: children if answers.pop(0) else [])
+    assert child_process.call(print, log="", say=said.append) == 7
+    assert said == [
+        *("starting a process that loads TRL", "starting a process that loads TRL, 0:00 so far"),
+        *("checking", "checking, 0:00 so far", "checking, 0:00 so far"),
+    ]
 
 
 def test_an_error_with_its_traceback(outside: Any, tmp_path: Path) -> None:

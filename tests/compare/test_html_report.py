@@ -95,7 +95,8 @@ def test_an_arm_cannot_either() -> None:
 def test_everything_that_belongs_into_a_report(text: str) -> None:
     words = " ".join(" ".join(Reader(text).texts).split())
     for expected in (
-        "ours is <better> & faster",
+        "ours against plain: too few seeds (rewards/r/mean, steps to 0.9); 1 not judged of 1 expectations",
+        "claimed, and not shown by these runs: ours is <better> & faster",
         "In the paper: a figure",
         "GRPO on task tiny, a model of 89 thousand parameters; 2 arms, 2 seeds",
         "unknown rewards/r/mean: steps to 0.9: ours better than plain (not judged)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,19 @@ def page(name: str, chart: plots.Chart) -> str:
 def test_the_picture() -> None:
     content = plots.picture(CONTENT)
     assert content.startswith(b"\x89PNG") and len(content) > 20_000
+
+
+def test_the_title_of_the_picture_is_what_the_runs_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    titles: list[str] = []
+    draw = plots.Figure.suptitle
+    monkeypatch.setattr(plots.Figure, "suptitle", lambda self, t, **kw: (titles.append(t), draw(self, t, **kw))[1])
+    plots.picture(CONTENT)  # its expectation is not judged
+    met = copy.deepcopy(CONTENT)
+    met["metrics"][0]["expectations"][0]["met"] = True
+    plots.picture(met)
+    unproven, proven = (" ".join(title.split()) for title in titles)
+    assert CONTENT["claim"] not in unproven and unproven.startswith("ours against plain: too few seeds (rewards/r/mean")
+    assert proven == f"{CONTENT['claim']} mean of 2 seeds, band: its 95% interval"
 
 
 def test_a_dollar_in_a_name_is_no_formula() -> None:

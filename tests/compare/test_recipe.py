@@ -18,6 +18,7 @@ learning_rate: 1.0e-3
 plugins:
   gdpo: {group_eps: 0.5}
 experiment:
+  about: what it is
   claim: a claim
   paper: a figure
   task: loud-quiet
@@ -25,6 +26,7 @@ experiment:
   train_size: 100
   test_size: 10
   seeds: [3, 5, 8]
+  seconds_per_run: 12.5
   arms:
     plain:
     gdpo: {plugins: [gdpo]}
@@ -48,7 +50,7 @@ def test_a_full_recipe(tmp_path: Path) -> None:
     found = recipes.read(str(file))
     assert (found.name, found.claim, found.paper, found.task) == ("full", "a claim", "a figure", "loud-quiet")
     assert (found.trainer, found.sizes, found.seeds) == ("grpo", {"train_size": 100, "test_size": 10}, (3, 5, 8))
-    assert found.settings == {"learning_rate": 1e-3}
+    assert found.settings == {"learning_rate": 1e-3} and (found.about, found.seconds_per_run) == ("what it is", 12.5)
     assert found.arms == {
         "plain": Arm(),
         "gdpo": Arm(plugins={"gdpo": {"group_eps": 0.5}}),

@@ -55,6 +55,8 @@ def test_what_a_comparison_leaves(done: Path) -> None:
             assert len(rows) == 4 and set(rows[0]["rewards"]) == {"digits", "short"}  # two of each of two prompts
     output, errors = ((done / name).read_text() for name in ("output.txt", "errors.txt"))
     assert "mean [95% interval]" in output and "note: 2 seeds are few" in output and "a comparison of a few" in output
+    assert "2 arms, 2 seeds: 4 runs to do, each in a process of its own" in errors and "\nno estimate: " in errors
+    assert "checking arm 2 of 2: gdpo" in errors and "[1/4] plain, seed 1: starting" in errors
     assert "[4/4]" in errors and " left" in errors and "Traceback" not in errors and "leaked" not in errors
     assert {file.name for file in (done / "out").iterdir()} >= {"compare.html", "compare.png", "compare.json", "runs"}
     assert not list((done / "out/runs").glob("*.log")) and not list((done / "out").rglob("*.part"))
@@ -98,6 +100,7 @@ def test_ended_runs_are_not_repeated(done: Path, compare: Any, recipe: Any, tmp_
     missing.unlink()
     code, _, errors = compare(done / "small.yaml", "--output", out)
     assert code == 0 and "3 of 4 runs are there already" in errors
+    assert "1 run to do" in errors and "from the 3 runs that have ended" in errors
     assert errors.count(": finished in") == 1 and "gdpo, seed 2: finished" in errors
     for file, (moment, content) in before.items():
         if file == missing:

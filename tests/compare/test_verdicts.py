@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -178,3 +179,24 @@ def test_steps_to_the_end_of_an_arm() -> None:
     plain[5] = record(0.1, 0.2, 6.3)
     (content,) = summarize(recipe(asked), records(plain, ours))["metrics"]
     assert content["expectations"][0]["met"] and "by 33%" in content["expectations"][0]["detail"]
+
+
+def titled(plain: list[Any], ours: list[Any], claim: str = "ours is faster", **changes: Any) -> str:
+    asked = dataclasses.replace(recipe(metric(**changes)), claim=claim)
+    found = summarize(asked, records(plain, ours))
+    assert ("claimed, and not shown by these runs" in "".join(sentences(found))) == (found["headline"] != claim)
+    return str(found["headline"])
+
+
+def test_a_claim_is_the_title_only_if_the_runs_bear_it_out() -> None:
+    assert titled(LOW, HIGH, expect=[BETTER]) == "ours is faster"
+    assert titled(HIGH, LOW, expect=[BETTER]) == "ours worse than plain (reward, mean); 1 not met of 1 expectations"
+    assert titled(LOW, LOW, expect=[BETTER]).startswith("ours not distinguishable from plain (reward, mean); 1 not met")
+    failing = [record(1.0, status="crashed"), *HIGH[1:]]
+    assert "; 1 not judged of 1 expectations" in titled(LOW, failing, expect=[BETTER])
+    both = [BETTER, expect(by=5.0)]
+    assert titled(LOW, HIGH, expect=both) == "ours better than plain (reward, mean); 1 not met of 2 expectations"
+
+
+def test_a_claim_that_nothing_tests_is_no_title() -> None:
+    assert titled(LOW, HIGH) == "ours better than plain (reward, mean)"

@@ -14,7 +14,7 @@ import yaml
 
 import trl_ext
 from tests import processes
-from trl_ext.catalog import builtins, find
+from trl_ext.catalog import builtins, find, recipes
 from trl_ext.cli.main import COMMANDS
 from trl_ext.cli.show import declaration
 from trl_ext.plan import compose
@@ -147,6 +147,19 @@ def test_commands_exist() -> None:
             assert re.search(rf"^{''.join(target)}:", makefile, re.MULTILINE), f"{page} names `make {''.join(target)}`"
 
 
+def test_recipes_on_command_lines_exist() -> None:
+    known = set(recipes.recipes())
+    seen = set()
+    for page, text in PAGES.items():
+        for name in re.findall(r"trl_ext (?:compare|train --config|train --trainer dpo --config) ([\w./=-]+)", text):
+            if name.endswith(".yaml") or name.startswith("runs/") or "=" in name or name == "NAME":
+                assert not name.startswith("recipes/"), f"{page} names {name}, which only a checkout has"
+            else:
+                assert name in known, f"{page} names the recipe {name}"
+                seen.add(name)
+    assert len(seen) > 10
+
+
 def test_options_on_command_lines_exist() -> None:
     seen = 0
     for page, text in PAGES.items():
@@ -165,7 +178,7 @@ def test_yaml_blocks_and_recipes_are_trl_files_plus_plugins() -> None:
     assert recipes and pages
     for text in [*recipes, *pages]:
         settings = yaml.safe_load(text)
-        if "experiment" in settings:
+        if set(settings.pop("experiment", {})) - {"about"}:
             continue  # a recipe of `trl_ext compare`, which has tests of its own
         specs = find.resolve(settings.pop("plugins"))
         parser = importlib.import_module(f"trl.scripts.{compose.common_trainers(specs)[0]}").make_parser()
@@ -192,6 +205,9 @@ def test_the_page_of_a_method_is_complete(method: str) -> None:
     for part in ("**What it changes.**", "**When to use it.**", "\n## Options\n", "\ntrl_ext train --"):
         assert part in text, part
     if shown["paper"].startswith("arXiv"):
+        title = re.findall(r"title = \{\{(.*?)\}\}", shown["bibtex"], re.DOTALL)[0]
+        assert f"eprint = {{{shown['paper'].removeprefix('arXiv ')}}}" in shown["bibtex"]
+        assert title.split()[0] in text.partition("**What it changes.**")[0]
         assert f"[{shown['paper']}](" in text and "\n## Metrics\n" in text and "\n## Results\n" in text
     for kind in shown["trainers"]:
         assert kind.upper() in text.partition("**What it changes.**")[0], kind

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 import trl_ext
 from trl_ext.catalog import builtins
 from trl_ext.cli.new import scaffold
-from trl_ext.testing import digits, tiny_data, tiny_trainer
+from trl_ext.testing import conformance, digits, tiny_data, tiny_trainer
 from trl_ext_hooks import Plugin, hookimpl
 from trl_ext_hooks.toolkit.judges import Question, ask, make_judge
 
@@ -111,6 +111,19 @@ def test_a_forward_in_setup_leaves_no_trace(train: Any, plugin: Any, stock: torc
     with trl_ext.enable(plugin(LooksFirst)):
         trainer = train("grpo", data=tiny_data(rows=2), **LONG)
     assert logits[0].isfinite().all() and torch.equal(weights(trainer), stock)
+
+
+def test_the_greedy_baseline_is_the_reward_of_the_greedy_completion(model: str, tmp_path: Path) -> None:
+    file = tmp_path / "greedy_baseline.py"
+    file.write_text(PLUGINS[file.name])
+    assert not [check for check in conformance(str(file), tmp_path / "runs") if not check.passed]
+    with trl_ext.enable(str(file)):
+        trainer = tiny_trainer("grpo", model, tmp_path / "run", max_steps=1, generation_kwargs={"temperature": 1e-4})
+        trainer.train()
+    # nearly no temperature, so that sampled completions are greedy ones
+    logged = trainer.state.log_history[0]
+    assert logged["greedy-baseline/baseline"] == pytest.approx(logged["reward"], abs=1e-5)
+    assert list(trainer._logs["advantages"]) == [pytest.approx(0.0, abs=1e-6)] * 8
 
 
 def test_the_judge_of_the_page_judges(folder: Any) -> None:

@@ -71,6 +71,10 @@ class Observer(Plugin):
         return None
 
     @hookimpl
+    def token_mask(self, round: Any) -> None:
+        return None
+
+    @hookimpl
     def token_weights(self, round: Any) -> None:
         return None
 
@@ -85,6 +89,14 @@ class Observer(Plugin):
     @hookimpl
     def loss_inputs(self, batch: Any, trainer: Any) -> None:
         return None
+
+    @hookimpl
+    def side_batch(self, trainer: Any) -> None:
+        return None
+
+    @hookimpl
+    def step_statistics(self, step: Any) -> None:
+        torch.randn(100)
 
     @hookimpl
     def loss_terms(self, loss: Any) -> None:

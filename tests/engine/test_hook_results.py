@@ -20,6 +20,7 @@ from trl_ext_hooks import (
     Plugin,
     PolicyLoss,
     Rewards,
+    SelectedRows,
     hookimpl,
 )
 
@@ -53,8 +54,21 @@ def nan_at(count: int) -> Callable[[Any], torch.Tensor]:
     return make
 
 
+NAMES = ("digits", "brevity")
+OTHER_NAMES = Rewards(torch.zeros(8, 2), ("digits", "bonus"), torch.ones(2))
 CASES: list[Any] = [
     ("select_rows", lambda rows: rows[:3], "returned 3 rows from 'select_rows', expected 8: as many as it got"),
+    (
+        "select_rows",
+        lambda rows: rows[::2] * 2,
+        "rows of different prompts in one group from 'select_rows': rows 0 and",
+    ),
+    ("select_rows", lambda rows: SelectedRows(rows, [0] * 3 + [1] * 5), "rows of different prompts in one group"),
+    (
+        "select_rows",
+        lambda rows: SelectedRows(rows, [0] * 8 + [1]),
+        "returned 9 group_ids from 'select_rows', expected 8",
+    ),
     ("annotate", [1], "returned list from 'annotate', expected a mapping"),
     ("annotate", {"undeclared": [0] * 8}, "returned 'undeclared' from 'annotate' without declaring it"),
     ("annotate", {"mine": [0] * 3}, "annotated 'mine' with 3 values, expected one for each of 8 rows"),
@@ -62,14 +76,24 @@ CASES: list[Any] = [
     ("rewards", [[1.0, 2.0]] * 8, "returned list from 'rewards', expected a tensor or Rewards"),
     ("rewards", torch.zeros(8, 3), "returned rewards (8, 3) with 2 weights, expected (8, 2) and 2 for the columns"),
     ("rewards", torch.zeros(8), "returned rewards (8,) with 2 weights, expected (8, 2)"),
-    ("rewards", Rewards(torch.zeros(8, 2), ("a", "b"), torch.ones(3)), "with 3 weights, expected (8, 2) and 2"),
-    ("rewards", Rewards(torch.zeros(8, 1), ("a", "b"), torch.ones(2)), "returned rewards (8, 1) with 2 weights"),
+    (
+        "rewards",
+        Rewards(torch.zeros(8, 2), ("digits", "brevity"), torch.ones(3)),
+        "with 3 weights, expected (8, 2) and 2",
+    ),
+    (
+        "rewards",
+        Rewards(torch.zeros(8, 1), ("digits", "brevity"), torch.ones(2)),
+        "returned rewards (8, 1) with 2 weights",
+    ),
+    ("rewards", OTHER_NAMES, "returned the reward columns digits, bonus from 'rewards', expected digits, brevity."),
     ("advantages", [0.0] * 8, "returned list from 'advantages', expected a tensor"),
     ("advantages", torch.zeros(7), "returned advantages (7,), expected (8,) for the rows of all processes"),
     ("advantages", torch.zeros(8, 3), "returned advantages (8, 3), expected (8,)"),
     ("advantages", torch.zeros(8, 8, 1), "returned advantages (8, 8, 1), expected (8,)"),
     ("advantages", nan_at(3), "returned advantages that are not finite: 3 of 8"),
     ("advantages", lambda round: round.advantages * torch.inf, "returned advantages that are not finite: 8 of 8"),
+    ("advantages", torch.zeros(8, dtype=torch.complex64), "returned torch.complex64 from 'advantages', expected real"),
     ("batch_fields", 3, "returned int from 'batch_fields', expected a mapping"),
     ("batch_fields", {"undeclared": torch.zeros(8)}, "'undeclared' from 'batch_fields' without declaring it"),
     ("batch_fields", {"mine": torch.zeros(5)}, "returned (5,) for the batch field 'mine', expected a tensor with 8"),
@@ -80,11 +104,24 @@ CASES: list[Any] = [
     ("loss_metrics", {"x": (1, 2, 3)}, "reported 'x' as (1, 2, 3), expected a pair (sum, count)"),
     ("loss_inputs", {"advantage": torch.zeros(8)}, "returned 'advantage' from 'loss_inputs'; the batch has prompt_ids"),
     ("loss_inputs", torch.zeros(8), "returned Tensor from 'loss_inputs', expected a mapping"),
+    ("loss_inputs", {"advantages": torch.zeros(3)}, "returned torch.float32 (3,) for 'advantages' from 'loss_inputs'"),
+    ("loss_inputs", {"completion_mask": torch.ones(8, 8)}, "torch.float32 (8, 8) for 'completion_mask' from"),
+    ("loss_inputs", {"advantages": [0.0] * 8}, "list for 'advantages' from 'loss_inputs', expected torch.float32 (8,)"),
+    ("loss_terms", {"x": torch.tensor(torch.nan)}, "returned the loss term 'x' that is nan, expected a finite number"),
     ("loss_terms", torch.zeros(()), "returned Tensor from 'loss_terms', expected a mapping"),
     ("loss_terms", {"x": 1.0}, "returned the loss term 'x' as float, expected a 0-d tensor or PolicyLoss"),
     ("loss_terms", {"x": torch.zeros(8)}, "returned the loss term 'x' as shape (8,), expected a 0-d tensor"),
     ("loss_terms", {"x": PolicyLoss(torch.zeros(8, 3))}, "a loss of shape (8, 3), expected a scalar or (8, 8)"),
     ("policy_loss", torch.zeros(()), "returned Tensor from 'policy_loss', expected PolicyLoss"),
+    ("policy_loss", PolicyLoss([0.0]), "returned a loss whose values are list, expected a tensor"),  # type: ignore[arg-type]
+    ("policy_loss", PolicyLoss(torch.zeros(8, 8), "mean"), "normalisation='mean', expected one of 'trainer', 'tok"),  # type: ignore[arg-type]
+    ("policy_loss", PolicyLoss(torch.zeros(8, 8), "share"), "(8, 8) with normalisation='share', expected a scalar"),
+    (
+        "policy_loss",
+        PolicyLoss(torch.tensor(torch.inf)),
+        "returned a policy loss that is inf, expected a finite number",
+    ),
+    ("policy_loss", PolicyLoss(torch.zeros(8, 8)), "the loss of plugin 'returning' has no gradient"),
     ("policy_loss", PolicyLoss(torch.zeros(8, 3)), "returned a loss of shape (8, 3), expected a scalar or (8, 8)"),
 ]
 FIRST = {case[0]: case for case in reversed(CASES)}
@@ -148,6 +185,14 @@ class BadForward(Plugin):
     [
         (lambda logps: logps.per_token_logps, "returned Tensor from 'logps', expected Logps with (8, 8)"),
         (lambda logps: Logps(logps.per_token_logps[:, 1:]), "returned (8, 7) from 'logps', expected Logps with (8, 8)"),
+        (
+            lambda logps: Logps(logps.per_token_logps, logps.entropies[:3]),
+            "returned entropies (3, 8) from 'logps', exp",
+        ),
+        (
+            lambda logps: Logps(logps.per_token_logps.detach(), logps.entropies),
+            "returned log-probabilities without grad",
+        ),
         (lambda logps: Logps(logps.per_token_logps), "returned no entropies from 'logps', which the policy forward"),
     ],
 )

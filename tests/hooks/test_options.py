@@ -56,7 +56,7 @@ class Bounded(Plugin):
         ({"words": ["a"]}, "bounded.words: expected a list of str, at least 2 long, got ['a']"),
         ({"words": ["a", 1]}, "expected a list of str, at least 2 long, got ['a', 1]. (entry 1: Input should be a"),
         ({"either": -1}, "bounded.either: expected float or str, >= 0, got -1"),
-        ({"table": {"a": "much"}}, "bounded.table: expected dict, got {'a': 'much'}"),
+        ({"table": {"a": "much"}}, "bounded.table: expected a mapping of str to float, got {'a': 'much'}"),
         ({"correct_reward": 3}, "bounded.correct_reward: expected reward name or null, got 3"),
         ({"answer": None}, "bounded.answer: expected column name, got None"),
         ({"rules": [{"target": "a", "weight": 0}]}, "Rule.weight: expected float, > 0, got 0"),

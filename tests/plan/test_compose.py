@@ -49,7 +49,7 @@ def test_two_owners_of_one_thing(
     base: type[Plugin], attributes: dict[str, Any], what: str, plugin: Callable[[type], str]
 ) -> None:
     references = [plugin(claiming(name, base, **attributes)) for name in ("one", "two")]
-    expected = f"plugins 'one' and 'two' cannot be combined: both claim {what}. Leave one out."
+    expected = f"plugins 'one' and 'two' cannot be combined: both claim {what}. Leave one out"
     for enable in (trl_ext.enable, lambda *names: trl_ext.extend(_grpo(), *names)):
         with refused(ConfigError, expected):
             enable(*references)
@@ -62,7 +62,8 @@ def _grpo() -> Any:
 
 
 def test_two_estimators_built_in_and_own(plugin: Callable[[type], str]) -> None:
-    with refused(ConfigError, "plugins 'gdpo' and 'mine' cannot be combined: both claim estimator"):
+    ways = "Leave one out, or weigh them: --plugin mix --set mix.weights='{gdpo: 0.5, mine: 0.5}'"
+    with refused(ConfigError, f"plugins 'gdpo' and 'mine' cannot be combined: both claim estimator. {ways}"):
         trl_ext.enable("gdpo", plugin(claiming("mine", claims=("estimator",))))
 
 

@@ -28,6 +28,7 @@ _spec.loader.exec_module(pairs)
 
 TRIGGERS = {
     "decs": ("decs/redundant_tokens", 0.0, 1.0),
+    "dvao": ("dvao/advantage_change", 0.0, math.inf),
     "gdpo": ("gdpo/advantage_change", 0.0, math.inf),
     "hdpo": ("hdpo/signal", 0.0, math.inf),
     "otc": ("otc/r_tool_mean", -1.0, 1.0),
@@ -77,7 +78,14 @@ def parameters(trainer: Any) -> torch.Tensor:
     return torch.cat([value.detach().flatten() for value in trainer.model.parameters()])
 
 
-@pytest.mark.parametrize(("left", "right", "kind"), [case for case in ALLOWED if "apo" not in case])
+TRAINED = [
+    pytest.param(*case, marks=[pytest.mark.slow] if "dvao" in case else [])  # which acts where `gdpo` does
+    for case in ALLOWED
+    if not {"apo", "mix"} & set(case)  # the parts of a mix decide what it does, and it has tests of its own
+]
+
+
+@pytest.mark.parametrize(("left", "right", "kind"), TRAINED)
 def test_each_of_two_plugins_does_its_part(left: str, right: str, kind: str, build: Any, smoke: Any) -> None:
     if kind == "dpo" and seams.trl_version() < seams.Version("1.15"):
         pytest.skip("DPO's forward can be owned from TRL 1.15 on")

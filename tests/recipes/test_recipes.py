@@ -33,15 +33,19 @@ def test_a_tiny_recipe_expects_something_of_a_task_and_has_a_headline(file: Path
     assert found.task is not None and lab.task(found.task).summary
     assert found.claim and found.paper
     assert any(metric.expect for metric in found.metrics) and len(found.seeds) >= 6
+    assert found.seconds_per_run is not None
+    assert f"#   trl_ext compare {file.stem}\n" in file.read_text()
 
 
 @pytest.mark.parametrize("file", TINY, ids=lambda file: file.stem)
-def test_its_result_is_committed_of_this_recipe_and_as_expected(file: Path) -> None:
+def test_its_result_is_committed_and_of_this_recipe(file: Path) -> None:
+    """Whether or not it is as expected: results that are not stay in the table."""
     committed = file.parent / "results" / f"{file.stem}.json"
     assert committed.exists(), f"run `make experiments`, or trl_ext compare {file.name} --record {committed}"
     found, asked = json.loads(committed.read_text()), recipes.read(str(file))
-    assert found["command"] == f"trl_ext compare recipes/tiny/{file.name}"
-    assert (found["claim"], found["paper"], found["task"]) == (asked.claim, asked.paper, asked.task)
+    assert found["command"] in (f"trl_ext compare recipes/tiny/{file.name}", f"trl_ext compare {file.stem}")
+    assert (found["claim"], found["paper"]) == (asked.claim, asked.paper)
+    assert found["task"] == (asked.task or "").removeprefix(f"{ROOT}/")
     assert found["seeds"] == list(asked.seeds) and list(found["arms"]) == list(asked.arms)
     for name, arm in asked.arms.items():
         settings = found["settings"] | found["arms"][name]["settings"]
@@ -50,7 +54,10 @@ def test_its_result_is_committed_of_this_recipe_and_as_expected(file: Path) -> N
         plugins = [find.find(reference)[0].name for reference in arm.plugins]
         assert sorted(plugin["name"] for plugin in found["arms"][name]["plugins"]) == sorted(plugins)
     assert [metric["label"] for metric in found["metrics"]] == [metric.label for metric in asked.metrics]
-    assert found["complete"] and found["met"]
+    expectations = [entry for metric in found["metrics"] for entry in metric["expectations"]]
+    assert [len(metric["expectations"]) for metric in found["metrics"]] == [len(m.expect) for m in asked.metrics]
+    assert found["complete"] and found["met"] == all(entry["met"] for entry in expectations)
+    assert None not in [entry["met"] for entry in expectations]
     assert len(committed.read_text()) < 50_000
 
 
@@ -71,6 +78,7 @@ def test_the_table_names_what_went_wrong() -> None:
     result["arms"]["plain"]["failed"] = [{"seed": 2, "status": "crashed", "error": "e"}]
     text = table_module().table([result])
     assert "**no**" in text and "**plain, seed 2: crashed**" in text and result["paper"] in text
+    assert "**This did not hold.**" in table_module().details(result)
 
 
 def test_the_example_of_the_guide_is_a_recipe(tmp_path: Path) -> None:
@@ -88,7 +96,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main.main(["compare", "--help"])
     text = capsys.readouterr().out
-    for word in ("recipes/tiny/gdpo.yaml", "--seeds 2", "--json", "experiment:", "Exit code 0", "compare.html"):
+    for word in ("trl_ext compare gdpo\n", "--seeds 2", "--json", "experiment:", "Exit code 0", "compare.html"):
         assert word in text
-    example = text.partition("two blocks more:\n")[2].partition("\nrecipes/README.md")[0]
+    example = text.partition("two blocks more:\n")[2].partition("\n`trl_ext recipes` also")[0]
     assert set(yaml.safe_load(example)["experiment"]) <= set(recipes.Experiment.model_fields)

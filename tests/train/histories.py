@@ -17,7 +17,7 @@ def evaluation(step, good):
 
 def finished(folder, history):
     """Returns a trainer after its run, as far as the summary reads it, and its parsed arguments."""
-    state = types.SimpleNamespace(log_history=history, global_step=2)
+    state = types.SimpleNamespace(log_history=history, global_step=2, max_steps=2)
     accelerator = types.SimpleNamespace(num_processes=1, device="cpu")
     args = types.SimpleNamespace(output_dir=str(folder))
     return types.SimpleNamespace(state=state, accelerator=accelerator, args=args), (

@@ -2,7 +2,7 @@
 
 import os
 
-from trl_ext import ConfigError, OptionError
+from trl_ext import ConfigError, OptionError, lab
 from trl_ext.train import command_line
 from trl_ext.trl_internals import launch as trl_launch
 
@@ -19,11 +19,23 @@ def test_plugins_come_from_everywhere_and_later_ones_win(config):
     _, request = understood(
         "--learning_rate", "1e-6", "--plugin", "shared-prefix", "--set", "gdpo.group_eps=0.25", "--config", path
     )
-    assert [spec.name for spec in request.specs] == ["gdpo", "shared-prefix"]  # the estimator first
+    assert [spec.name for spec in request.specs] == ["shared-prefix", "gdpo"]
     assert request.plugins["gdpo"] == {"group_eps": 0.25, "batch_eps": 0.5}
     assert request.kind == "grpo"
     assert not {"plugins", "experiment"} & set(request.settings)
     assert request.arguments == ["--learning_rate", "1e-6"]
+
+
+def test_config_takes_the_name_of_a_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the Python files of a recipe stand beside it, wherever the command runs
+    _, request = understood("--config", "thinkless")
+    assert [spec.name for spec in request.specs] == ["thinkless"] and request.config.endswith("tiny/thinkless.yaml")
+    assert lab.task(request.task).name and request.settings["beta"] == 0.0
+    plugin = "from trl_ext_hooks import Plugin\nclass Mine(Plugin):\n    name, trainers = 'mine', ('grpo',)\n"
+    (tmp_path / "mine.py").write_text(plugin)
+    (tmp_path / "thinkless").write_text("plugins:\n  mine.py:\n")
+    _, request = understood("--config", "thinkless")
+    assert [spec.name for spec in request.specs] == ["mine"] and request.config == "thinkless"
 
 
 def test_plugin_may_be_repeated_and_take_several():

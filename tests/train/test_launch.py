@@ -35,6 +35,12 @@ from trl_ext.trl_internals import launch as trl_launch
             ["--resume_from_checkpoint", "true", "--output_dir", "nowhere"],
             ["no checkpoint to resume from in 'nowhere'"],
         ),
+        (["--plugin", "gdpo", "--resume_from_checkpoint", "true"], ["to resume from in 'runs/demo-gdpo'"]),
+        (["--plugin", "apo", "--model_name_or_path", "m", "--dataset_name", "d", "--no_save"], ["'apo'", "--no_save"]),
+        (
+            ["--plugin", "apo", "--model_name_or_path", "m", "--dataset_name", "d", "--overwrite"],
+            ["--overwrite has no"],
+        ),
         (["--resume_from_checkpoint", "some/where"], ["some/where: there is no such folder"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from trl_ext.compare import finished_runs
+
 REWARDS = """
 import asyncio
 
@@ -107,6 +109,12 @@ def test_grpo_with_two_plugins_and_resume(script, config, record, tmp_path):
     content = record()
     assert content["steps"] == 3 and content["last"]["counter/rounds"] == 3.0  # the plugin went on counting
     assert content["hooks_fired"]["counter"]["load_state_dict"] == 1
+
+    ours = finished_runs.read(tmp_path / "out")  # as `trl_ext compare FOLDER FOLDER` does
+    assert (ours.seed, ours.steps, ours.facts["trainer"]) == (content["seed"], 3, "grpo") and ours.seed is not None
+    (tmp_path / "out/trl_ext_run.json").unlink()
+    stock = finished_runs.read(tmp_path / "out")
+    assert stock.steps >= 2 and stock.history[:2] == ours.history[:2] and "read from checkpoint-" in stock.remark
 
 
 @pytest.mark.slow

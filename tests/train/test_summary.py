@@ -29,7 +29,8 @@ def test_without_evaluation_the_training_steps_are_compared_and_it_says_so():
 
 def test_what_a_run_leaves(tmp_path, capsys):
     trainer, parsed = finished(tmp_path / "out", [training(1, 0.0), training(2, 1.0)])
-    summary.write_summary(trainer, Request({}, (), "grpo", None, {}, []), parsed, 3.0)
-    assert "+1.000" in capsys.readouterr().out
+    summary.write_summary(trainer, Request({}, (), "grpo", None, {}, []), parsed, 3.0, "finished")
+    out = capsys.readouterr().out
+    assert "+1.000" in out and "2 steps in 3 s" in out
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"trl_ext_run.json", "trl_ext_curves.png"}
     assert (tmp_path / "out/trl_ext_curves.png").read_bytes().startswith(b"\x89PNG")

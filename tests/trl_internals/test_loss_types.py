@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
+from tests import processes
 from trl_ext.trl_internals.loss_types import loss_types
 
 
@@ -28,5 +26,5 @@ def test_reading_them_imports_nothing() -> None:
         "import sys; from trl_ext.trl_internals.loss_types import loss_types; print(len(loss_types('dpo')) > 5);"
         "print(sorted({'torch', 'trl', 'transformers'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = processes.run_python(code)
     assert done.stdout.split() == ["True", "[]"], done.stderr

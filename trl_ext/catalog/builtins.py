@@ -7,8 +7,10 @@ GROUP = "trl_ext"
 BUILTINS: dict[str, str] = {
     "apo": "trl_ext_plugins.apo:APO",
     "decs": "trl_ext_plugins.decs:DECS",
+    "dvao": "trl_ext_plugins.dvao:DVAO",
     "gdpo": "trl_ext_plugins.gdpo:GDPO",
     "hdpo": "trl_ext_plugins.hdpo:HDPO",
+    "mix": "trl_ext_plugins.mix:Mix",
     "otc": "trl_ext_plugins.otc:OTC",
     "p3o": "trl_ext_plugins.p3o:P3O",
     "shared-prefix": "trl_ext_plugins.shared_prefix:SharedPrefix",
@@ -19,3 +21,10 @@ BUILTINS: dict[str, str] = {
     "trpa": "trl_ext_plugins.trpa:TRPA",
     "vl-dac": "trl_ext_plugins.vl_dac:VLDAC",
 }
+TRL = "trl"
+"""What stands for TRL itself where a plugin is named. No plugin can be called so."""
+
+
+def canonical(name: str) -> str:
+    """Returns the one spelling of a name: `Shared_Prefix` and `shared-prefix` are the same plugin."""
+    return name.lower().replace("_", "-")

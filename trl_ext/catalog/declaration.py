@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, get_args
 
 import pluggy
@@ -14,10 +15,11 @@ from trl_ext_hooks import CLAIMS, NEEDS, Plugin, TrainerKind, specs
 
 from ..errors import PluginError, near
 from . import options as plugin_options
+from .builtins import TRL
 
 HOOKS: tuple[str, ...] = tuple(name for name, value in vars(specs).items() if hasattr(value, "trl_ext_spec"))
 """All hooks, in the order of the documentation."""
-IMPLIED = {"policy_loss", "logps", "run"}
+IMPLIED = {"mix_advantages", "policy_loss", "logps", "run"}
 """Claims that a plugin makes by implementing the hook of the same name."""
 KINDS: tuple[TrainerKind, ...] = get_args(TrainerKind)
 
@@ -67,6 +69,24 @@ class PluginSpec:
         values: dict[str, Any] = _plain(self.options)
         return values
 
+    @property
+    def changed_options(self) -> dict[str, Any]:
+        """The options that differ from their defaults, as plain values. One without a default always does."""
+        defaults = {
+            field.name: field.default_factory() if callable(field.default_factory) else field.default
+            for field in dataclasses.fields(self.options)
+        }
+        return {
+            name: value
+            for name, value in self.option_values.items()
+            if value is not defaults[name] and value != _plain(defaults[name])
+        }
+
+    @property
+    def bibtex(self) -> str:
+        """What a run with the plugin should cite, as BibTeX entries without the indentation of the code."""
+        return inspect.cleandoc(self.cls.bibtex)
+
 
 def _plain(value: Any) -> Any:
     """Returns dataclasses as mappings. Unlike `dataclasses.asdict` it copies nothing, for options may hold anything."""
@@ -106,6 +126,23 @@ def implemented(cls: type[Plugin]) -> tuple[str, ...]:
     return tuple(hook for hook in HOOKS if hasattr(getattr(cls, hook, None), "trl_ext_impl"))
 
 
+def _is_bibtex(text: str) -> bool:
+    """Tells whether a text consists of BibTeX entries: `@kind{...}`, with balanced braces."""
+    shorter = re.sub(r"\{[^{}]*\}", "", text)
+    while shorter != text:  # the innermost braces go first
+        text, shorter = shorter, re.sub(r"\{[^{}]*\}", "", shorter)
+    return re.fullmatch(r"(\s*@\w+)+\s*", text) is not None
+
+
+def is_known(entry: str, known: Collection[str]) -> bool:
+    """Tells whether a need or a claim is among those that exist, some of which are patterns such as `column:NAME`."""
+    kind, colon, value = entry.partition(":")
+    if not colon:
+        return entry in known
+    pattern = next((name for name in known if name.startswith(f"{kind}:")), "")
+    return bool(value) and (pattern.endswith(":NAME") or (pattern.endswith(":COUNT") and value.isdigit()))
+
+
 def check_plugin(cls: Any, origin: str) -> type[Plugin]:
     """Checks a plugin's declaration.
 
@@ -126,6 +163,8 @@ def check_plugin(cls: Any, origin: str) -> type[Plugin]:
 
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", str(getattr(cls, "name", ""))):
         raise broken("`name` must be lower-case words joined by hyphens, such as 'my-method'.")
+    if cls.name == TRL:
+        raise broken(f"`name` must be another one: {TRL!r} stands for TRL itself.")
     trainers = getattr(cls, "trainers", ())
     if not trainers or isinstance(trainers, str) or not set(trainers) <= set(KINDS):
         raise broken(f"`trainers` must be a tuple with some of {', '.join(KINDS)}; got {trainers!r}.")
@@ -144,9 +183,11 @@ def check_plugin(cls: Any, origin: str) -> type[Plugin]:
     for attribute, known in (("claims", CLAIMS), ("needs", NEEDS)):
         # entries such as `column:answer` are known by their pattern, `column:NAME`
         for entry in getattr(cls, attribute):
-            pattern = entry.partition(":")[0] + ":NAME" if ":" in entry else entry
-            if pattern not in known:
+            if not is_known(entry, known):
                 raise broken(f"`{attribute}` holds {entry!r}.{near(entry, known)}")
+    entries = cls.bibtex
+    if not isinstance(entries, str) or (entries.strip() and not _is_bibtex(entries)):
+        raise broken(f"`bibtex` must hold BibTeX entries, such as '@misc{{key, title = {{...}}}}'; got {entries!r}.")
     hooks = set(implemented(cls))
     for name in dir(cls):
         value = getattr(cls, name)

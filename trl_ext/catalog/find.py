@@ -14,9 +14,9 @@ from .._version import __version__
 from ..errors import ConfigError, OptionError, PluginError, UnknownPluginError, near
 from ..support import imports
 from . import options as plugin_options
-from .builtins import BUILTINS, GROUP
+from .builtins import BUILTINS, GROUP, TRL, canonical
 from .declaration import PluginSpec, check_plugin
-from .names import canonical, check_single, is_place, unknown
+from .names import check_single, is_place, unknown
 
 
 def known() -> set[str]:
@@ -81,6 +81,8 @@ def find(reference: str) -> tuple[type[Plugin], str, str]:
 def resolve(requests: Mapping[str, Mapping[str, Any] | None]) -> tuple[PluginSpec, ...]:
     """Finds the plugins that were asked for, in order, and builds their options.
 
+    Plugins that an option names (`PluginName`) and nobody asked for come last, with default options.
+
     Args:
         requests: Option values by reference, such as `{"gdpo": {"group_eps": 1e-4}, "my_method.py": None}`.
     """
@@ -93,7 +95,24 @@ def resolve(requests: Mapping[str, Mapping[str, Any] | None]) -> tuple[PluginSpe
             raise ConfigError(f"plugin {cls.name!r} is asked for twice.")
         built = plugin_options.build(cls.Options, values or {}, cls.name)
         specs.append(PluginSpec(cls, built, origin, version, reference))
+    for spec in specs:  # grows meanwhile
+        for name, option in plugin_options.named_plugins(spec.options, spec.name):
+            if name != TRL and all(other.name != name for other in specs):
+                specs.append(_named(name, option))
     return tuple(specs)
+
+
+def _named(name: str, option: str) -> PluginSpec:
+    """Finds a plugin that an option names.
+
+    Raises:
+        UnknownPluginError: No plugin has that name.
+    """
+    try:
+        cls, origin, version = find(name)
+    except UnknownPluginError as error:
+        raise UnknownPluginError(f"{option}: {error} Name a plugin of a file in the run, too.") from error
+    return PluginSpec(cls, plugin_options.build(cls.Options, {}, cls.name), origin, version, name)
 
 
 def merge(

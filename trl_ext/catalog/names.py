@@ -10,15 +10,11 @@ from trl_ext_hooks import TrainerKind
 
 from ..errors import UnknownPluginError, near
 from ..trl_internals.loss_types import loss_types
+from .builtins import canonical
 
 KINDS: tuple[TrainerKind, ...] = get_args(TrainerKind)
 _SETTINGS = {"gspo": "--importance_sampling_level sequence --loss_type grpo"}
 """Methods of TRL's GRPO trainer that have a name of their own and are a setting, as TRL documents them."""
-
-
-def canonical(name: str) -> str:
-    """Returns the one spelling of a name: `Shared_Prefix` and `shared-prefix` are the same plugin."""
-    return name.lower().replace("_", "-")
 
 
 def is_place(reference: str) -> bool:

@@ -7,9 +7,8 @@ import importlib.util
 from pathlib import Path
 
 from ..support import imports
-from .builtins import BUILTINS
+from .builtins import BUILTINS, canonical
 from .find import outside
-from .names import canonical
 
 
 def option_names(reference: str) -> list[str]:

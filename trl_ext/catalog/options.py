@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 import yaml
 
 from ..errors import OptionError, PluginError, near
+from .builtins import canonical
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -100,9 +101,11 @@ def describe(hint: Any) -> str:
         return " or ".join(describe(arm) for arm in arms)
     if origin is Annotated:
         need = _need(hint)
-        return describe(arms[0]) if need is None else {"reward": "reward name", "column": "column name"}[need]
+        return describe(arms[0]) if need is None else f"{need} name"
     if origin in (list, tuple):
         return f"a list of {describe(arms[0])}"
+    if origin is dict:
+        return f"a mapping of {describe(arms[0])} to {describe(arms[1])}"
     if dataclasses.is_dataclass(hint):
         return "a mapping with " + ", ".join(field.name for field in dataclasses.fields(hint))
     return getattr(hint, "__name__", str(hint))
@@ -121,7 +124,17 @@ def named_needs(options: Any, plugin: str) -> Iterator[tuple[str, str]]:
     hints = typing.get_type_hints(type(options), include_extras=True)
     for field in dataclasses.fields(options):
         for need in _needs(getattr(options, field.name), hints[field.name]):
-            yield need, f"{plugin}.{field.name}"
+            if not need.startswith("plugin:"):
+                yield need, f"{plugin}.{field.name}"
+
+
+def named_plugins(options: Any, plugin: str) -> Iterator[tuple[str, str]]:
+    """Yields the plugins that options name, each with the full name of the option."""
+    hints = typing.get_type_hints(type(options), include_extras=True)
+    for field in dataclasses.fields(options):
+        for need in _needs(getattr(options, field.name), hints[field.name]):
+            if need.startswith("plugin:"):
+                yield need.removeprefix("plugin:"), f"{plugin}.{field.name}"
 
 
 def _needs(value: Any, hint: Any) -> Iterator[str]:
@@ -134,14 +147,18 @@ def _needs(value: Any, hint: Any) -> Iterator[str]:
     elif origin in (list, tuple) and isinstance(value, list | tuple):
         for entry in value:
             yield from _needs(entry, arms[0])
+    elif origin is dict and isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from (*_needs(key, arms[0]), *_needs(entry, arms[1]))
     elif dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, hint):
         yield from (need for need, _ in named_needs(value, hint.__name__))
 
 
 def _need(hint: Any) -> str | None:
-    """Returns `reward` or `column` for the option types of these names."""
+    """Returns `reward`, `column` or `plugin` for the option types of these names."""
     marks = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
-    return next((mark.partition(":")[0] for mark in marks if mark in ("reward:NAME", "column:NAME")), None)
+    known = ("reward:NAME", "column:NAME", "plugin:NAME")
+    return next((mark.partition(":")[0] for mark in marks if mark in known), None)
 
 
 def coerce(value: Any, hint: Any, bounds: Mapping[str, Any] | None = None) -> Any:
@@ -188,7 +205,7 @@ def _checked(hint: Any, bounds: Mapping[str, Any]) -> Any:
 
     YAML takes 1e-4 for a text and 3.0 for a float, and knows lists but no tuples.
     """
-    from pydantic import BeforeValidator, Field, PlainValidator
+    from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
 
     origin, arms = get_origin(hint), get_args(hint)
     # a bound belongs to the arms of a union that it fits: `gt` to numbers, `min_length` to texts and lists
@@ -199,6 +216,8 @@ def _checked(hint: Any, bounds: Mapping[str, Any]) -> Any:
         if len(checked) > 1:  # the first arm that takes the value wins, so that `float | str` reads 1e-4 as a number
             joined = Annotated[Union[tuple(checked)], Field(union_mode="left_to_right")]  # noqa: UP007
         return Union[joined, None] if type(None) in arms else joined  # noqa: UP007
+    if origin is Annotated and _need(hint) == "plugin":
+        return Annotated[_checked(arms[0], bounds), AfterValidator(canonical)]
     if origin is Annotated:
         return _checked(arms[0], bounds)
     if hint in (float, int):

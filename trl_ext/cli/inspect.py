@@ -113,6 +113,7 @@ def build_parser() -> Parser:
 
 def _record(options: Sequence[str]) -> tuple[int, str]:
     """Trains one step with a recorder and returns the exit code and the output folder."""
+    from ..train import output_folder
     from ..train.command_line import as_arguments
     from . import train
 
@@ -126,6 +127,9 @@ def _record(options: Sequence[str]) -> tuple[int, str]:
     try:
         # the user's options come later and win over these
         defaults = [*as_arguments(ONE_ROUND), "--inspect", "1", "--no_save"]
+        left = output_folder.contents(Path(folder))
+        if left.record and not (left.weights or left.checkpoints or any("resume" in option for option in options)):
+            defaults.append("--overwrite")  # what an earlier look left
         code = train.main([*defaults, *options, "--output_dir", folder], DEMO)
         if code == 0 and _recorded_at(folder) == old_times:
             raise ConfigError(

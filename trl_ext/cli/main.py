@@ -20,6 +20,7 @@ COMMANDS: dict[str, str] = {
     "check": "check a plugin on a tiny model, in seconds",
     "compare": "compare plugin sets and plain TRL over seeds, with intervals",
     "schema": "print a JSON Schema of the YAML file, for editors",
+    "recipes": "list the recipes that come with trl_ext, and what they show",
     "new": "write a package with a working plugin, its tests and its entry point",
     "doctor": "check versions, devices, extras and every part of TRL that is used",
     "bench": "measure the overhead, shared-prefix forwards, or SPAE's probes",
@@ -37,7 +38,7 @@ examples:
       the embedded demo: a real model, minutes on a CPU
   trl_ext train --plugin gdpo --config run.yaml --num_processes 8
   trl_ext train --plugin my_method.py --set my-method.eps=0.5 --config run.yaml
-  trl_ext compare recipes/tiny/gdpo.yaml
+  trl_ext compare gdpo
   trl_ext inspect --plugin gdpo
       what the plugin does to one round, as a page
   trl_ext new my-method

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import json
 import typing
 from typing import Any
+
+from ..errors import PluginError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.description = "Prints what a plugin declares: its paper, trainers, needs, stages and options."
     parser.epilog = (
-        "examples:\n  trl_ext show gdpo\n  trl_ext show my_method.py --json\n  trl_ext show my_package.module:Class"
+        "examples:\n  trl_ext show gdpo\n  trl_ext show my_method.py --json\n  trl_ext show gdpo --bibtex\n"
+        "  trl_ext show my_package.module:Class"
     )
     parser.add_argument("plugin", metavar="NAME", help="name, file.py or module:attribute")
     parser.add_argument("--json", action="store_true", help="print one object")
+    parser.add_argument("--bibtex", action="store_true", help="print only what a run with the plugin should cite")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,6 +31,11 @@ def run(args: argparse.Namespace) -> int:
     from ..support.tables import print_table
 
     plugin = declaration(args.plugin)
+    if args.bibtex:
+        if not plugin["bibtex"]:
+            raise PluginError(f"plugin {plugin['name']!r} names nothing to cite: its attribute `bibtex` is empty.")
+        print(plugin["bibtex"])
+        return 0
     if args.json:
         print(json.dumps(plugin, indent=2, default=str))
         return 0
@@ -82,6 +92,7 @@ def declaration(reference: str) -> dict[str, Any]:
         "version": version,
         "origin": origin,
         "paper": cls.paper,
+        "bibtex": inspect.cleandoc(cls.bibtex),
         "summary": cls.summary,
         "trainers": list(cls.trainers),
         "hooks": [hook for hook in hooks if hook not in LIFECYCLE],

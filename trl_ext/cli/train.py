@@ -25,12 +25,15 @@ examples:
   trl_ext train --plugin gdpo my_method.py --config run.yaml \\
       --accelerate_config zero2 --num_processes 8
       two plugins, eight processes with DeepSpeed
-  trl_ext train --config recipes/tiny/gdpo.yaml
-      the task of a recipe of `trl_ext compare`, with the plugins of its block
-      `plugins:`
+  trl_ext train --config gdpo
+      a recipe that comes with trl_ext (`trl_ext recipes`): its task, with the
+      plugins of its block `plugins:`
   trl_ext train --config run.yaml --resume_from_checkpoint true
       plugins from the block `plugins:` of the file; continues from the last
       checkpoint in output_dir
+  trl_ext train --plugin gdpo --config run.yaml --num_processes 8 --dry-run
+      checks everything short of loading the model and prints the plan, also
+      on a machine without a GPU
   trl_ext train --plugin gdpo --inspect 2
       records the first two rounds; `trl_ext inspect runs/demo-gdpo` shows what
       the plugins did to them
@@ -40,7 +43,8 @@ in the YAML file:
     gdpo: {group_eps: 1.0e-4}
 
 The output folder gets trl_ext_run.json (plugins, versions, metrics, how often
-each hook ran) and trl_ext_curves.png.
+each hook ran) and trl_ext_curves.png. A folder with an older run is refused.
+Ctrl-C ends a run and prints the command that goes on with it.
 """
 
 

@@ -14,6 +14,7 @@ _EXPECTED = {
     "bool_type": "true or false",
     "dict_type": "a mapping",
     "finite_number": "a finite number",
+    "greater_than": "a number above {gt}",
     "greater_than_equal": "a number of at least {ge}",
     "int_type": "a whole number",
     "list_type": "a list",

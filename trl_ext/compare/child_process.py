@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection, forkserver
@@ -19,10 +20,13 @@ from typing import Any
 
 from ..errors import TrlExtError
 from ..support import child_errors
+from ..support.tables import duration
 
 PRELOAD = "trl_ext.compare.preload"
 PATIENCE = 5.0
 """Seconds that a process may take to end when it is told to."""
+REMIND = 15.0
+"""Seconds after which `call` says that a process is still at work."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,14 +114,26 @@ def start(function: Callable[..., Any], *args: Any, log: str) -> ChildProcess:
 def call(function: Callable[..., Any], *args: Any, log: str, say: Callable[[str], None]) -> Any:
     """Runs a function in a process of its own and returns what it returns.
 
+    Args:
+        function: Called as `function(*args, tell)`.
+        args: Its arguments.
+        log: The file for what it prints.
+        say: Gets what the function tells, and now and then how long it has been at it.
+
     Raises:
         TrlExtError: The function raised one, or the process died.
     """
+    doing, began = "starting a process that loads TRL", time.monotonic()
+    say(doing)
     child = start(function, *args, log=log)
     try:
         while True:
+            if not ready([child], REMIND):
+                say(f"{doing}, {duration(time.monotonic() - began)} so far")
+                continue
             match child.receive():
                 case Said(text):
+                    doing, began = text, time.monotonic()
                     say(text)
                 case Result(value):
                     return value

@@ -55,7 +55,7 @@ for (const chart of document.querySelectorAll("svg.seeds")) {
   follow(chart, (wanted, row) => {
     const [arm, values] = arms[Math.max(0, Math.min(arms.length - 1, Math.round(row)))];
     const seeds = Object.keys(values), seed = seeds[nearest(Object.values(values), wanted)];
-    return [values[seed], [`${arm}, seed ${seed}: ${values[seed].toPrecision(3)}`]];
+    return [values[seed], [`${arm}, ${data.paired ? "seed" : "run"} ${seed}: ${values[seed].toPrecision(3)}`]];
   });
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import counted
 from ..support import pages
 from ..support.tables import duration
-from . import plots
+from . import plots, verdicts
 from .store import plain
 from .text_report import COLUMNS, rows, sentences
 
@@ -25,6 +25,7 @@ def render(content: Mapping[str, Any]) -> str:
         data=plain(content),
         content=content,
         facts=_facts(content),
+        headline=verdicts.headline(content),
         columns=COLUMNS,
         rows=rows(content),
         remarks=[line for line in sentences(content) if not line.startswith("expected: ")],
@@ -41,11 +42,14 @@ def render(content: Mapping[str, Any]) -> str:
 
 
 def _facts(content: Mapping[str, Any]) -> str:
-    """Names trainer, task, size of the model, and numbers of arms and seeds."""
+    """Names trainer, task, size of the model, and numbers of arms and seeds, as far as they are known and the same."""
     size = f", a model of {_parameters(content['parameters'])}" if content["parameters"] else ""
     place = f"task {content['task']}" if content["task"] else content["model"] or "model unknown"
-    numbers = f"{counted(len(content['arms']), 'arm')}, {counted(len(content['seeds']), 'seed')}"
-    return f"{content['trainer'].upper()} on {place}{size}; {numbers}"
+    numbers = counted(len(content["seeds"]), "seed")
+    if not content["paired"]:
+        numbers = counted(sum(arm["finished"] for arm in content["arms"].values()), "run")
+    trainer = (content["trainer"] or "trainer unknown").upper()
+    return f"{trainer} on {place}{size}; {counted(len(content['arms']), 'arm')}, {numbers}"
 
 
 def _parameters(count: int) -> str:

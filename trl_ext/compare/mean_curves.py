@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .measures import series
@@ -22,9 +22,13 @@ _SHOWN = (r"rewards/[^/]+/mean", r"reward", r"rewards/(accuracies|margins)", r"c
 def names(recipe: Recipe, records: Records) -> list[str]:
     """Returns the metrics that are drawn: those of the recipe, then rewards and length."""
     logged = {name for record in records.values() for entry in record["history"] for name in entry}
-    chosen = [metric.name for metric in recipe.metrics]
-    others = [name for shown in _SHOWN for name in sorted(logged) if re.fullmatch(shown, name)]
-    return list(dict.fromkeys([*chosen, *others]))
+    return list(dict.fromkeys([*(metric.name for metric in recipe.metrics), *shown(logged)]))
+
+
+def shown(logged: Iterable[str]) -> list[str]:
+    """Returns those of the logged metrics that are shown unasked."""
+    names = sorted(logged)
+    return [name for pattern in _SHOWN for name in names if re.fullmatch(pattern, name)]
 
 
 def collect(recipe: Recipe, records: Records) -> dict[str, dict[str, dict[str, Any]]]:
@@ -42,11 +46,11 @@ def collect(recipe: Recipe, records: Records) -> dict[str, dict[str, dict[str, A
                 if record["status"] == "finished" and values:
                     curves[seed] = dict(zip(steps, values, strict=True))
             if curves:
-                collected.setdefault(name, {})[arm] = _mean_curve(curves)
+                collected.setdefault(name, {})[arm] = mean_curve(curves)
     return collected
 
 
-def _mean_curve(curves: Mapping[int, Mapping[int, float]]) -> dict[str, Any]:
+def mean_curve(curves: Mapping[int, Mapping[int, float]]) -> dict[str, Any]:
     """Returns the mean over seeds at the steps that all have, and its band.
 
     Args:

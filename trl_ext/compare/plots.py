@@ -6,6 +6,7 @@ import dataclasses
 import io
 import math
 import re
+import textwrap
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from . import verdicts
 from .text_report import number
 
 COLORS = ("#6b7280", "#2563b0", "#d9641e", "#1f8a63", "#8b52b3", "#a8841a", "#c23b5a", "#16869c")
@@ -150,8 +152,9 @@ def _picture(content: Mapping[str, Any]) -> bytes:
     rows = math.ceil(max(len(names), 1) / columns)
     figure = Figure(figsize=(4.2 * columns, 3.0 * rows + 0.9), dpi=130, layout="constrained")
     seeds = len(content["seeds"])
-    legend = f"mean of {seeds} seeds, band: its 95% interval" if seeds > 1 else "one seed"
-    title = f"{content['claim'] or content['recipe']}\n{legend}"
+    runs = f"of {seeds} seeds" if content["paired"] else "over the runs of an arm"
+    legend = f"mean {runs}, band: its 95% interval" if seeds > 1 else "one run each"
+    title = f"{textwrap.fill(verdicts.headline(content), 52 * columns)}\n{legend}"
     figure.suptitle(title, fontsize=11, color=_INK, parse_math=False)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel, name in zip(panels, names, strict=False):

@@ -48,8 +48,8 @@ def prepare(recipe: Recipe, tell: Tell) -> Prepared:
     settings = {name: _settings(recipe, arm, accelerator) for name, arm in recipe.arms.items()}
     resolved: dict[str, Any] = {}
     rewards: tuple[str, ...] | None = None
-    for name, arm in recipe.arms.items():
-        tell(Said(f"checking {name}"))
+    for index, (name, arm) in enumerate(recipe.arms.items(), start=1):
+        tell(Said(f"checking arm {index} of {len(recipe.arms)}: {name}"))
         with tempfile.TemporaryDirectory(prefix="trl_ext-") as folder:
             given = settings[name] | {"output_dir": folder, "seed": recipe.seeds[0]}
             try:

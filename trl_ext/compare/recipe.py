@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, Va
 from trl_ext_hooks import TrainerKind
 
 from ..catalog import find
+from ..catalog import recipes as shipped
 from ..errors import ConfigError, OptionError, counted, near
 from ..train import command_line
 from .blocks import Block, Count, Margin, Number, explain
@@ -35,7 +36,8 @@ _MARGINS = {"better": ("by", "apart"), "not worse": ("within",), "identical": ("
 _EXAMPLE = "as in {arm: gdpo, is: better, against: plain}"
 
 
-# Validators. `info.context` holds the shared `plugins` with their options and, once they are read, the names of `arms`.
+# Validators. `info.context` holds the `file`, the shared `plugins` with their options and, once they are read, the
+# names of `arms`.
 
 
 def _known_arm(name: str, info: ValidationInfo) -> str:
@@ -85,7 +87,14 @@ def _read_plugins(value: Any, info: ValidationInfo) -> dict[str, dict[str, Any]]
     if not isinstance(value, Mapping | None):
         raise ConfigError(f"expected a list or a mapping of plugins, got {value!r}.")
     shared = (info.context or {}).get("plugins", {})
-    return {name: {**shared.get(name, {}), **options} for name, options in find.merge([], value, {}).items()}
+    return {name: {**shared.get(name, {}), **options} for name, options in _merge(value, info.context or {}).items()}
+
+
+def _merge(block: Any, context: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns the options of plugins by reference. Python files are looked for beside the YAML file first."""
+    if isinstance(block, Mapping) and "file" in context:
+        block = {shipped.beside(str(name), context["file"]): options for name, options in block.items()}
+    return find.merge([], block, {})
 
 
 def _read_arms(value: Any, info: ValidationInfo) -> dict[str, Any]:
@@ -246,6 +255,7 @@ class Metric(Block):
 class Experiment(Block):
     """The block `experiment:`."""
 
+    about: str | None = None
     claim: str | None = None
     paper: str | None = None
     task: str | None = None
@@ -258,6 +268,7 @@ class Experiment(Block):
     seeds: Annotated[tuple[int, ...], BeforeValidator(_read_seeds, json_schema_input_type=Count | list[int])] = Field(
         default=(1, 2, 3, 4, 5)
     )
+    seconds_per_run: Annotated[Number, Field(gt=0)] | None = None
     metrics: Annotated[
         list[Metric],
         BeforeValidator(_list_of_one),
@@ -287,8 +298,10 @@ class Recipe:
         task: A task of the lab, or None where the settings name model and data.
         trainer: The trainer, or None for the first one that the task and all plugins serve.
         sizes: Sizes of the task's data, where the file gives them.
-        claim: What should be seen, in a sentence.
+        about: What the runs are, in a sentence.
+        claim: What should be seen, in a sentence. It titles the report only where the runs bear it out.
         paper: The headline of the paper.
+        seconds_per_run: How long a run took where it was measured, the mean over arms and seeds.
     """
 
     name: str
@@ -300,8 +313,10 @@ class Recipe:
     task: str | None = None
     trainer: TrainerKind | None = None
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
+    about: str = ""
     claim: str = ""
     paper: str = ""
+    seconds_per_run: float | None = None
 
     def with_seeds(self, count: int | None) -> Recipe:
         """Returns the recipe with its first `count` seeds. Numbered seeds go on beyond those of the file."""
@@ -313,12 +328,16 @@ class Recipe:
         return dataclasses.replace(self, seeds=seeds)
 
 
-def read(path: str) -> Recipe:
+def read(reference: str) -> Recipe:
     """Reads and checks a recipe.
+
+    Args:
+        reference: A path, or the name of a recipe that comes with trl_ext.
 
     Raises:
         ConfigError, OptionError: Naming the file, the key, what it holds and what is expected.
     """
+    path = shipped.locate(reference)
     try:
         settings = command_line.read_config(path)
     except ConfigError as error:
@@ -328,7 +347,8 @@ def read(path: str) -> Recipe:
         if settings.get(name):
             raise ConfigError(f"{path}: leave out `{name}`: {reason}.")
     try:
-        context = {"plugins": find.merge([], plugins, {})}
+        context: dict[str, Any] = {"file": path}
+        context["plugins"] = _merge(plugins, context)
         experiment = Experiment.model_validate(block, context=context)
     except ValidationError as error:
         raise ConfigError(explain(error, path, "experiment")) from error
@@ -342,9 +362,11 @@ def read(path: str) -> Recipe:
         arms=experiment.arms,
         seeds=experiment.seeds,
         metrics=tuple(experiment.metrics),
-        task=experiment.task,
+        task=shipped.beside(experiment.task, path) if experiment.task else None,
         trainer=experiment.trainer,
         sizes=sizes,
+        about=experiment.about or "",
         claim=experiment.claim or "",
         paper=experiment.paper or "",
+        seconds_per_run=experiment.seconds_per_run,
     )

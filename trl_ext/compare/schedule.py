@@ -16,6 +16,7 @@ from ..errors import ConfigError, counted, near
 from ..support.console import status
 from . import child_process, mean_curves, store, verdicts
 from .child_process import ChildProcess, Failure, Result, Said, Step, Tell
+from .estimate import Estimate, estimate, roughly
 from .progress import ProgressDisplay
 from .recipe import Metric, Recipe
 from .runs import Prepared, Records, Run, list_runs
@@ -42,7 +43,7 @@ def run_comparison(recipe: Recipe, folder: Path, at_once: int | None, console: C
     """
     began = time.monotonic()
     with locked(folder):
-        with tempfile.TemporaryDirectory(prefix="trl_ext-") as scratch, status("loading TRL", console) as show:
+        with tempfile.TemporaryDirectory(prefix="trl_ext-") as scratch, status("", console) as show:
             say = show if console.is_terminal else partial(console.print, markup=False, soft_wrap=True)
             prepared = child_process.call(_prepare, recipe, log=os.path.join(scratch, "log"), say=say)
         recipe = dataclasses.replace(recipe, metrics=recipe.metrics or default_metrics(prepared.kind))
@@ -54,7 +55,6 @@ def run_comparison(recipe: Recipe, folder: Path, at_once: int | None, console: C
         ended = records.values()
         content = {
             "recipe": recipe.name,
-            "claim": recipe.claim,
             "paper": recipe.paper,
             "command": command,
             "trainer": prepared.kind,
@@ -63,6 +63,7 @@ def run_comparison(recipe: Recipe, folder: Path, at_once: int | None, console: C
             "model": next((record["model"] for record in ended if record.get("model")), None),
             "parameters": next((record["parameters"] for record in ended if record.get("parameters")), None),
             "seeds": list(recipe.seeds),
+            "paired": True,
             "settings": _shared(prepared),
             **summary,
             "arms": {arm: summary["arms"][arm] | _differences(prepared, arm) for arm in recipe.arms},
@@ -90,9 +91,9 @@ def locked(folder: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
+    store.make_folder(folder / "runs")
     lock = FileLock(folder / ".lock")
     try:
-        (folder / "runs").mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout as error:
         raise ConfigError(
@@ -121,8 +122,11 @@ def finish(recipe: Recipe, runs: Sequence[Run], at_once: int, console: Console) 
     pending = [run for run in runs if run not in records]
     if records:
         console.print(f"{len(records)} of {len(runs)} runs are there already", highlight=False)
+    expected = estimate(recipe, records)
+    if pending:
+        _announce(recipe, pending, at_once, expected, console)
     busy: dict[ChildProcess, tuple[Run, set[str]]] = {}
-    with ProgressDisplay(len(runs), len(records), console) as display:
+    with ProgressDisplay(len(runs), len(records), console, expected.seconds, at_once) as display:
         try:
             while pending or busy:
                 while pending and len(busy) < at_once:
@@ -136,10 +140,24 @@ def finish(recipe: Recipe, runs: Sequence[Run], at_once: int, console: Console) 
                         del busy[child]
                         records[run] = new_record
                         display.ended(run, new_record)
+                display.tick()
         finally:
             for child in busy:
                 child.stop()
     return {(run.arm, run.seed): records[run] for run in runs}
+
+
+def _announce(recipe: Recipe, pending: Sequence[Run], at_once: int, expected: Estimate, console: Console) -> None:
+    """Says what is going to happen and how long it will take."""
+    total = expected.total(pending, at_once)
+    processes = min(at_once, len(pending))
+    lines = [
+        f"{len(recipe.arms)} arms, {len(recipe.seeds)} seed{'s' * (len(recipe.seeds) != 1)}: "
+        f"{len(pending)} run{'s' * (len(pending) != 1)} to do, each in a process of its own, {processes} at a time",
+        f"about {roughly(total)}, from {expected.source}" if total else f"no estimate: {expected.source}",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
 
 
 def _listen(

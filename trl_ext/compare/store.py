@@ -68,6 +68,20 @@ def write_file(file: Path, content: str | bytes) -> None:
         ) from error
 
 
+def make_folder(folder: Path) -> None:
+    """Makes the output folder of a comparison.
+
+    Raises:
+        UnwritableError: It cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UnwritableError(
+            f"cannot write into {folder}: {error.strerror or error}. Choose another folder with --output."
+        ) from error
+
+
 def plain(value: Any) -> Any:
     """Returns a value as JSON can hold it: numbers that are not finite become null, unknown types become text."""
     if isinstance(value, Mapping):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from . import verdicts
+
 COLUMNS = ("metric", "arm", "mean [95% interval]", "difference", "verdict")
 
 
@@ -39,19 +41,17 @@ def rows(summary: Mapping[str, Any]) -> list[list[str]]:
             verdict, change = "", ""
             if pair is not None:
                 change = interval(pair["difference"], signed=True) if pair["difference"] else ""
-                verdict = pair["verdict"]
-                if verdict in ("better", "worse"):
-                    verdict += f" than {pair['against']}"
-                elif verdict == "not distinguishable":
-                    verdict += f" from {pair['against']}"
+                verdict = verdicts.say(pair)
             table.append([label, arm, interval(estimate) + remark, change, verdict])
             label = ""
     return table
 
 
 def sentences(summary: Mapping[str, Any]) -> list[str]:
-    """Returns what a reader needs after the table: expectations, failed runs, notes."""
+    """Returns what a reader needs after the table: a claim that is not the title, expectations, failed runs, notes."""
     lines = []
+    if summary["claim"] and summary["claim"] != verdicts.headline(summary):
+        lines.append(f"claimed, and not shown by these runs: {summary['claim']}")
     for metric in summary["metrics"]:
         for entry in metric["expectations"]:
             answer = {True: "yes", False: "NO", None: "UNKNOWN"}[entry["met"]]

@@ -11,6 +11,8 @@ from .measures import Value, series
 from .recipe import Expectation, Metric, Recipe
 from .runs import Records
 
+_DECIDED = {**dict.fromkeys(("better", "worse", "higher", "lower"), "than"), "not distinguishable": "from"}
+"""Verdicts that name the other arm -> the word between."""
 Values = dict[str, dict[int, Value]]
 """Arm -> seed -> value of one metric, of finished runs."""
 
@@ -22,17 +24,59 @@ def summarize(recipe: Recipe, records: Records) -> dict[str, Any]:
     if len(recipe.seeds) == 1:
         notes.append("one seed: there are no intervals and no verdicts. Give two seeds or more.")
     elif statistics.chance(len(recipe.seeds)) > 1 - statistics.LEVEL:
-        notes.append(
-            f"{len(recipe.seeds)} seeds are few: arms that do not differ would get a verdict in "
-            f"{statistics.chance(len(recipe.seeds)):.0%} of such comparisons. From 6 seeds on it is less than 5%."
-        )
-    return {
+        notes.append(few_seeds(len(recipe.seeds)))
+    summary = {
+        "claim": recipe.claim,
         "arms": {arm: _arm(arm, recipe.seeds, records) for arm in recipe.arms},
         "metrics": metrics,
         "notes": notes,
         "complete": all(record["status"] == "finished" for record in records.values()),
         "met": all(entry["met"] for metric in metrics for entry in metric["expectations"]),
     }
+    return summary | {"headline": headline(summary)}
+
+
+def headline(content: Mapping[str, Any]) -> str:
+    """Returns the title of a report: the claim if it was borne out, and otherwise what the runs say about one metric.
+
+    A claim counts as borne out if there are expectations and all were met.
+
+    Args:
+        content: As in `compare.json`.
+    """
+    expectations = [entry for metric in content["metrics"] for entry in metric["expectations"]]
+    if content["claim"] and expectations and all(entry["met"] for entry in expectations):
+        return str(content["claim"])
+    if not content["metrics"]:
+        return f"{', '.join(content['arms'])}: nothing to compare"
+    metric = content["metrics"][0]
+    by_verdict: dict[str, list[str]] = {}
+    for pair in metric["comparisons"]:
+        decided = pair["verdict"] in _DECIDED
+        by_verdict.setdefault(f" {say(pair)}" if decided else f" against {pair['against']}: {say(pair)}", []).append(
+            pair["arm"]
+        )
+    said = "; ".join(" and ".join(dict.fromkeys(arms)) + verdict for verdict, arms in by_verdict.items())
+    missed = sum(entry["met"] is False for entry in expectations)
+    unknown = sum(entry["met"] is None for entry in expectations)
+    counts = [f"{missed} not met"] * bool(missed) + [f"{unknown} not judged"] * bool(unknown)
+    remark = f"; {' and '.join(counts)} of {len(expectations)} expectations" if counts else ""
+    return f"{said} ({metric['name']}, {metric['measure']}){remark}"
+
+
+def say(pair: Mapping[str, Any]) -> str:
+    """Writes the verdict of a comparison with the arm that it is about."""
+    verdict, against = str(pair["verdict"]), pair["against"]
+    joint = _DECIDED.get(verdict)
+    return f"{verdict} {joint} {against}" if joint else verdict
+
+
+def few_seeds(seeds: int) -> str:
+    """Says how often equal arms get a verdict by chance."""
+    return (
+        f"{seeds} seeds are few: arms that do not differ would get a verdict in {statistics.chance(seeds):.0%} of such "
+        f"comparisons. From 6 seeds on it is less than 5%."
+    )
 
 
 def _arm(name: str, seeds: Sequence[int], records: Records) -> dict[str, Any]:
@@ -65,7 +109,7 @@ def _metric(metric: Metric, recipe: Recipe, records: Records) -> dict[str, Any]:
         "level": metric.measure.level,
         "values": {arm: {str(seed): v.value for seed, v in by_seed.items()} for arm, by_seed in values.items()},
         "censored": {arm: [seed for seed, v in by_seed.items() if v.censored] for arm, by_seed in values.items()},
-        "estimates": {arm: _estimate([v.value for v in by_seed.values()]) for arm, by_seed in values.items()},
+        "estimates": {arm: estimate([v.value for v in by_seed.values()]) for arm, by_seed in values.items()},
         "comparisons": comparisons,
         "expectations": [_judge(metric, expectation, values, records) for expectation in metric.expect],
     }
@@ -89,7 +133,7 @@ def _values(metric: Metric, arm: str, seeds: Sequence[int], records: Records) ->
     return by_seed
 
 
-def _estimate(values: Sequence[float]) -> dict[str, float | None] | None:
+def estimate(values: Sequence[float]) -> dict[str, float | None] | None:
     """Returns mean and interval, for one value the mean alone, and for no value None."""
     if len(values) < 2:
         return {"mean": values[0], "low": None, "high": None} if values else None

@@ -29,11 +29,9 @@ class HookCalls:
         manager = build_manager(list(self.plugins.values()))
         self._callers: dict[str, list[tuple[str, Any]]] = {}
         for hook in SERVED[plan.kind]:
-            users = plan.users(hook)
             self._callers[hook] = [
-                (name, manager.subset_hook_caller(hook, [other for other in self.plugins.values() if other is not own]))
-                for name, own in self.plugins.items()
-                if name in users
+                (name, manager.subset_hook_caller(hook, [other for key, other in self.plugins.items() if key != name]))
+                for name in plan.users(hook)
             ]
 
     def has(self, *hooks: str) -> bool:

@@ -120,16 +120,17 @@ def _without_numpy_numbers(value: Any) -> Any:
 
 def option_texts(values: Mapping[str, Any]) -> dict[str, str]:
     """Returns every option as a text that the next process makes alike, for options may hold functions and more."""
-    return {name: _text(value) for name, value in values.items()}
+    return {name: option_text(value) for name, value in values.items()}
 
 
-def _text(value: Any) -> str:
+def option_text(value: Any) -> str:
+    """Returns a value as a text without addresses in memory."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_text(key)}: {_text(entry)}" for key, entry in value.items()) + "}"
+        return "{" + ", ".join(f"{option_text(key)}: {option_text(entry)}" for key, entry in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_text, value)) + "]"
+        return "[" + ", ".join(map(option_text, value)) + "]"
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

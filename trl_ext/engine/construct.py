@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from trl_ext_hooks import Config, TrainerKind
+from trl_ext_hooks import Config, Plugin, TrainerKind
 
 from ..catalog.declaration import PluginSpec, instances
 from ..errors import ConfigError
@@ -47,22 +47,7 @@ def construct(
     kwargs, bound = {**kwargs, **provided}, {**bound, **provided}
     config, plan = None, None
     if bound.get("args") is not None:  # without arguments TRL makes its own, and the plan waits for them
-        _check_device(bound["args"])
-        config = _config_of_arguments(kind, bound)
-        steps.check_rows(kind, config.args, bound.get("train_dataset"), type(trainer))
-        plan = make_plan(specs, config, plugins)
-        if kind != "dpo" and rewards.calls_them(kind, type(trainer), _functions(bound)):
-            kept = arguments.kept_columns(kind, config.args, config.columns or (), plan.columns())
-            rewards.check_columns(kept)
-        if "tools" in plan.needs and not generation.renders_tool_calls(bound):
-            raise ConfigError(
-                f"{' and '.join(plan.needs['tools'])}: rollouts must be able to call tools, and the chat template of "
-                f"this model loses a tool call or its result (a message of the role 'tool'). Use a model that was "
-                f"trained with tools, such as Qwen/Qwen3-0.6B, or set the chat_template of the processing_class."
-            )
-        if "ref_logps" in plan.needs:
-            reference_adapters.check_config(bound.get("peft_config"), plan.needs["ref_logps"][0])
-        foreign.check(type(trainer), plan)
+        config, plan = plan_of_arguments(kind, type(trainer), specs, plugins, bound)
     original(trainer, *args, **kwargs)
     if config is None or plan is None:
         _check_device(trainer.args)
@@ -71,6 +56,44 @@ def construct(
         config = dataclasses.replace(config, reward_names=rewards.reward_names(trainer))
         plan = make_plan(specs, config, plugins)
     _start(trainer, plan)
+
+
+def plan_of_arguments(
+    kind: TrainerKind,
+    cls: type[Any],
+    specs: tuple[PluginSpec, ...],
+    plugins: Mapping[str, Plugin],
+    bound: Mapping[str, Any],
+) -> tuple[Config, Plan]:
+    """Checks what a trainer is about to be built with, and returns what plugins see of it and their plan.
+
+    Args:
+        kind: The kind of the trainer.
+        cls: Its class.
+        specs: The plugins.
+        plugins: Their instances by name.
+        bound: The arguments of the constructor by name, with those that plugins provide.
+
+    Raises:
+        ConfigError: The run cannot work. No model has been loaded by then.
+    """
+    _check_device(bound["args"])
+    config = _config_of_arguments(kind, bound)
+    plan = make_plan(specs, config, plugins)
+    steps.check_rows(kind, config.args, bound.get("train_dataset"), cls, plan.prompts)
+    if kind != "dpo" and rewards.calls_them(kind, cls, _functions(bound)):
+        kept = arguments.kept_columns(kind, config.args, config.columns or (), plan.columns())
+        rewards.check_columns(kept)
+    if "tools" in plan.needs and not generation.renders_tool_calls(bound):
+        raise ConfigError(
+            f"{' and '.join(plan.needs['tools'])}: rollouts must be able to call tools, and the chat template of "
+            f"this model loses a tool call or its result (a message of the role 'tool'). Use a model that was "
+            f"trained with tools, such as Qwen/Qwen3-0.6B, or set the chat_template of the processing_class."
+        )
+    if "ref_logps" in plan.needs:
+        reference_adapters.check_config(bound.get("peft_config"), plan.needs["ref_logps"][0])
+    foreign.check(cls, plan)
+    return config, plan
 
 
 def attach_to(trainer: Any, specs: tuple[PluginSpec, ...]) -> None:
@@ -82,9 +105,10 @@ def attach_to(trainer: Any, specs: tuple[PluginSpec, ...]) -> None:
             f"plugin {late[0]!r} supplies constructor arguments, so it cannot be attached to an existing trainer. Use "
             f"trl_ext.enable or trl_ext.extend."
         )
-    steps.check_rows(kind, trainer.args, trainer.train_dataset, type(trainer))
     _check_device(trainer.args)
-    _start(trainer, make_plan(specs, _config_of_trainer(trainer, kind)))
+    plan = make_plan(specs, _config_of_trainer(trainer, kind))
+    steps.check_rows(kind, trainer.args, trainer.train_dataset, type(trainer), plan.prompts)
+    _start(trainer, plan)
 
 
 def _start(trainer: Any, plan: Plan) -> None:

@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +19,23 @@ from ..errors import ConfigError, PluginError
 from ..plan.compose import Plan
 from ..support.random_state import untouched_random_state
 from ..trl_internals import forwards, losses, rewards, row_order, seams, steps, trainer_state
-from . import checkpoint
+from . import checkpoint, model_card
 from .context import Context
 from .observer import Recorder
-from .stages import advantages, foreign, forward, loss, needed_logps, pairs, precompute, rollout, scoring, turns
+from .stages import (
+    advantages,
+    foreign,
+    forward,
+    loss,
+    micro_batches,
+    needed_logps,
+    own_rows,
+    pairs,
+    precompute,
+    rollout,
+    scoring,
+    turns,
+)
 from .view import View
 
 
@@ -34,6 +48,7 @@ class PluginHost:
 
     def __init__(self, trainer: Any, plan: Plan) -> None:
         self.context = Context(trainer, plan)
+        self.context.view.own_rows = own_rows.OwnRows(self.context)
         self.context.view.precompute = functools.partial(precompute.add_columns, self.context)
         self.kind = plan.kind
         self._fired = False
@@ -90,6 +105,8 @@ class PluginHost:
             release = weakref.finalize(trainer, row_order.keep_groups_together(context.kind))
             release.atexit = False
             context.undo.append(release)
+        if context.plan.forms_groups:
+            context.undo.append(lambda: trainer_state.size_logs(trainer, 0))
         context.view.add_callback(steps.StepsCheck())
         if context.plan.specs:
             # what a stopped training left of its round was made without these plugins
@@ -98,6 +115,9 @@ class PluginHost:
         refusals: list[str] = []
         with untouched_random_state():
             needed_logps.prepare(context)
+            if context.calls.has(*micro_batches.HOOKS):
+                # a training that was stopped inside a step leaves its step behind
+                context.view.add_callback(trainer_state.step_callback(context.steps.clear))
             if context.calls.has("optimizer_step"):
                 context.view.add_callback(trainer_state.optimizer_callback(self._optimizer_stepped))
             for name, answers in context.calls.each("setup", trainer=context.view):
@@ -137,12 +157,20 @@ class PluginHost:
         return self.context.columns
 
     @property
+    def prompts(self) -> int | None:
+        return self.context.plan.prompts
+
+    @property
     def in_loss(self) -> bool:
         return self.context.micro_batch is not None
 
     @property
     def watches_logps(self) -> bool:
         return self.context.watches_logps
+
+    @property
+    def needs_old_entropies(self) -> bool:
+        return self.context.round is not None and "old_entropies" in self.plan.needs
 
     def step_ended(self) -> None:
         """Checks after the first training step that every hook of every plugin has run.
@@ -171,16 +199,24 @@ class PluginHost:
     def load(self, folder: str | None) -> None:
         checkpoint.load(self.context, folder)
 
+    def complete_card(self, folder: str) -> None:
+        model_card.complete(Path(folder), self.plan)
+
     # --- called by the mixins: GRPO and RLOO ---
 
     def round(self, rows: list[dict[str, Any]], stock: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         """Runs TRL's round on the selected rows, and returns it as the loss shall see it."""
-        with self.context.new_round() as state:
-            selected = rollout.select_rows(self.context, rows)
-            state.data_rows = [dict(row) for row in selected]
-            # plugins may change the reward columns, which TRL reads from the trainer until its round ends
-            with rewards.own_columns(self.context.trainer):
-                output = stock(selected)
+        trainer = self.context.trainer
+        # plugins may change reward columns and groups, which TRL reads from the trainer until its round ends
+        with (
+            self.context.new_round() as state,
+            rewards.own_columns(trainer) as state.reward_columns,
+            trainer_state.own_group_size(trainer),
+        ):
+            state.rows = rows
+            state.rows = rollout.select_rows(self.context, rows)
+            state.data_rows = [dict(row) for row in state.rows]
+            output = stock(state.rows)
             return advantages.finish(self.context, output)
 
     def generate(self, prompts: list[Any], stock: Callable[[list[Any]], Generation]) -> Generation:
@@ -241,9 +277,9 @@ def _check_trainer(context: Context) -> None:
             f"learned prompt tokens. Use another kind of adapter, such as LoRA."
         )
     term = losses.adds_to_loss(trainer)
-    scaled = calls.has("keep_rows") and losses.loss_unit(trainer, plan.kind) != "tokens"
+    scaled = plan.drops_rows and losses.loss_unit(trainer, plan.kind) != "tokens"
     if term and scaled and not calls.has("policy_loss"):
         raise ConfigError(
-            f"plugin {plan.users('keep_rows')[0]!r} leaves rows out, for which this loss is scaled, and {term} would "
+            f"plugin {plan.drops_rows[0]!r} leaves rows out, for which this loss is scaled, and {term} would "
             f"be scaled with it. Switch that off, or set loss_type='dapo', which needs no scale."
         )

@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 
-from trl_ext_hooks import Pairs, TrainerKind
+from trl_ext_hooks import Logps, Pairs, TrainerKind
 
 from ..trl_internals import frozen_models, trainer_state
 
 Precompute = Callable[[str, Callable[[Pairs], torch.Tensor], str], None]
 
 
+class OwnRows(Protocol):
+    """Does what a `TrainerView` offers beside the round, and knows the stages."""
+
+    def data(self) -> Any: ...
+    def total_steps(self) -> int: ...
+    def reward_names(self) -> tuple[str, ...]: ...
+    def score(
+        self, rows: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids: list[list[int]]
+    ) -> torch.Tensor: ...
+    def logps(
+        self, prompt_ids: list[list[int]], completion_ids: list[list[int]], grad: bool = False, entropy: bool = False
+    ) -> Logps: ...
+
+
 class View:
     """A `TrainerView`.
 
     Attributes:
+        own_rows: Scores rows of a plugin's own. The host sets it, like `precompute`.
         callbacks: The callbacks that plugins added.
         precompute: Computes values for all pairs of the data. The host sets it, because it knows that stage.
     """
 
+    own_rows: OwnRows
     precompute: Precompute
 
     def __init__(self, trainer: Any, kind: TrainerKind) -> None:
@@ -71,6 +87,28 @@ class View:
     @property
     def process_index(self) -> int:
         return int(self._trainer.accelerator.process_index)
+
+    @property
+    def data(self) -> Any:
+        return self.own_rows.data()
+
+    @property
+    def total_steps(self) -> int:
+        return self.own_rows.total_steps()
+
+    @property
+    def reward_names(self) -> tuple[str, ...]:
+        return self.own_rows.reward_names()
+
+    def score(
+        self, rows: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids: list[list[int]]
+    ) -> torch.Tensor:
+        return self.own_rows.score(rows, prompts, completions, completion_ids)
+
+    def logps(
+        self, prompt_ids: list[list[int]], completion_ids: list[list[int]], grad: bool = False, entropy: bool = False
+    ) -> Logps:
+        return self.own_rows.logps(prompt_ids, completion_ids, grad, entropy)
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         return cast(torch.Tensor, self._trainer.accelerator.gather(tensor))

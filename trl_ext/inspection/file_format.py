@@ -58,7 +58,7 @@ class Row:
         advantages: Per advantage stage, one number, or one per token.
         columns: What the data set says about the row.
         fields: What plugins say about it (`annotate` and `batch_fields`).
-        kept: Whether the round learns from the row. False where the hook `keep_rows` left it out.
+        kept: Whether the round learns from the row. False where `keep_rows` or `token_mask` left it out.
         calls: Tool calls: `name`, `arguments`, `result`.
         values: By name, one number per token, such as `old_per_token_logps`.
         spans: `by`, `start`, `end`, `label`, `value`.

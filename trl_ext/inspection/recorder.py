@@ -17,8 +17,8 @@ from ..engine.stages.kept_rows import KEPT
 from ..errors import ConfigError, PluginError
 from ..support.console import tell
 from ..support.random_state import untouched_random_state
-from ..trl_internals import trainer_state
-from . import file_format
+from ..trl_internals import trackers, trainer_state
+from . import file_format, tracker_table
 from .file_format import Prompt, Recording, RewardStage, Row
 from .tokens import decoder, texts
 
@@ -54,11 +54,12 @@ class Recorder:
         return RoundRecord(self)
 
     def write(self, recording: Recording) -> None:
-        """Writes a round. The first one replaces the recordings of an earlier run."""
+        """Writes a round, and sends it to trackers. The first one replaces the recordings of an earlier run."""
         if recording.round == 1:
             for old in file_format.files(self.folder):
                 old.unlink()
         file_format.write(recording, self.folder)
+        trackers.log_table(self.context.trainer, tracker_table.NAME, tracker_table.table(recording))
         if recording.round == 1:
             tell(f"trl_ext: recording rounds. Look at them with: trl_ext inspect {self.folder}")
 
@@ -84,7 +85,8 @@ class RoundRecord:
     def finish(self, round: Round) -> None:
         """Asks the plugins for their views, gathers the kept rows of all processes, and writes. Collective."""
         views = self._views(round)
-        kept = kept_groups(round.group_ids.tolist(), self.recorder.max_rows)
+        # rows of the group -1 only fill up a process
+        kept = kept_groups([group for group in round.group_ids.tolist() if group >= 0], self.recorder.max_rows)
         local = [
             self._row(round, index, views[index])
             for index in range(len(round.rows))
@@ -179,7 +181,7 @@ class RoundRecord:
             step=round.step,
             processes=self.context.view.num_processes,
             num_generations=round.num_generations,
-            left_out=len(round.group_ids) - len(rows),
+            left_out=int((round.group_ids >= 0).sum()) - len(rows),
             plugins=[
                 {
                     "name": spec.name,

@@ -40,6 +40,17 @@ def trainer_arguments(
     Raises:
         ConfigError: The task does not feed this trainer, or its model cannot be made.
     """
+    arguments = arguments_without_model(task, kind, seed=seed, train_size=train_size, test_size=test_size)
+    arguments["model"] = str(model_folder(task, say))
+    if task.shape.picture:
+        arguments["processing_class"] = pictures.processor_of(arguments["model"], task.shape)
+    return arguments
+
+
+def arguments_without_model(
+    task: Task, kind: TrainerKind, *, seed: int = 0, train_size: int | None = None, test_size: int | None = None
+) -> dict[str, Any]:
+    """Returns the same without `model` and `processing_class`, which take time to make."""
     from datasets import Dataset
 
     if kind not in task.trainers:
@@ -53,9 +64,6 @@ def trainer_arguments(
         _check(task, kind, rows)
         if rows:
             arguments[name] = Dataset.from_list(rows)
-    arguments["model"] = str(model_folder(task, say))
-    if task.shape.picture:
-        arguments["processing_class"] = pictures.processor_of(arguments["model"], task.shape)
     if kind != "dpo":
         arguments["reward_funcs"] = [_logging(task, task.rewards[0]), *task.rewards[1:]]
     if task.tools:

@@ -12,7 +12,7 @@ from typing import Any
 from trl_ext_hooks import NEEDS, Config, Need, Plugin, Recommend, Refuse, Require, Warn
 
 from ..catalog import options
-from ..catalog.declaration import PluginSpec, build_manager, instances
+from ..catalog.declaration import PluginSpec, build_manager, instances, is_known
 from ..errors import ConfigError, PluginError, near
 from ..trl_internals.distribution import splits_parameters
 from .compose import Plan, check_kind, compose
@@ -74,16 +74,22 @@ def make_plan(specs: Sequence[PluginSpec], config: Config, plugins: Mapping[str,
     ordered = compose(specs)
     check_kind(ordered, config.kind)
     plugins = instances(ordered) if plugins is None else plugins
+    hooks = {spec.name: spec.hooks for spec in ordered}
+    columns = _reward_columns(ordered, plugins, config)
+    last = next(reversed(columns), None)
     config = dataclasses.replace(
         config,
         args=copy.copy(config.args),
+        reward_names=config.reward_names if last is None else columns[last][1],
         plugins=tuple(spec.name for spec in ordered),
         rewriters=tuple(spec.name for spec in ordered if "rewards" in spec.hooks),
+        estimators=tuple(spec.name for spec in ordered if "estimator" in spec.claims),
     )
     refusals: list[str] = []
     notes: list[str] = []
     needs: dict[str, list[str]] = {}
     named_by: dict[str, list[str]] = {}  # a need -> the options that name it
+    asked: dict[str, list[tuple[str, Require]]] = {}  # a setting -> who requires what of it
     required: dict[str, set[str]] = {spec.name: set() for spec in ordered}  # the settings that a plugin speaks about
     for spec in ordered:
         for need in spec.cls.needs:
@@ -94,18 +100,16 @@ def make_plan(specs: Sequence[PluginSpec], config: Config, plugins: Mapping[str,
                 needs[need].append(spec.name)
         for requirement in _configure(plugins[spec.name], config):
             match requirement:
-                case Require(setting, allowed, why):
+                case Require(setting, _, _):
                     required[spec.name].add(setting)
-                    value = setting_of(config.args, setting, spec.name)
-                    if value not in allowed:
-                        wanted = " or ".join(map(repr, allowed))
-                        refusals.append(f"{spec.name} needs {setting}={wanted}, it is {value!r}: {why}")
+                    setting_of(config.args, setting, spec.name)
+                    asked.setdefault(setting, []).append((spec.name, requirement))
                 case Recommend(setting, value, source):
                     current = setting_of(config.args, setting, spec.name)
                     if current != value and not any(ignores(other, setting) for other in ordered):
                         notes.append(f"{spec.name} recommends {setting}={value!r} ({source}); it is {current!r}")
                 case Need(name):
-                    if (name.partition(":")[0] + ":NAME" if ":" in name else name) not in NEEDS:
+                    if not is_known(name, NEEDS):
                         raise PluginError(f"plugin {spec.name!r}: `configure` needs {name!r}.{near(name, NEEDS)}")
                     if spec.name not in needs.setdefault(name, []):
                         needs[name].append(spec.name)
@@ -115,6 +119,8 @@ def make_plan(specs: Sequence[PluginSpec], config: Config, plugins: Mapping[str,
                     notes.append(f"{spec.name}: {message}")
                 case _:
                     raise PluginError(f"plugin {spec.name!r}: `configure` returned {requirement!r}, not a requirement.")
+        if "step_statistics" in spec.hooks:
+            refusals += _check_steps(spec.name, config)
         if "policy_loss" in spec.claims:
             refusals += dropped_settings(spec, config)
         if "estimator" in spec.claims:
@@ -126,12 +132,19 @@ def make_plan(specs: Sequence[PluginSpec], config: Config, plugins: Mapping[str,
                 f"{spec.name} rewrites the reference token by token, but precompute_ref_log_probs=True keeps only "
                 f"sums; set precompute_ref_log_probs=False"
             )
+    for setting, requirements in asked.items():
+        refusals += _unmet(setting, getattr(config.args, setting), requirements)
     for need, names in needs.items():
-        problems = _check_need(need, names, config)
+        if need.startswith("reward:"):
+            # a plugin that rewrites rewards may also name those that it gets
+            names = [name for name in names if need.partition(":")[2] not in columns.get(name, ((), ()))[0]]
+        problems = _check_need(need, names, config) if names else []
         if need in named_by:  # an option asked for it, so that is what has to change
-            fix = f". Correct {' and '.join(dict.fromkeys(named_by[need]))}."
+            options_of = [option for option in named_by[need] if option.partition(".")[0] in names]
+            fix = f". Correct {' and '.join(dict.fromkeys(options_of or named_by[need]))}."
             problems = [refusal.removesuffix(".") + fix for refusal in problems]
         refusals += problems
+    refusals += _check_groups(ordered, needs, config)
     weights = getattr(config.args, "reward_weights", None) or ()
     if not all(map(math.isfinite, weights)):
         refusals.append(f"reward_weights={weights!r} must be finite numbers")
@@ -144,7 +157,67 @@ def make_plan(specs: Sequence[PluginSpec], config: Config, plugins: Mapping[str,
         needs={need: tuple(names) for need, names in needs.items()},
         notes=tuple(notes),
         required=required,
+        reward_columns={name: columns[name][1] for name in columns if "reward_columns" in hooks[name]},
     )
+
+
+def _unmet(setting: str, value: Any, requirements: Sequence[tuple[str, Require]]) -> list[str]:
+    """Returns why a setting does not meet what plugins require of it, or why no value can.
+
+    Args:
+        setting: The setting.
+        value: Its value.
+        requirements: Each plugin with what it requires.
+    """
+    suits_all = [one for one in requirements[0][1].allowed if all(one in other.allowed for _, other in requirements)]
+    if not suits_all:
+        texts = [f"{name} needs {' or '.join(map(repr, one.allowed))} ({one.why})" for name, one in requirements]
+        return [f"no {setting} suits all plugins: {', '.join(texts)}; leave one out"]
+    wanted = " or ".join(map(repr, suits_all))
+    return [
+        f"{name} needs {setting}={wanted}, it is {value!r}: {one.why}"
+        for name, one in requirements
+        if value not in one.allowed
+    ]
+
+
+def _reward_columns(
+    specs: Sequence[PluginSpec], plugins: Mapping[str, Plugin], config: Config
+) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Asks the plugins which reward columns their hook `rewards` returns.
+
+    Returns:
+        By plugin with the hook `rewards`, in order, the names that it gets and those that it returns. Nothing where the
+        names of the reward functions are unknown.
+
+    Raises:
+        PluginError: A plugin returned something else than names.
+    """
+    columns: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
+    names = config.reward_names
+    if names is None or config.kind == "dpo":
+        return columns
+    for spec in specs:
+        if "rewards" not in spec.hooks:
+            if "reward_columns" in spec.hooks:
+                raise PluginError(
+                    f"plugin {spec.name!r} implements `reward_columns`, and lacks the hook `rewards` that returns them."
+                )
+            continue
+        given = names
+        if "reward_columns" in spec.hooks:
+            with _blamed(plugins[spec.name], "reward_columns"):
+                results = build_manager([plugins[spec.name]]).hook.reward_columns(names=names)
+            for result in results:  # none where the hook returned None
+                is_list = isinstance(result, list | tuple) and all(isinstance(name, str) and name for name in result)
+                if not is_list or not result or len(set(result)) < len(result):
+                    raise PluginError(
+                        f"plugin {spec.name!r} returned {result!r} from 'reward_columns', expected a tuple of names, "
+                        f"at least one and each of them once. It got {', '.join(names)}."
+                    )
+                names = tuple(result)
+        columns[spec.name] = (given, names)
+    return columns
 
 
 def _configure(plugin: Plugin, config: Config) -> list[Any]:
@@ -209,6 +282,46 @@ def _check_need(need: str, names: list[str], config: Config) -> list[str]:
             if getattr(args, size) % getattr(args, group)
         ]
     return []
+
+
+def _check_groups(specs: Sequence[PluginSpec], needs: Mapping[str, Sequence[str]], config: Config) -> list[str]:
+    """Returns why a plugin cannot have the groups or the number of prompts that it asks for, if so."""
+    if config.kind == "dpo":  # `_check_need` has said it
+        return []
+    former = next((spec.name for spec in specs if "groups" in spec.claims), None)
+    refusals = []
+    if former and "whole_groups" in needs:
+        who = " and ".join(needs["whole_groups"])
+        refusals.append(f"{who}: groups must stay whole, and {former} forms groups of any size; leave one of them out")
+    counts = {need: names for need, names in needs.items() if need.startswith("prompts:")}
+    if len(counts) > 1:
+        asked = ", ".join(f"{' and '.join(names)} {need.partition(':')[2]}" for need, names in counts.items())
+        return [*refusals, f"the number of prompts of a round is asked for twice: {asked}; leave one of them out"]
+    for need, names in counts.items():
+        who, count, rows = " and ".join(names), int(need.partition(":")[2]), int(config.args.generation_batch_size)
+        if former not in names:
+            raise PluginError(f"plugin {names[0]!r} needs {need!r}, which belongs to the claim 'groups'; declare it.")
+        if count < 1 or rows % count:
+            fits = [number for number in range(1, rows + 1) if rows % number == 0]
+            near_count = sorted(sorted(fits, key=lambda number: abs(number - count))[:2])
+            refusals.append(
+                f"{who}: a round of generation_batch_size={rows} rows cannot have {count} prompts, each equally often; "
+                f"use {' or '.join(map(str, near_count))}"
+            )
+    return refusals
+
+
+def _check_steps(who: str, config: Config) -> list[str]:
+    """Returns the refusal of optimizer steps that take rows of several rounds, as later rounds do not exist yet."""
+    args = config.args
+    if config.kind == "dpo" or args.steps_per_generation * args.num_iterations % args.gradient_accumulation_steps == 0:
+        return []
+    return [
+        f"{who} looks at all rows of an optimizer step before its losses, and with "
+        f"gradient_accumulation_steps={args.gradient_accumulation_steps} a step takes rows of several rounds of "
+        f"steps_per_generation={args.steps_per_generation} and num_iterations={args.num_iterations}; make "
+        f"steps_per_generation * num_iterations a multiple of gradient_accumulation_steps"
+    ]
 
 
 def _split_groups(who: str, setting: str, size: int, name: str, group: int) -> str:

@@ -22,6 +22,9 @@ FOLDER = "TRL_EXT_FAILURES"
 """Environment variable with the folder for the errors of the workers."""
 TRACEBACK = "TRL_EXT_TRACEBACK"
 """Environment variable that asks for tracebacks of our own errors too."""
+INTERRUPTED = 130
+"""Exit code of a process that Ctrl-C ended, as shells have it."""
+_INTERRUPTED = "interrupted"
 
 
 def write_error(error: BaseException) -> int:
@@ -39,27 +42,49 @@ def write_error(error: BaseException) -> int:
     return 2 if ours else 1
 
 
+def note_interruption() -> int:
+    """Notes for the parent that Ctrl-C ended this worker, and returns its exit code."""
+    folder = os.environ.get(FOLDER)
+    if folder and Path(folder).is_dir():
+        write_atomically(Path(folder) / _INTERRUPTED, "")
+    return INTERRUPTED
+
+
+def interrupted(folder: str | Path, code: int) -> bool:
+    """Returns whether Ctrl-C ended the run.
+
+    Args:
+        folder: Where the workers wrote.
+        code: The exit code of the launcher. Of several workers it names any one.
+    """
+    return code in (INTERRUPTED, -signal.SIGINT) or (Path(folder) / _INTERRUPTED).exists()
+
+
 def print_errors(folder: str | Path, code: int) -> int:
     """Prints each distinct error of the workers and returns the exit code of the run.
 
     Args:
         folder: Where the workers wrote.
-        code: The exit code of the launcher, negative for a signal.
+        code: The exit code of the launcher, negative for a signal; `INTERRUPTED` if Ctrl-C ended the run.
     """
     entries = [json.loads(file.read_text()) for file in sorted(Path(folder).glob("*.json"))]
+    by_hand = code == INTERRUPTED
     printed: set[str] = set()
     for entry in entries:
-        if entry["message"] not in printed:
-            printed.add(entry["message"])
+        if entry["message"] in printed:
+            continue
+        printed.add(entry["message"])
+        if by_hand and not entry["ours"]:  # it missed a process that had left
+            tell(f"note: a process then ended with {entry['message']}")
+        else:
             print(entry["trace"], end="", file=sys.stderr)
             tell(f"error: {entry['message']}")
     if code == 0:
         return 0
+    if by_hand:
+        return 2 if any(entry["ours"] for entry in entries) else INTERRUPTED
     if entries:
         return 2 if all(entry["ours"] for entry in entries) else 1
-    if code == 130 or code == -signal.SIGINT:
-        print("interrupted", file=sys.stderr)
-        return 130
     tell(f"error: {how_it_ended(code)}.")
     return 1
 

@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from typing import IO, TYPE_CHECKING
 
@@ -116,6 +117,38 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda finished, total: bar.update(task, completed=finished, total=total, note=f"{finished}/{total}")
 
 
+@contextlib.contextmanager
+def working(text: str, about: float) -> Iterator[None]:
+    """Shows in a terminal a bar for work that takes about so many seconds and reports no steps.
+
+    Args:
+        text: What is done.
+        about: The seconds that it usually takes.
+    """
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    output = console(stderr=True)
+    if not output.is_terminal:
+        yield
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=output, transient=True) as bar:
+        task = bar.add_task(text, total=about)
+        ended = threading.Event()
+
+        def tick() -> None:
+            while not ended.wait(1.0):
+                bar.advance(task, 1.0)
+
+        ticker = threading.Thread(target=tick, daemon=True)
+        ticker.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            ticker.join()
+
+
 def bars(output: Console) -> Progress:
     """Makes bars with a name before and a note after each. They show in a terminal only, and disappear at the end.
 
@@ -126,6 +159,23 @@ def bars(output: Console) -> Progress:
     # texts of a column are markup by default
     names, notes = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[note]"))
     return Progress(names, BarColumn(), notes, console=output, transient=True, disable=not output.is_terminal)
+
+
+def run_bar() -> Progress:
+    """Makes the bar of a run: what it does, a note, and the time since it began. Its task needs the field `note`."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=None),
+        TextColumn("{task.fields[note]}", markup=False),
+        TimeElapsedColumn(),
+        console=console(stderr=True),
+        transient=True,
+        refresh_per_second=2,
+        # lines on standard output appear above the bar, and stay where they are if they go to a file
+        redirect_stdout=sys.stdout.isatty(),
+    )
 
 
 def plain_width() -> int:

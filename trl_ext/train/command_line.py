@@ -14,23 +14,27 @@ import yaml
 
 from trl_ext_hooks import TrainerKind
 
-from ..catalog import declaration, find, names, options
+from ..catalog import declaration, find, names, options, recipes
 from ..catalog.declaration import PluginSpec
 from ..errors import ConfigError, TrlExtError, near
 from ..plan.compose import check_kind, common_trainers, compose
 from ..plan.stages import ROUNDS
 from ..support import help
 from ..support.console import tell
+from .repeat import read_record
 
 BLOCKS = ("plugins", "experiment")
 """Blocks of the YAML file that are ours. TRL gets the file without them."""
-ONLY_TYPED = ("help", "help_trl", "plugin", "set", "config", "no_file_plugins", "write_config")
+ONLY_TYPED = (
+    *("help", "help_trl", "plugin", "set", "config", "no_file_plugins", "write_config", "dry_run", "overwrite"),
+)
 """Our own options that are no keys of the YAML file."""
 SIZES = ("train_size", "test_size")
 """Keys of the block `experiment:` that size the data of its task."""
 OWN_OPTIONS = (
     *("--plugin", "--set", "--config", "--trainer", "--no_reward_check"),
     *("--inspect", "--no_save", "--no_file_plugins", "--write_config", "--help-trl"),
+    *("--dry_run", "--overwrite", "--save_on_interrupt"),
 )
 """Our own options, for the hint at a misspelt one."""
 
@@ -50,12 +54,18 @@ class Request:
         sizes: The sizes of the task's data that the block gives.
         check_rewards: Whether to try the reward functions before the model is loaded.
         inspect: How many rounds to record, or None.
-        save: Whether to save the final model.
+        save: Whether to save checkpoints and the final model.
+        overwrite: Whether the run may replace an older one in its output folder.
+        save_on_interrupt: Whether Ctrl-C saves a checkpoint before the run ends.
+        dry_run: Whether to check and show everything, and to train nothing.
         bars: Whether the user wants the progress bars of transformers.
         command: The command line of the user.
         own: Our own options that differ from their defaults, as keys of the YAML file.
         environment: The block `env:` of the file.
         experiment: The block `experiment:` of the file.
+        config_to_repeat: What was asked for, as the content of one YAML file.
+        filled_in: Settings of TRL that nobody asked for: defaults of the machine and of the embedded demo.
+        started: When the run was started.
     """
 
     plugins: dict[str, dict[str, Any]]
@@ -69,11 +79,17 @@ class Request:
     check_rewards: bool = True
     inspect: int | None = None
     save: bool = True
+    overwrite: bool = False
+    save_on_interrupt: bool = False
+    dry_run: bool = False
     bars: bool = False
     command: str = ""
     own: dict[str, Any] = dataclasses.field(default_factory=dict)
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     experiment: dict[str, Any] = dataclasses.field(default_factory=dict)
+    config_to_repeat: dict[str, Any] = dataclasses.field(default_factory=dict)
+    filled_in: dict[str, Any] = dataclasses.field(default_factory=dict)
+    started: str = ""
 
 
 class Parser(help.Parser):
@@ -103,7 +119,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PLUGIN.OPTION=VALUE",
         help="options of plugins, values read as YAML; these win over the YAML file",
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file with TRL's settings and a block `plugins:`")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file with TRL's settings and a block `plugins:`, the name of a recipe (`trl_ext recipes`), or the "
+        "trl_ext_run.json of a run, which repeats it",
+    )
     parser.add_argument(
         "--no_file_plugins",
         action="store_true",
@@ -135,7 +156,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no_save",
         action="store_true",
-        help="do not save the final model, as TRL's scripts do",
+        help="save no model: neither checkpoints nor the final one",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the run in output_dir: its checkpoints, model and record are removed when training begins",
+    )
+    parser.add_argument(
+        "--save_on_interrupt",
+        "--save-on-interrupt",
+        action="store_true",
+        help="at Ctrl-C finish the round and save a checkpoint; a second Ctrl-C leaves at once",
+    )
+    parser.add_argument(
+        "--dry_run",
+        "--dry-run",
+        action="store_true",
+        help="check everything short of loading the model, print the plan, and train nothing; needs no GPU",
     )
 
 
@@ -152,7 +190,8 @@ def understand(args: argparse.Namespace, rest: list[str]) -> Request:
         TrlExtError: The request cannot work. Nothing of TRL has been loaded by then.
     """
     check_words(rest)
-    settings, environment = read_file(args.config)
+    config = None if args.config is None else recipes.locate(args.config)
+    settings, environment = read_file(config)
     os.environ.update(environment)
     block, experiment = (settings.pop(name, None) for name in BLOCKS)
     typed_trainer = args.trainer
@@ -160,7 +199,11 @@ def understand(args: argparse.Namespace, rest: list[str]) -> Request:
     block = None if args.no_file_plugins else block
     # recipes of `trl_ext compare` are accepted too: their block names the trainer and the task
     experiment = experiment if isinstance(experiment, Mapping) else {}
-    wanted = experiment.get("trainer")
+    task, wanted = experiment.get("task"), experiment.get("trainer")
+    if config is not None:  # Python files that it names stand beside it
+        task = recipes.beside(task, config) if isinstance(task, str) else task
+        if isinstance(block, Mapping):
+            block = {recipes.beside(str(reference), config): values for reference, values in block.items()}
     if wanted not in (None, *declaration.KINDS):
         raise ConfigError(f"{args.config}: experiment.trainer is {wanted!r}.{near(str(wanted), declaration.KINDS)}")
     try:
@@ -180,10 +223,10 @@ def understand(args: argparse.Namespace, rest: list[str]) -> Request:
         plugins=requests,
         specs=specs,
         kind=kind,
-        config=args.config,
+        config=config,
         settings=settings,
         arguments=rest,
-        task=experiment.get("task"),
+        task=task,
         sizes=sizes,
         check_rewards=not args.no_reward_check,
         inspect=args.inspect,
@@ -191,6 +234,9 @@ def understand(args: argparse.Namespace, rest: list[str]) -> Request:
         own={name: value for name in file_keys() if (value := getattr(args, name)) not in (None, False)},
         environment=environment,
         experiment=dict(experiment),
+        overwrite=args.overwrite,
+        save_on_interrupt=args.save_on_interrupt,
+        dry_run=args.dry_run,
     )
 
 
@@ -253,7 +299,7 @@ def check_words(rest: Sequence[str]) -> None:
 
 
 def read_config(path: str | None) -> dict[str, Any]:
-    """Reads the YAML file, takes `env:` out and sets it in the environment, as TRL does.
+    """Reads the YAML file, takes `env:` out and sets it in the environment, as TRL does. Takes the record of a run too.
 
     Raises:
         ConfigError: As `read_file`.
@@ -272,7 +318,7 @@ def read_file(path: str | None) -> tuple[dict[str, Any], dict[str, str]]:
     if path is None:
         return {}, {}
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = read_record(path) if path.endswith(".json") else yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror or error} (looked in {Path.cwd()}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

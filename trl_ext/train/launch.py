@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
 import shlex
 import tempfile
@@ -10,13 +11,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..engine.checkpoint import STATE_FILE
+from ..errors import ConfigError, counted
+from ..plan import ownership
 from ..support import child_errors
 from ..trl_internals import late_refusals
 from ..trl_internals import launch as trl_launch
-from ..trl_internals.arguments import resume_value
-from . import command_line, config_keys, handover, written_run
+from . import (
+    after_interrupt,
+    command_line,
+    config_keys,
+    handover,
+    interrupt,
+    output_folder,
+    repeat,
+    written_run,
+)
 from .command_line import Request, as_arguments, say
+
+NO_CHECKPOINTS = ("--save_strategy", "no")
 
 
 def launch(
@@ -40,44 +53,84 @@ def launch(
         own = [*command_line.BLOCKS, "env", *command_line.file_keys()]
         config_keys.check(request.config, request.kind, request.settings, own, request.specs)
     divided = trl_launch.split(request.kind, request.arguments, request.settings)
-    if not any("run" in spec.hooks for spec in request.specs):  # a plugin that owns its run also resumes it
-        check_resume(divided.given)
     # these may refuse, so they come before anything that takes time
     demo = request.task is None and wants_demo(divided.given)
+    defaults: dict[str, Any] = {}
+    if demo:
+        from . import demo as embedded
+
+        plugins = [spec.name for spec in request.specs]
+        embedded.check(request.kind)
+        values = embedded.settings(plugins) | dict(demo_settings or {})
+        defaults = {name: value for name, value in values.items() if name not in divided.given}
+    given = defaults | divided.given
+    folder = output_folder.of(given)
     launcher = trl_launch.launch_arguments(request.kind, divided.launch, [], command_line.OWN_OPTIONS)
     late_refusals.check_files(divided.given, launcher)
     if write_to is not None:
         written_run.write(write_to, request, divided)
         return 0
+    if request.dry_run:
+        from . import dry_run
+
+        if demo:
+            defaults |= embedded.places(say)
+        return dry_run.run(request, divided, defaults, folder, launcher, embedded.TAKES if demo else "")
+    output_folder.check(request, given, folder)
     accelerator = trl_launch.accelerator_found() and not launcher.cpu
     trl_launch.fit_to_machine(launcher, accelerator)
-    defaults = {} if accelerator else cpu_defaults(divided.given, launcher.mixed_precision)
-    if defaults:
-        listed = ", ".join(f"{name}={str(value).lower()}" for name, value in defaults.items())
+    for_cpu = {} if accelerator else cpu_defaults(divided.given, launcher.mixed_precision)
+    if for_cpu:
+        listed = ", ".join(f"{name}={str(value).lower()}" for name, value in for_cpu.items())
         say(f"no accelerator is used, so {listed}")
     if demo:
-        from . import demo as embedded
-
         say("no model and no data are named: training the embedded SmolLM2-135M-Instruct on arithmetic")
-        values = embedded.settings(request.kind, [spec.name for spec in request.specs], say)
-        values |= dict(demo_settings or {})
-        defaults |= {name: value for name, value in values.items() if name not in divided.given}
-    settings = defaults | divided.given
+        defaults |= embedded.make(say)
     unused = [name for name in divided.given if name.startswith(("lora_", "use_dora", "use_rslora"))]
-    if unused and not settings.get("use_peft"):
+    if unused and not given.get("use_peft"):
         say(f"use_peft is not set, so all parameters are trained and these have no effect: {', '.join(unused)}")
     if not request.specs:
         say(f"no plugin is enabled: this is plain TRL ({request.kind.upper()})")
+    if not request.save and given.get("save_strategy") not in (None, "no"):
+        say(f"--no_save also leaves out the checkpoints of save_strategy={given['save_strategy']}")
     for_workers = dataclasses.replace(
         request,
-        arguments=[*divided.trl, *as_arguments(defaults)],
-        bars=settings.get("disable_tqdm") is False,
-        command=shlex.join(command),
+        # the last value of an option counts
+        arguments=[*divided.trl, *as_arguments(for_cpu | defaults), *([] if request.save else NO_CHECKPOINTS)],
+        bars=given.get("disable_tqdm") is False,
+        command=shlex.join(repeat.without_secrets(command)),
+        config_to_repeat=repeat.published(written_run.content(request, divided)),
+        filled_in=for_cpu | defaults,
+        started=datetime.datetime.now().astimezone().isoformat(),
     )
-    with tempfile.TemporaryDirectory(prefix="trl_ext-") as folder:
-        launcher.training_script_args = [str(handover.write(for_workers, Path(folder)))]
+    return _run_workers(for_workers, command, launcher, folder)
+
+
+def _run_workers(request: Request, command: Sequence[str], launcher: Any, output: Path) -> int:
+    """Starts the workers, waits for them, says how an interrupted run goes on, and returns the exit code."""
+    first = "interrupted: leaving"
+    if request.save_on_interrupt:
+        first = "interrupted: saving a checkpoint at the end of this round"
+    press = interrupt.Parent(say, first)
+    say(f"starting {counted(launcher.num_processes, 'process') if launcher.num_processes else 'the processes'}")
+    with tempfile.TemporaryDirectory(prefix="trl_ext-") as folder, press.listening():
+        launcher.training_script_args = [str(handover.write(request, Path(folder)))]
         os.environ[child_errors.FOLDER] = folder
-        return child_errors.print_errors(folder, trl_launch.launch(launcher))
+        code = trl_launch.launch(launcher)
+        interrupted = code != 0 and (press.count > 0 or child_errors.interrupted(folder, code))
+        code = child_errors.print_errors(folder, child_errors.INTERRUPTED if interrupted else code)
+    if code == 0:
+        return 0
+    record = after_interrupt.end_record(output, request.started, "interrupted" if interrupted else "failed")
+    if interrupted and not launcher.machine_rank:  # the first machine has the record
+        owner = ownership.owner(request.specs)
+        if owner is not None:
+            lines = after_interrupt.owned(output, command)
+        else:
+            lines = after_interrupt.lines(output, record, command, STATE_FILE if request.specs else None)
+        for line in lines:
+            say(line)
+    return code
 
 
 def wants_demo(given: Mapping[str, Any]) -> bool:
@@ -117,27 +170,3 @@ def cpu_defaults(given: Mapping[str, Any], mixed_precision: str | None) -> dict[
     if not {"bf16", "fp16"} & set(given) and mixed_precision != "bf16":
         defaults["bf16"] = False  # TRL would train in bfloat16 otherwise
     return defaults
-
-
-def check_resume(given: Mapping[str, Any]) -> None:
-    """Refuses to resume from a checkpoint that does not exist.
-
-    Args:
-        given: The settings of TRL that the user set.
-
-    Raises:
-        ConfigError: There is no checkpoint.
-    """
-    from transformers.trainer_utils import get_last_checkpoint
-
-    value = resume_value(given.get("resume_from_checkpoint"))
-    if value is None:
-        return
-    output = str(given.get("output_dir") or "trainer_output")
-    if value is True and not (os.path.isdir(output) and get_last_checkpoint(output)):
-        raise ConfigError(
-            f"there is no checkpoint to resume from in {output!r}. Set --output_dir to the folder of the run, name a "
-            f"checkpoint with --resume_from_checkpoint PATH, or leave the option out to start anew."
-        )
-    if isinstance(value, str) and not os.path.isdir(value):
-        raise ConfigError(f"--resume_from_checkpoint {value}: there is no such folder (looked in {Path.cwd()}).")

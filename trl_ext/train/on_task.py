@@ -46,6 +46,20 @@ def _arguments(
     task: str, kind: TrainerKind, parsed: trl_arguments.Parsed, sizes: Mapping[str, int], say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Returns what the constructor of a trainer takes besides its settings."""
+    check_settings(task, parsed)
+    arguments = lab.trainer_arguments(lab.task(task), kind, seed=parsed[1].seed, say=say, **sizes)
+    adapter = get_peft_config(parsed[2])
+    if adapter is not None:
+        arguments["peft_config"] = adapter
+    return arguments
+
+
+def check_settings(task: str, parsed: trl_arguments.Parsed) -> None:
+    """Refuses settings that name what the task brings.
+
+    Raises:
+        ConfigError: As `build_trainer`.
+    """
     for group in parsed:
         for name in _FROM_THE_TASK:
             if getattr(group, name, None):
@@ -53,8 +67,3 @@ def _arguments(
                     f"task {task!r} brings its own model, data and rewards, and the settings have "
                     f"{name}={getattr(group, name)!r}. Leave out one of them."
                 )
-    arguments = lab.trainer_arguments(lab.task(task), kind, seed=parsed[1].seed, say=say, **sizes)
-    adapter = get_peft_config(parsed[2])
-    if adapter is not None:
-        arguments["peft_config"] = adapter
-    return arguments

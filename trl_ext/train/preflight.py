@@ -69,7 +69,7 @@ def check(
             "for it. Set --eval_strategy steps (or epoch), or leave eval_on_start out."
         )
     rows = {part: _first_row(part, data, kind, needed) for part, data in parts.items()}
-    if not owned:
+    if not owned and not any("groups" in spec.claims for spec in specs):  # they may draw fewer prompts than TRL
         steps.check_rows(kind, parsed[1], parts["training"])
     if rewards and kind != "dpo":
         for part, row in rows.items():
@@ -216,14 +216,14 @@ def _try_rewards(
     kept = trl_arguments.kept_columns(kind, args, list(prompts[0]), needed_columns(specs))
     rows = [{name: row[name] for name in kept} for row in prompts for _ in range(group)][:count]
     state = {
-        "max_steps": steps.planned_steps(kind, args, _length(data)),
+        "max_steps": steps.planned_steps(kind, args, row_count(data)),
         "num_train_epochs": max(1, round(args.num_train_epochs)),
         "train_batch_size": args.train_batch_size,
     }
     try_in_own_process(list(functions), rows, state, warn, _found(specs))
 
 
-def _length(data: Any) -> int | None:
+def row_count(data: Any) -> int | None:
     """Returns the number of rows, None for a stream."""
     try:
         return len(data)

@@ -18,8 +18,7 @@ from ..trl_internals.arguments import Parsed
 from . import curves
 from .command_line import Request
 from .log_metrics import is_evaluation, is_training, shown
-
-RECORD, PICTURE = "trl_ext_run.json", "trl_ext_curves.png"
+from .output_folder import PICTURE, RECORD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +59,17 @@ def _mean(entries: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in columns.items() if values}
 
 
-def write_summary(trainer: Any, request: Request, parsed: Parsed, seconds: float) -> None:
-    """Prints the table and writes the files into the output folder. Called on the main process."""
+def write_summary(trainer: Any, request: Request, parsed: Parsed, seconds: float, status: str) -> None:
+    """Prints the table and writes the files into the output folder. Called on the main process.
+
+    Args:
+        trainer: The trainer.
+        request: What the user asked for.
+        parsed: TRL's arguments.
+        seconds: How long training took.
+        status: `finished` or `interrupted`.
+    """
     folder = Path(trainer.args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     history = trainer.state.log_history
     comparison = before_and_after(history)
     if comparison is not None:
@@ -73,8 +79,7 @@ def write_summary(trainer: Any, request: Request, parsed: Parsed, seconds: float
             if (after := comparison.after.get(name)) is not None
         ]
         print_table(["", "before", "after", "change"], rows, title=comparison.source)
-    content = describe(trainer, request, parsed, seconds, comparison)
-    write_atomically(folder / RECORD, json.dumps(content, indent=2, default=str) + "\n")
+    write_record(trainer, request, parsed, seconds, status)
     written = [RECORD]
     picture = curves.draw(history, _title(request, parsed, trainer))
     if picture is not None:
@@ -84,9 +89,15 @@ def write_summary(trainer: Any, request: Request, parsed: Parsed, seconds: float
     print(f"{steps} in {seconds:.0f} s; {' and '.join(written)} in {folder}", flush=True)
 
 
-def describe(
-    trainer: Any, request: Request, parsed: Parsed, seconds: float, comparison: Comparison | None
-) -> dict[str, Any]:
+def write_record(trainer: Any, request: Request, parsed: Parsed, seconds: float, status: str) -> None:
+    """Writes `trl_ext_run.json`, when training begins and when it ends. Arguments as in `write_summary`."""
+    folder = Path(trainer.args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = describe(trainer, request, parsed, seconds, status)
+    write_atomically(folder / RECORD, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def describe(trainer: Any, request: Request, parsed: Parsed, seconds: float, status: str) -> dict[str, Any]:
     """Returns the content of `trl_ext_run.json`."""
     script, training, model, mixture = parsed
     session = vars(trainer).get("_trl_ext")
@@ -94,10 +105,16 @@ def describe(
     for (plugin, hook), count in sorted(session.calls.items()) if session is not None else ():
         calls[plugin][hook] = count
     history = trainer.state.log_history
+    comparison = before_and_after(history)
     steps = [dict(logs) for logs in history if is_training(logs)]
     data = request.task or script.dataset_name or [source.path for source in mixture.datasets]
     return {
         "command": request.command,
+        "folder": os.getcwd(),
+        "config": request.config_to_repeat,
+        "filled_in": request.filled_in,
+        "started": request.started,
+        "status": status,
         "trainer": request.kind,
         "plugins": [
             {"name": spec.name, "version": spec.version, "origin": spec.origin, "options": spec.option_values}
@@ -108,9 +125,11 @@ def describe(
         "model": model.model_name_or_path or trainer.model.config.name_or_path,
         "data": data,
         "output_dir": str(training.output_dir),
+        "seed": training.seed,
         "processes": int(trainer.accelerator.num_processes),
         "device": str(trainer.accelerator.device),
         "steps": trainer.state.global_step,
+        "max_steps": trainer.state.max_steps,
         "seconds": round(seconds, 1),
         "first": steps[0] if steps else None,
         "last": steps[-1] if steps else None,

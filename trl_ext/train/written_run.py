@@ -45,8 +45,10 @@ def content(request: Request, divided: trl_launch.Split) -> dict[str, Any]:
     """
     values: dict[str, Any] = {"env": request.environment} if request.environment else {}
     values |= divided.given | trl_launch.given_options(divided.launch) | request.own
-    if request.experiment:
-        values["experiment"] = request.experiment
+    # a file that the task names was looked for beside the YAML file, and this one may be written elsewhere
+    experiment = request.experiment | ({"task": request.task} if request.task else {})
+    if experiment:
+        values["experiment"] = experiment
     if request.plugins:
         values["plugins"] = request.plugins
     written = {name: plain(value) for name, value in values.items()}

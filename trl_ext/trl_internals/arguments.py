@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import importlib
 import re
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
@@ -151,6 +152,32 @@ def training_options(kind: TrainerKind, argv: Sequence[str]) -> dict[str, Any]:
     if outside:
         raise ConfigError(f"`{outside[0]}` is no argument of training, and only these can be given here.")
     return given
+
+
+@contextlib.contextmanager
+def as_planned(processes: int, environment: Mapping[str, str]) -> Iterator[None]:
+    """Lets TRL's arguments, during the block, believe that this process is one of several that a launcher started."""
+    from accelerate.utils import patch_environment
+    from transformers import TrainingArguments
+
+    owner: Any = TrainingArguments
+    before = owner.world_size
+    owner.world_size = property(lambda self: processes)
+    try:
+        with patch_environment(**{**environment, "ACCELERATE_USE_CPU": "true"}):
+            yield
+    finally:
+        owner.world_size = before
+
+
+def parse_elsewhere(kind: TrainerKind, argv: Sequence[str], settings: Mapping[str, Any]) -> Parsed:
+    """Parses settings for a machine that may have what this one lacks, such as a GPU.
+
+    Raises:
+        ConfigError: TRL refuses a value or a combination.
+    """
+    # of these settings TRL wants to see the device
+    return parse(kind, [*argv, "--use_cpu", "true", "--tf32", "false"], settings)
 
 
 def resume_value(value: Any) -> str | bool | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from trl_ext_hooks import Logps, LogpsCall
 from trl_ext_hooks.basics import Role
@@ -92,19 +93,92 @@ def completion_logps(
         model: The model to score with, by default the policy as it is now.
         forward: TRL's log-probability method without plugins, by default with them.
     """
-    training = mode(trainer) == "train"
-    rows = trainer.args.per_device_train_batch_size if training else trainer.args.per_device_eval_batch_size
-    run = trainer._get_per_token_logps_and_entropies if forward is None else forward
+    return round_scores(trainer, batch, model, forward).per_token_logps
+
+
+def round_scores(
+    trainer: Any,
+    batch: Mapping[str, Any],
+    model: Any = None,
+    forward: Callable[..., Any] | None = None,
+    compute_entropy: bool = False,
+) -> Logps:
+    """Scores a round's completions as TRL does after sampling: without gradient, in forwards of one micro-batch."""
+    rows = rows_at_once(trainer)
     with scoring(trainer):
-        logps: torch.Tensor = run(
+        return scores(trainer, batch, model, forward, batch_size=rows, compute_entropy=compute_entropy)
+
+
+def scores(
+    trainer: Any,
+    batch: Mapping[str, Any],
+    model: Any = None,
+    forward: Callable[..., Any] | None = None,
+    batch_size: int | None = None,
+    compute_entropy: bool = False,
+) -> Logps:
+    """Scores the completions of a batch, with gradient where it is enabled.
+
+    Args:
+        trainer: GRPO or RLOO.
+        batch: Prompts and completions with their masks, by TRL's names.
+        model: The model to score with, by default the policy as it is now.
+        forward: TRL's log-probability method without plugins, by default with them.
+        batch_size: Rows of one forward. None takes all of them.
+        compute_entropy: Whether entropies are wanted.
+    """
+    run = trainer._get_per_token_logps_and_entropies if forward is None else forward
+    return Logps(
+        *run(
             trainer.model if model is None else model,
             torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
             torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
             batch["completion_ids"].size(1),
-            batch_size=rows,
+            batch_size=batch_size,
+            compute_entropy=compute_entropy,
             **{name: batch[name] for name in _VISION if batch.get(name) is not None},
-        )[0]
-    return logps
+        )
+    )
+
+
+def padded_rows(
+    prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Returns rows of token ids as TRL's batches hold them: prompts padded left, completions padded right."""
+    padded: dict[str, torch.Tensor] = {}
+    for kind, rows, side in (("prompt", prompt_ids, "left"), ("completion", completion_ids, "right")):
+        ids = [torch.tensor(row, device=device) for row in rows]
+        ones = [torch.ones_like(row) for row in ids]
+        padded[f"{kind}_ids"] = pad_sequence(ids, batch_first=True, padding_side=side)
+        padded[f"{kind}_mask"] = pad_sequence(ones, batch_first=True, padding_side=side)
+    return padded
+
+
+def vocabulary_size(trainer: Any) -> int:
+    """Returns the number of tokens that the policy knows."""
+    return int(trainer.accelerator.unwrap_model(trainer.model).config.get_text_config().vocab_size)
+
+
+def padded(
+    trainer: Any, prompt_ids: list[list[int]], completion_ids: list[list[int]]
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Returns ids and attention mask (n, P + T) as TRL lays rows out, and T, which is at least 1."""
+    width = max(1, *map(len, completion_ids))
+    left = max(map(len, prompt_ids))
+    pad, device = trainer._tokenizer.pad_token_id, trainer.accelerator.device
+    ids = torch.full((len(prompt_ids), left + width), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
+        where = slice(left - len(prompt), left + len(completion))
+        ids[row, where] = torch.tensor([*prompt, *completion], dtype=torch.long)
+        mask[row, where] = 1
+    return ids.to(device), mask.to(device), width
+
+
+def rows_at_once(trainer: Any) -> int:
+    """Returns how many rows TRL gives to one forward that scores completions."""
+    args = trainer.args
+    return int(args.per_device_train_batch_size if mode(trainer) == "train" else args.per_device_eval_batch_size)
 
 
 def add_fused_head(model: Any) -> None:

@@ -25,6 +25,10 @@ class Host(Protocol):
         """Columns of the data that TRL would drop and plugins need."""
 
     @property
+    def prompts(self) -> int | None:
+        """How many prompts a round of training has, where a plugin says so."""
+
+    @property
     def in_loss(self) -> bool:
         """Whether a micro-batch is inside its loss."""
 
@@ -32,10 +36,16 @@ class Host(Protocol):
     def watches_logps(self) -> bool:
         """Whether a plugin uses the log-probability forward."""
 
+    @property
+    def needs_old_entropies(self) -> bool:
+        """Whether the forward that scores a round after sampling has to return entropies."""
+
     # every trainer
     def step_ended(self) -> None: ...
     def save(self, folder: str) -> None: ...
     def load(self, checkpoint: str | None) -> None: ...
+    def complete_card(self, folder: str) -> None:
+        """Adds the plugins to the model card in a folder."""
 
     # GRPO and RLOO
     def round(self, rows: list[dict[str, Any]], stock: Callable[[Any], dict[str, Any]]) -> dict[str, Any]: ...

@@ -35,13 +35,19 @@ from .rewards import of_trl
 from .seams import trainer_class
 
 
-def check(kind: TrainerKind, parsed: Parsed) -> None:
+def check(kind: TrainerKind, parsed: Parsed, elsewhere: bool = False) -> None:
     """Refuses values that the libraries would refuse later.
+
+    Args:
+        kind: The trainer.
+        parsed: The arguments of TRL.
+        elsewhere: Whether another machine will train, so that nothing that depends on the device is asked here.
 
     Raises:
         ConfigError: Lists all refusals, each with a way out.
     """
-    refusals = [refusal for find in _CHECKS for refusal in find(kind, parsed)]
+    checks = [find for find in _CHECKS if not (elsewhere and find in (_precision, _sharding, _loading))]
+    refusals = [refusal for find in checks for refusal in find(kind, parsed)]
     if refusals:
         raise ConfigError("this run cannot work:\n" + "\n".join(f"  - {refusal}" for refusal in refusals))
 

@@ -168,7 +168,7 @@ def fit_to_machine(args: Any, accelerator: bool) -> None:
     """
     import torch
 
-    logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)  # it warns about each default that it takes
+    _no_default_warnings()
     if accelerator or args.config_file is not None or args.use_deepspeed or args.use_fsdp or args.tpu:
         return
     processes = args.num_processes or 1
@@ -180,15 +180,61 @@ def fit_to_machine(args: Any, accelerator: bool) -> None:
     os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
+def _no_default_warnings() -> None:
+    """Keeps accelerate from warning about each default that it takes."""
+    logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)
+
+
+_OF_THE_RUN = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_")
+"""Beginnings of the variables by which accelerate's launcher tells the workers how the run is distributed."""
+
+
+def planned(args: Any) -> tuple[int | None, dict[str, str]]:
+    """Returns what a launch would give its workers: how many they are, and the variables that describe the run.
+
+    The number is None where the machine decides, which may be another one.
+
+    Raises:
+        ConfigError: Accelerate refuses the settings.
+    """
+    from accelerate.commands.launch import _validate_launch_command
+    from accelerate.utils import launch as preparation
+
+    _no_default_warnings()
+    asked = args.num_processes
+    args.main_process_port = 0  # nothing listens, so no port has to be free
+    try:
+        args, defaults, _ = _validate_launch_command(args)
+        processes = asked or (defaults.num_processes if defaults is not None else None)
+        args.num_processes = processes or 1
+        if args.cpu:
+            environment = preparation.prepare_simple_launcher_cmd_env(args)[1]
+        elif args.use_deepspeed:
+            args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config if defaults else ())
+            environment = preparation.prepare_deepspeed_cmd_env(args)[1]
+        elif args.use_fsdp or args.use_megatron_lm or args.multi_gpu:
+            environment = preparation.prepare_multi_gpu_env(args)
+        else:
+            environment = preparation.prepare_simple_launcher_cmd_env(args)[1]
+    except (ValueError, AssertionError, ConnectionError) as error:
+        raise ConfigError(f"accelerate refuses these settings: {error}") from error
+    return processes, {name: value for name, value in environment.items() if name.startswith(_OF_THE_RUN)}
+
+
 def launch(args: Any) -> int:
     """Runs accelerate's launcher until the workers end, and returns an exit code."""
     from accelerate.commands.launch import launch_command
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     for name in ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.multiprocessing.errors"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # the workers' errors are reported by us
+    # Ctrl-C is handled by our caller; a torch that knows no such setting ends the workers within 30 s
+    args.signals_to_handle = "SIGTERM,SIGHUP,SIGQUIT"
     try:
         launch_command(args)
+    except SignalException as error:
+        return 128 + int(error.sigval)
     except subprocess.CalledProcessError as error:
         return error.returncode
     except ChildFailedError as error:

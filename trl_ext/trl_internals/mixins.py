@@ -11,7 +11,7 @@ from .forwards import adapters_off
 from .generation import pack_generation, unpack_generation
 from .host import Host
 from .seams import trainer_class
-from .trainer_state import checkpoint_folder
+from .trainer_state import checkpoint_folder, drawing
 
 if TYPE_CHECKING:
     _Base: Any = object
@@ -20,7 +20,7 @@ else:
 
 
 class TrainerMixin(_Base):
-    """What all trainers share: the end of a step, state in checkpoints, and columns of the data that plugins need."""
+    """What all trainers share: the end of a step, state in checkpoints, the model card, and columns for plugins."""
 
     _trl_ext: Host
     _signature_columns: list[str] | None
@@ -39,6 +39,11 @@ class TrainerMixin(_Base):
         super()._load_optimizer_and_scheduler(checkpoint)
         self._trl_ext.load(checkpoint)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            self._trl_ext.complete_card(self.args.output_dir)
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         known = self._signature_columns or []
@@ -48,12 +53,18 @@ class TrainerMixin(_Base):
 class RoundMixin(TrainerMixin):
     """GRPO and RLOO: generation rounds and losses."""
 
+    def get_train_dataloader(self) -> Any:
+        with drawing(self, self._trl_ext.prompts):
+            return super().get_train_dataloader()
+
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         return self._trl_ext.round(inputs, super()._generate_and_score_completions)
 
     def _generate(self, prompts: Any) -> Any:
         kind, stock = self._trl_ext.kind, super()._generate
         generation = self._trl_ext.generate(prompts, lambda prompts: unpack_generation(kind, stock(prompts)))
+        if generation.prompts is not None:
+            prompts[:] = generation.prompts  # TRL's round scores and logs what its own list holds
         return pack_generation(kind, generation)
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
@@ -89,6 +100,7 @@ class RoundMixin(TrainerMixin):
             role = "reference"
         else:
             role = "old"
+            compute_entropy = compute_entropy or host.needs_old_entropies
         call = LogpsCall(
             kind=host.kind,
             role=role,
@@ -107,6 +119,11 @@ class RoundMixin(TrainerMixin):
     def _compute_loss(self, model: Any, inputs: Any) -> Any:
         stock = super()._compute_loss
         return self._trl_ext.loss(inputs, lambda batch: stock(model, batch))
+
+
+def behind(trainer: Any, name: str) -> Any:
+    """Returns a method of a trainer of rounds as it is without plugins."""
+    return getattr(super(RoundMixin, trainer), name)
 
 
 class OwnLossMixin(_Base):
@@ -148,5 +165,5 @@ def bases(kind: TrainerKind, cls: type[Any]) -> tuple[type[Any], ...]:
         return (MIXINS[kind], cls)
     trl_class = trainer_class(kind)
     # a subclass of TRL's class that is named last stands behind `cls` and before TRL's class in the order of methods
-    behind = type(trl_class.__name__, (OwnLossMixin, trl_class), {"__module__": trl_class.__module__})
-    return (MIXINS[kind], behind) if cls is trl_class else (MIXINS[kind], cls, behind)
+    last = type(trl_class.__name__, (OwnLossMixin, trl_class), {"__module__": trl_class.__module__})
+    return (MIXINS[kind], last) if cls is trl_class else (MIXINS[kind], cls, last)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -105,15 +106,34 @@ _COLUMNS = ("reward_func_names", "reward_weights", "reward_funcs")
 
 
 @contextlib.contextmanager
-def own_columns(trainer: Any) -> Iterator[None]:
-    """Gives the trainer its own reward columns back after the block."""
+def own_columns(trainer: Any) -> Iterator[dict[str, Any]]:
+    """Gives the trainer its own reward columns, which it hands out, back after the block."""
     own = {name: getattr(trainer, name) for name in _COLUMNS}
     try:
-        yield
+        yield own
     finally:
         for name, value in own.items():
             if getattr(trainer, name) is not value:
                 setattr(trainer, name, value)
+
+
+@contextlib.contextmanager
+def unlogged(trainer: Any, own: Mapping[str, Any]) -> Iterator[None]:
+    """Drops what reward functions log in the block, in which the trainer has its own reward columns.
+
+    Args:
+        trainer: GRPO or RLOO.
+        own: What `own_columns` handed out, for a round in which plugins may have changed the columns.
+    """
+    with own_columns(trainer):
+        held = trainer._pending_extra_logs, trainer._pending_metrics
+        for name, value in own.items():
+            setattr(trainer, name, value)
+        trainer._pending_extra_logs, trainer._pending_metrics = defaultdict(list), defaultdict(list)
+        try:
+            yield
+        finally:
+            trainer._pending_extra_logs, trainer._pending_metrics = held
 
 
 def use_columns(trainer: Any, names: Sequence[str], weights: torch.Tensor) -> None:

@@ -55,9 +55,12 @@ class Seam:
 
 
 _SCORING = frozenset(
-    {"annotate", "rewards", "advantages", "keep_rows", "token_weights", "batch_fields", "round_metrics", "inspect"}
+    {
+        *("annotate", "rewards", "advantages", "mix_advantages", "keep_rows", "token_mask", "token_weights"),
+        *("batch_fields", "round_metrics", "inspect"),
+    }
 )
-_LOSS = frozenset({"policy_loss", "loss_terms", "loss_metrics"})
+_LOSS = frozenset({"policy_loss", "loss_terms", "loss_metrics", "side_batch", "step_statistics"})
 _PAIR_FORWARDS = frozenset({"logps", "pair_logps", "pair_metrics"})
 
 SEAMS: tuple[Seam, ...] = (
@@ -68,9 +71,14 @@ SEAMS: tuple[Seam, ...] = (
         "_generate_and_score_completions",
         _ROUND,
         ("inputs",),
-        _SCORING | {"select_rows", "rollout", "old_logps", "ref_logps", "hidden_positions"},
+        _SCORING | {"select_rows", "rollout", "old_logps", "old_entropies", "ref_logps", "hidden_positions"},
     ),
-    Seam("_prepare_inputs", _ROUND, ("generation_batch",), frozenset({"grouped_order", "whole_groups"})),
+    Seam(
+        "_prepare_inputs",
+        _ROUND,
+        ("generation_batch",),
+        frozenset({"grouped_order", "whole_groups", "step_statistics"}),
+    ),
     Seam(
         "shuffle_sequence_dict", _ROUND, ("seq_dict",), frozenset({"grouped_order", "whole_groups"}), module_level=True
     ),
@@ -78,7 +86,7 @@ SEAMS: tuple[Seam, ...] = (
         "_get_per_token_logps_and_entropies",
         _ROUND,
         ("model", "input_ids", "attention_mask", "logits_to_keep"),
-        _LOSS | {"logps", "old_logps", "ref_logps", "hidden_positions"},
+        _LOSS | {"logps", "old_logps", "old_entropies", "ref_logps", "hidden_positions"},
     ),
     Seam("create_model_from_path", _ROUND, ("model_id",), frozenset({"ref_logps"}), module_level=True),
     Seam("prepare_deepspeed", _ROUND, ("model", "accelerator"), frozenset({"ref_logps"}), module_level=True),
@@ -91,7 +99,7 @@ SEAMS: tuple[Seam, ...] = (
         "_compute_loss",
         _ALL,
         ("model", "inputs"),
-        _LOSS | _PAIR_FORWARDS | {"loss_inputs", "keep_rows", "token_weights", "pair_batch"},
+        _LOSS | _PAIR_FORWARDS | {"loss_inputs", "keep_rows", "token_mask", "token_weights", "pair_batch"},
     ),
     Seam("training_step", _ALL, ("model", "inputs")),
     Seam("_save_checkpoint", _ALL, ("model", "trial"), frozenset({"state_dict"})),

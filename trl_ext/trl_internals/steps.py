@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from trl_ext_hooks import TrainerKind
 
-from ..errors import ConfigError, counted
+from ..errors import CompatError, ConfigError, counted
 from . import seams
 
 
-def check_rows(kind: TrainerKind, args: Any, data: Any, cls: type[Any] | None = None) -> None:
+def check_rows(
+    kind: TrainerKind, args: Any, data: Any, cls: type[Any] | None = None, prompts: int | None = None
+) -> None:
     """Refuses data that are too few for a single step. TRL would end after none and call that a success.
 
     Args:
@@ -22,6 +25,7 @@ def check_rows(kind: TrainerKind, args: Any, data: Any, cls: type[Any] | None = 
         args: TRL's arguments.
         data: The training data. A stream has no length, and `StepsCheck` looks at the end of its training.
         cls: The class of the trainer, TRL's own by default. One that reads the data in its own way is not checked.
+        prompts: How many prompts a round has, where a plugin says so.
 
     Raises:
         ConfigError: With the settings that make a round as large as it is.
@@ -34,7 +38,7 @@ def check_rows(kind: TrainerKind, args: Any, data: Any, cls: type[Any] | None = 
         rows = len(data)
     except TypeError:
         return
-    needed = rows_of_a_round(kind, args)
+    needed = prompts or rows_of_a_round(kind, args)
     if rows >= needed:
         return
     if needed == 1:
@@ -46,6 +50,11 @@ def check_rows(kind: TrainerKind, args: Any, data: Any, cls: type[Any] | None = 
             f"the training data has {counted(rows, 'row')}, and with dataloader_drop_last=True a step takes "
             f"{needed} ({factors}), so nothing would be trained. Add rows, set dataloader_drop_last=False, or lower "
             f"the batch size."
+        )
+    if prompts:
+        raise ConfigError(
+            f"the training data has {rows} prompts, and a round takes {needed}, as a plugin asks. So nothing would be "
+            f"trained. Add prompts, or let the plugin ask for fewer."
         )
     raise ConfigError(
         f"the training data has {counted(rows, 'prompt')}, and a round takes {needed}: "
@@ -74,6 +83,57 @@ def planned_steps(kind: TrainerKind, args: Any, rows: int | None) -> int:
         return max(1, int(args.max_steps))
     batches = rows // rows_of_a_round(kind, args) * args.num_iterations * args.steps_per_generation
     return math.ceil(args.num_train_epochs * max(1, batches // args.gradient_accumulation_steps))
+
+
+def ends_round(kind: TrainerKind, args: Any, steps: int) -> bool:
+    """Returns whether so many optimizer steps since the run began end a round, after which a resume changes no number.
+
+    Args:
+        kind: The trainer. DPO has no rounds.
+        args: TRL's arguments.
+        steps: The number of optimizer steps.
+    """
+    if kind == "dpo":
+        return True
+    micro_batches = int(args.num_iterations) * int(args.steps_per_generation)
+    return steps * int(args.gradient_accumulation_steps) % micro_batches == 0
+
+
+def batches_of_step(trainer: Any, first: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Returns the micro-batches of the optimizer step under way, which wait in the trainer's buffer.
+
+    Args:
+        trainer: GRPO or RLOO in training.
+        first: The first micro-batch of the step.
+
+    Raises:
+        CompatError: The trainer does not take its micro-batches from TRL's buffer.
+    """
+    waiting, now = trainer._buffered_inputs, trainer._step
+    size = int(trainer.args.steps_per_generation)
+    batches = [waiting[(now + ahead) % size] for ahead in range(micro_batches_of_step(trainer))] if waiting else []
+    if not batches or batches[0]["completion_ids"] is not first["completion_ids"]:
+        raise CompatError(
+            f"{type(trainer).__name__} computes a loss of rows that are not the next ones in TRL's buffer of a round. "
+            f"The micro-batches of an optimizer step are then not known before its losses. Use TRL's own class, or "
+            f"leave out the plugin with the hook 'step_statistics'."
+        )
+    return batches
+
+
+def micro_batches_of_step(trainer: Any) -> int:
+    """Counts the micro-batches of the optimizer step under way, on this process."""
+    return int(trainer.current_gradient_accumulation_steps)
+
+
+def total_steps(kind: TrainerKind, trainer: Any) -> int | None:
+    """Returns how many optimizer steps the training of a trainer has. None where only its begin will tell."""
+    args = trainer.args
+    if trainer.state.max_steps > 0:
+        return int(trainer.state.max_steps)
+    if args.max_steps > 0:
+        return int(args.max_steps)
+    return None if kind == "dpo" else planned_steps(kind, args, len(trainer.train_dataset))
 
 
 class StepsCheck(TrainerCallback):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,42 @@ def mode(trainer: Any) -> Mode:
 
 def num_generations(trainer: Any) -> int:
     return int(trainer.num_generations if mode(trainer) == "train" else trainer.num_generations_eval)
+
+
+_GROUP_SIZES = ("num_generations", "num_generations_eval")
+
+
+@contextlib.contextmanager
+def own_group_size(trainer: Any) -> Iterator[None]:
+    """Gives the trainer its own number of generations back after the block."""
+    own = {name: getattr(trainer, name) for name in _GROUP_SIZES}
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            setattr(trainer, name, value)
+
+
+def use_single_rows(trainer: Any) -> None:
+    """Lets TRL take each row of a round for a group of its own. See `own_group_size`.
+
+    vLLM's server then samples a completion for each row, and the advantages, which TRL computes in a matrix of groups
+    by rows, fit any number of rows. All of them are 0.
+    """
+    for name in _GROUP_SIZES:
+        setattr(trainer, name, 1)
+
+
+@contextlib.contextmanager
+def drawing(trainer: Any, prompts: int | None) -> Iterator[None]:
+    """Lets TRL make a training loader in the block that draws a number of prompts for each round; None for its own.
+
+    TRL repeats each prompt `num_generations` times, and draws as many prompts as then fill the round.
+    """
+    with own_group_size(trainer):
+        if prompts is not None:
+            trainer.num_generations = trainer.args.generation_batch_size // prompts
+        yield
 
 
 def tool_sources(trainer: Any) -> tuple[str, ...]:
@@ -41,13 +78,21 @@ def has_router_loss(trainer: Any) -> bool:
 
 def optimizer_callback(run: Callable[[], None]) -> Any:
     """Makes a callback that runs after every step of the trainer's optimizer."""
+    return _callback("on_optimizer_step", run)
+
+
+def step_callback(run: Callable[[], None]) -> Any:
+    """Makes a callback that runs before the first micro-batch of every optimizer step."""
+    return _callback("on_step_begin", run)
+
+
+def _callback(event: str, run: Callable[[], None]) -> Any:
     from transformers import TrainerCallback
 
-    class Stepped(TrainerCallback):
-        def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-            run()
+    def happened(self: Any, *args: Any, **kwargs: Any) -> None:
+        run()
 
-    return Stepped()
+    return type("Calls", (TrainerCallback,), {event: happened})()
 
 
 def add_metric(trainer: Any, name: str, value: float) -> None:
@@ -80,6 +125,53 @@ def replace_logged_advantages(trainer: Any, values: list[float]) -> None:
     for _ in range(min(len(values), len(logged))):
         logged.pop()
     logged.extend(values)
+
+
+def size_logs(trainer: Any, rows: int) -> None:
+    """Makes the completions table as large as a round, at least as TRL makes it. It keeps what fits.
+
+    A round of training replaces what the table held before, so it is emptied first.
+    """
+    size = max(int(trainer.args.generation_batch_size), rows)
+    keep = rows == 0 or mode(trainer) == "eval"
+
+    def sized(values: Any) -> deque[Any]:
+        return deque(values if keep else (), maxlen=size)
+
+    for name, values in trainer._logs.items():
+        if isinstance(values, deque):
+            trainer._logs[name] = sized(values)
+        else:
+            columns = {key: sized(column) for key, column in values.items()}
+            trainer._logs[name] = defaultdict(lambda: deque(maxlen=size), columns if keep else {})
+
+
+def drop_logged_rows(trainer: Any, drop: Sequence[bool]) -> None:
+    """Takes rows of the last round out of the completions table.
+
+    Args:
+        trainer: GRPO or RLOO.
+        drop: For each row of the round whether it goes.
+    """
+    for values in trainer._logs.values():
+        for column in [values] if isinstance(values, deque) else values.values():
+            if len(column) >= len(drop):
+                rows = [column.pop() for _ in drop][::-1]
+                column.extend(row for row, goes in zip(rows, drop, strict=True) if not goes)
+
+
+@contextlib.contextmanager
+def environments_of(trainer: Any, source: Sequence[int] | None) -> Iterator[None]:
+    """Lets reward functions see the environment of each row in the block, where a rollout added rows."""
+    own = environments(trainer)
+    if not own or source is None:
+        yield
+        return
+    trainer.environments = [own[place] for place in source]
+    try:
+        yield
+    finally:
+        trainer.environments = own
 
 
 def forget_round(trainer: Any) -> None:
@@ -123,6 +215,18 @@ def set_collator(trainer: Any, collator: Any) -> None:
     """Exchanges the collator, and lets TRL find out anew which columns it drops."""
     trainer.data_collator = collator
     forget_columns(trainer)
+
+
+def training_data(trainer: Any) -> Any:
+    """Returns the training data with the columns that the trainer's loader leaves in. None where they are a stream."""
+    from datasets import Dataset
+    from torch.utils.data import IterableDataset
+
+    data = trainer.train_dataset
+    if isinstance(data, Dataset):
+        return trainer._remove_unused_columns(data, description="training")
+    # a stream of datasets is one of torch's too
+    return None if isinstance(data, IterableDataset) else data
 
 
 def forget_columns(trainer: Any) -> None:

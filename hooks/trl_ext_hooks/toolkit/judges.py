@@ -12,14 +12,15 @@ too: see `trl_ext_hooks.toolkit.http_judge`.
 
 from __future__ import annotations
 
-import importlib
 import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
+from ..plugin import UsageError
 from ..trainer import TrainerView
+from .callables import load
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,12 @@ def make_judge(source: str | JudgeSettings) -> Judge:
         return _math_judge()
     if source.startswith(("http://", "https://")):
         raise JudgeError(f"the judge {source!r} needs a model too: {{url: {source}, model: NAME}}.")
-    judge = load(source)
-    if not callable(judge):
-        raise JudgeError(f"the judge {source!r} is {type(judge).__name__}, expected a callable.")
+    if not {":", "."} & set(source):
+        raise JudgeError(f"{source!r} is not known; expected match, math, or module:attribute.")
+    try:
+        judge: Judge = load(source)
+    except UsageError as error:
+        raise JudgeError(f"the judge {error}.") from error
     return judge
 
 
@@ -131,21 +135,6 @@ def ask_together(
     if any(failures):
         raise JudgeError(f"stopped with another process: {next(text for text in failures if text)}")
     return verdicts, calls
-
-
-def load(reference: str) -> Any:
-    """Imports the object that `module:attribute` names.
-
-    Raises:
-        JudgeError: There is no such object.
-    """
-    module, colon, attribute = reference.partition(":")
-    if not (module and colon and attribute):
-        raise JudgeError(f"{reference!r} is not known; expected match, math, or module:attribute.")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise JudgeError(f"{reference!r} cannot be loaded: {error}") from error
 
 
 def match_judge(questions: Sequence[Question]) -> list[bool | None]:

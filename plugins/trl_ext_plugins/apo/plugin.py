@@ -44,6 +44,12 @@ class APO(Plugin):
 
     name = "apo"
     paper = "arXiv 2410.06293"
+    bibtex = """@misc{apo2024,
+      title = {{Accelerated Preference Optimization for Large Language Model Alignment}},
+      eprint = {2410.06293},
+      archivePrefix = {arXiv},
+      year = {2024},
+    }"""
     summary = (
         "iterative DPO, each round started beyond the last (Accelerated, not TRL's Anchored apo_zero and apo_down)"
     )

@@ -118,6 +118,11 @@ def position_advantages(
 # --- curriculum -------------------------------------------------------------------------------------------------------
 
 
+def count_groups(group_ids: torch.Tensor) -> int:
+    """Counts the groups of a round (N,). Rows of the group -1 only fill up a process and belong to none."""
+    return len(torch.unique(group_ids[group_ids >= 0]))
+
+
 def easy_and_mixed(correct: torch.Tensor, group_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the ids of the groups whose rows are all right, and of those of which only some are.
 

@@ -31,7 +31,7 @@ from trl_ext_hooks.toolkit.http_judge import HttpJudge
 from trl_ext_hooks.toolkit.judges import JudgeError, ask_together, make_judge
 
 from .judging import Cutter, questions
-from .maths import Chunks, easy_and_mixed, easy_dose, next_kappa, position_advantages, token_rewards
+from .maths import Chunks, count_groups, easy_and_mixed, easy_dose, next_kappa, position_advantages, token_rewards
 
 
 class DECS(Plugin):
@@ -39,6 +39,13 @@ class DECS(Plugin):
 
     name = "decs"
     paper = "arXiv 2509.25827"
+    bibtex = """@misc{decs2025,
+      title = {{Overthinking Reduction with Decoupled Rewards and Curriculum Data Scheduling}},
+      eprint = {2509.25827},
+      archivePrefix = {arXiv},
+      year = {2025},
+      note = {ICLR 2026},
+    }"""
     summary = "lowers the reward of tokens behind the first right answer, per position, and doses easy prompts"
     trainers = ("grpo",)
     needs = ("token_advantages",)
@@ -160,7 +167,7 @@ class DECS(Plugin):
 
     def _choose(self, round: Round, easy: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         """Returns (N,) the rows of all mixed prompts and of some easy ones; every row in evaluation."""
-        prompts = len(torch.unique(round.group_ids))
+        prompts = count_groups(round.group_ids)
         round.log("easy_prompts", len(easy), prompts)
         round.log("mixed_prompts", len(mixed), prompts)
         if round.mode != "train" or not self.options.curriculum:
@@ -203,7 +210,7 @@ class DECS(Plugin):
         """Moves kappa by the prefix ratios (N,) of this round, of which 0 means none."""
         known = ratios[ratios > 0]
         if round.mode == "train" and self.options.curriculum and len(known):
-            ratio, cap = known.mean().item(), easy / len(torch.unique(round.group_ids))
+            ratio, cap = known.mean().item(), easy / count_groups(round.group_ids)
             self.kappa = next_kappa(self.kappa, ratio, self.ratio, lr=self.options.kappa_lr, cap=cap)
             self.ratio = ratio
         round.log("kappa", self.kappa)

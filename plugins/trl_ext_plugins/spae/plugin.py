@@ -24,12 +24,13 @@ from trl_ext_hooks import (
     Round,
     Span,
     TrainerView,
+    UsageError,
     Views,
     hookimpl,
     option,
 )
 from trl_ext_hooks.toolkit.answers import answer_requirements, row_answer
-from trl_ext_hooks.toolkit.judges import JudgeError, load
+from trl_ext_hooks.toolkit.callables import load
 
 from .maths import outcome_advantages, saturated_before, spae_advantages, step_of_tokens
 from .probing import Probe, StepFinder, Steps, ask_policy, stop_tokens
@@ -42,6 +43,13 @@ class SPAE(Plugin):
 
     name = "spae"
     paper = "arXiv 2601.03823"
+    bibtex = """@misc{spae2026,
+      title = {{Step Potential Advantage Estimation: Harnessing Intermediate Confidence and Correctness for
+        Efficient Mathematical Reasoning}},
+      eprint = {2601.03823},
+      archivePrefix = {arXiv},
+      year = {2026},
+    }"""
     summary = "probes the policy after every step; damps advantages once it knows the answer, rewards rising potential"
     trainers = ("grpo",)
     needs = ("token_advantages",)
@@ -112,8 +120,8 @@ class SPAE(Plugin):
         else:
             try:
                 load(prober)
-            except JudgeError as error:
-                yield Refuse(str(error), "Correct spae.prober.")
+            except UsageError as error:
+                yield Refuse(f"{error}.", "Correct spae.prober.")
 
     @hookimpl
     def setup(self, trainer: TrainerView) -> None:

@@ -37,6 +37,13 @@ class Thinkless(Plugin):
 
     name = "thinkless"
     paper = "arXiv 2505.13379"
+    bibtex = """@misc{thinkless2025,
+      title = {{Thinkless: LLM Learns When to Think}},
+      eprint = {2505.13379},
+      archivePrefix = {arXiv},
+      year = {2025},
+      note = {NeurIPS 2025},
+    }"""
     summary = "weighs the token that chooses between a short and a long answer apart from all other tokens"
     trainers = ("grpo",)
     fields = ("thinkless_mode", "thinkless_answer", "thinkless_control", "thinkless_advantages")
@@ -98,7 +105,10 @@ class Thinkless(Plugin):
         missing = [token for name, token in tokens.items() if name not in self.ids]
         if missing:
             what = f"the tokenizer has no single token for {', '.join(missing)}, so the model cannot choose a mode."
-            fix = "Add them and teach the model to use them: python recipes/warmup/thinkless.py, then train its output."
+            fix = (
+                "Add them and teach the model to use them with warmup/thinkless.py in the folder that `trl_ext recipes "
+                "--path` prints, then train its output."
+            )
             return [Refuse(what, fix)]
         if getattr(trainer.processing_class, "chat_template", None) is None:
             return []

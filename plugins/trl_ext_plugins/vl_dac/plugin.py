@@ -63,6 +63,13 @@ class VLDAC(Plugin):
 
     name = "vl-dac"
     paper = "arXiv 2508.04280"
+    bibtex = """@misc{vldac2025,
+      title = {{Enhancing Vision-Language Model Training with Reinforcement Learning in Synthetic Worlds for Real-
+        World Success}},
+      eprint = {2508.04280},
+      archivePrefix = {arXiv},
+      year = {2025},
+    }"""
     summary = "actor-critic for environments: PPO on action tokens, a value per environment step"
     trainers = ("grpo",)
     needs = ("tools", "turns", "old_logps")

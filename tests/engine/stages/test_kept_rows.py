@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
 import torch
 
 import trl_ext
+from tests.known_rows import assert_same_training, logged, moved, train_known
 from trl_ext.engine.stages import kept_rows
 from trl_ext.testing import metrics_of, tiny_data
 from trl_ext_hooks import Plugin, PolicyLoss, hookimpl
 
 LOSSES = ("dapo", "grpo", "dr_grpo", "sapo", "cispo", "luspo")
 DROPPED = 1  # index of the prompt that is left out
-
-
-class Known(Plugin):
-    """Completions that depend on the prompt and on the place in the group, and nothing else."""
-
-    name = "known"
-    trainers = ("grpo", "rloo")
-
-    @hookimpl
-    def rollout(self, prompts: list[Any], generate: Any, trainer: Any) -> Any:
-        result = generate(prompts)
-        ids = []
-        for row, prompt in enumerate(prompts):
-            which = int(prompt[-1]["content"].partition("+")[0])
-            ids.append([10 + (13 * which + 7 * (row % 4) + i * i) % 80 for i in range(2 + (which + 3 * row) % 6)])
-        texts = [[{"role": "assistant", "content": trainer.processing_class.decode(row)}] for row in ids]
-        mask = None if result.tool_mask is None else [[1] * (len(row) - 1) + [0] for row in ids]
-        return dataclasses.replace(result, completion_ids=ids, completions=texts, tool_mask=mask)
 
 
 class Drop(Plugin):
@@ -50,38 +34,9 @@ class Drop(Plugin):
         self.seen = round
 
 
-def spread(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
-    return [float(sum(ids) % 7) / 3 for ids in completion_ids]
-
-
-def logged(trainer: Any, key: str) -> list[float]:
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
-
-
 @pytest.fixture
 def run(train: Any, plugin: Any) -> Any:
-    """Trains on prompts 0, 1, 2 in micro-batches of one group each, or on a part of them, without shuffling."""
-
-    def start(plugins: list[Any], prompts: tuple[int, ...] = (0, 1, 2), kind: str = "grpo", **settings: Any) -> Any:
-        common = {"rewards": [spread], "data": tiny_data().select(prompts), "shuffle_dataset": False, "optim": "sgd"}
-        common |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": len(prompts), "max_steps": 2}
-        with trl_ext.enable(plugin(Known), *(plugin(cls) for cls in plugins)):
-            trainer = train(kind, **common | {"learning_rate": 0.2, "max_grad_norm": 1e9} | settings)
-            trainer.used = trainer._trl_ext.plugins
-        return trainer
-
-    return start
-
-
-def assert_same_training(one: Any, other: Any, tolerance: float = 2e-6) -> None:
-    others = dict(other.model.named_parameters())
-    for name, value in one.model.named_parameters():
-        torch.testing.assert_close(value, others[name], atol=tolerance, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
-
-
-def moved(one: Any, other: Any) -> float:
-    others = dict(other.model.named_parameters())
-    return max((value - others[name]).abs().max().item() for name, value in one.model.named_parameters())
+    return functools.partial(train_known, train, plugin)
 
 
 @pytest.mark.filterwarnings("ignore:.*luspo.*")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import trl_ext
 from tests.refusals import refused, unloadable
 from trl_ext import ConfigError, PluginError
 from trl_ext.testing import brevity, digits, metrics_of
-from trl_ext_hooks import Plugin, Rewards, hookimpl
+from trl_ext_hooks import Plugin, RewardName, Rewards, hookimpl, option
 from trl_ext_hooks.toolkit.groups import group_normalize
 
 ROUNDS = ("grpo", "rloo")
@@ -42,6 +43,10 @@ class Swap(Plugin):
 
     name = "swap"
     trainers = ROUNDS
+
+    @hookimpl
+    def reward_columns(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return ("digits", "bonus")
 
     @hookimpl
     def rewards(self, scored: Any) -> Rewards:
@@ -84,6 +89,74 @@ def test_rewards_are_chained_logged_and_used(kind: str, order: str, build: Any, 
     # after the round the trainer has its own functions again
     assert trainer.reward_funcs == functions and trainer.reward_func_names == ["digits", "brevity"]
     assert trainer.reward_weights.tolist() == [1.0, 1.0]
+
+
+@dataclass(frozen=True)
+class Members:
+    """Options of the ensemble below."""
+
+    members: tuple[RewardName, ...] = option(("digits", "brevity"), help="columns to combine")
+
+
+class Lowest(Plugin):
+    """The lowest of some rewards takes their place."""
+
+    name = "lowest"
+    trainers = ROUNDS
+    Options = Members
+
+    @hookimpl
+    def reward_columns(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return (*(name for name in names if name not in self.options.members), "lowest")
+
+    @hookimpl
+    def rewards(self, scored: Any) -> Rewards:
+        self.before = scored
+        values = torch.stack([scored.reward(name) for name in self.options.members]).amin(0)
+        rest = [place for place, name in enumerate(scored.reward_names) if name not in self.options.members]
+        columns = torch.cat([scored.rewards[:, rest], values.unsqueeze(1)], dim=1)
+        names = (*(scored.reward_names[place] for place in rest), "lowest")
+        return Rewards(columns, names, torch.ones(len(names)))
+
+    @hookimpl
+    def round_metrics(self, round: Any) -> None:
+        self.round = round
+
+
+def test_an_ensemble_before_an_estimator(build: Any, plugin: Any) -> None:
+    """GDPO sees and names the column of the ensemble, because the user names the ensemble first."""
+
+    def flag(completions: list[Any], **kwargs: Any) -> list[float]:
+        return [float(place % 2) for place in range(len(completions))]
+
+    conditions = [{"target": "flag", "given": "lowest", "threshold": 0.2}]
+    with trl_ext.enable(plugin(Lowest), {"gdpo": {"conditions": conditions}}):
+        trainer = build(max_steps=1, rewards=[flag, digits, brevity])
+        mine = own(trainer, "lowest")
+        trainer.train()
+    before, round = mine.before, mine.round
+    lowest = before.rewards[:, 1:].amin(1)
+    expected = torch.where(lowest >= 0.2, before.rewards[:, 0], 0.0)
+    assert round.reward_names == ("flag", "lowest") and torch.equal(round.rewards[:, 1], lowest)
+    assert torch.equal(round.rewards[:, 0], expected) and not torch.equal(expected, before.rewards[:, 0])
+    assert logged(trainer, "rewards/lowest/mean") == [pytest.approx(lowest.mean().item())]
+
+
+@pytest.mark.parametrize(
+    ("returned", "text"),
+    [
+        (None, "returned None from 'rewards', expected the columns lowest that its 'reward_columns' announced"),
+        (torch.zeros(8, 2), "returned the reward columns digits, brevity from 'rewards', expected lowest."),
+    ],
+)
+def test_announced_columns_must_come(returned: Any, text: str, build: Any, plugin: Any) -> None:
+    class Broken(Lowest):
+        @hookimpl
+        def rewards(self, scored: Any) -> Any:
+            return returned
+
+    with trl_ext.enable(plugin(Broken)), refused(PluginError, f"plugin 'lowest' {text}"):
+        build(max_steps=1).train()
 
 
 def test_nan_from_a_plugin_means_does_not_apply(build: Any, plugin: Any) -> None:

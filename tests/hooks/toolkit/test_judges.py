@@ -80,10 +80,10 @@ def test_a_callable_by_name(callables: Any) -> None:
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("judges_of_a_test:nothing", "has no attribute 'nothing'"),
+        ("judges_of_a_test:nothing", "the judge 'judges_of_a_test:nothing': .* has no function 'nothing'"),
         ("no_such_module_here:judge", "No module named 'no_such_module_here'"),
         ("mach", "'mach' is not known; expected match, math, or module:attribute"),
-        ("judges_of_a_test:number", "is int, expected a callable"),
+        ("judges_of_a_test:number", "has no function 'number'"),
         ("http://localhost:1/v1", r"needs a model too: \{url: http://localhost:1/v1, model: NAME\}"),
     ],
 )

@@ -93,6 +93,57 @@ def test_the_state_survives_a_checkpoint() -> None:
     assert len(empty) == 0
 
 
+def test_rules_that_forget_or_keep_lists() -> None:
+    keys = torch.tensor([1, 1, 2])
+    beta = PromptMemory(
+        lambda known, new: [new[1] * known[0] + new[0], new[1] * known[1] + 1 - new[0]], start=[0.5, 0.5]
+    )
+    values = torch.tensor(
+        [[1, 0.9], [0, 0.5], [NAN, 0.9]], dtype=torch.float64
+    )  # a reward, and how much of the past is kept
+    beta.update(Round([]), keys, values)
+    first = [0.9 * 0.5 + 1, 0.9 * 0.5]
+    assert beta.recall(torch.tensor([1, 2])).tolist() == [[0.5 * first[0], 0.5 * first[1] + 1], [0.5, 0.5]]
+    last = PromptMemory(lambda known, new: [*known, new][-3:], start=[])
+    for number in range(5):
+        last.update(Round([]), torch.tensor([7]), torch.tensor([float(number)]))
+    assert last.get(7) == [2, 3, 4] and last.get(8, "new") == "new"
+    with pytest.raises(ValueError, match=r"entries of several shapes \(a list of 0, a list of 3\), expected one"):
+        last.recall(torch.tensor([7, 8]))
+    assert last.recall(torch.tensor([7, 8]), [0.0, 0.0, 0.0]).shape == (2, 3)
+
+
+def test_entries_that_a_plugin_sets_itself() -> None:
+    memory = PromptMemory(id_column="uid")
+    key = memory.key({"uid": 5})
+    assert key == memory.keys(Round([{"uid": 5}])).item()
+    memory[key] = torch.tensor([1, 2])
+    memory[8] = 3
+    memory[9] = []
+    assert memory.get(key) == [1.0, 2.0] and memory.get(8) == 3.0 and len(memory) == 3
+    other = PromptMemory(id_column="uid")
+    buffer = io.BytesIO()
+    torch.save(memory.state_dict(), buffer)
+    buffer.seek(0)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert [other.get(each) for each in (key, 8, 9)] == [[1.0, 2.0], 3.0, []]
+    with pytest.raises(TypeError, match="remembers numbers and lists of numbers, got 'much'"):
+        memory[1] = "much"  # type: ignore[assignment]
+    with pytest.raises(TypeError, match="needs a `merge` rule"):
+        memory.update(Round([]), torch.tensor([1]), torch.tensor([1.0]))
+
+
+def test_a_checkpoint_of_numbers_is_as_it_was() -> None:
+    """Earlier versions knew numbers only, and can read a state of numbers."""
+    memory = PromptMemory(min)
+    memory.load_state_dict({"keys": torch.tensor([3, -4]), "numbers": torch.tensor([1.5, 2.0]).double()})
+    assert (memory.get(3), memory.get(-4)) == (1.5, 2.0)
+    assert {name: values.tolist() for name, values in memory.state_dict().items()} == {
+        "keys": [3, -4],
+        "numbers": [1.5, 2.0],
+    }
+
+
 def test_an_id_column_decides() -> None:
     rows = [{"prompt": "same", "uid": 1}, {"prompt": "same", "uid": 2}, {"prompt": "other", "uid": 1}]
     first, second, third = PromptMemory(min, id_column="uid").keys(Round(rows)).tolist()

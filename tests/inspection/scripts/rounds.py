@@ -58,6 +58,10 @@ class Steps(Plugin):
         return {"letters": torch.tensor([float(len(text)) for text in texts]), "note": [text[:3] for text in texts]}
 
     @hookimpl
+    def reward_columns(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return (*names, "bonus")
+
+    @hookimpl
     def rewards(self, scored: Any) -> Rewards:
         bonus = scored.gathered["letters"].unsqueeze(1) / 100
         names = (*scored.reward_names, "bonus")

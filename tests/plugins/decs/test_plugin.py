@@ -217,7 +217,7 @@ def test_refused_before_the_model_is_loaded(build: Any) -> None:
         "needs off_policy_mask_threshold=None, it is 0.5",
         "no reward function is called 'righd'. Known: brevity, digits. Correct decs.correct_reward.",
         "has no column 'truth'",
-        "'no_such_module:judge' cannot be loaded",
+        "'no_such_module:judge': importing 'no_such_module' failed",
     ):
         assert part in text, part
 

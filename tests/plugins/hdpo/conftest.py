@@ -70,7 +70,7 @@ def scripted(build: Any, look: str, common: dict[str, Any], counted: dict[str, A
     ) -> tuple[Any, list[Any]]:
         given = {"rollout_func": Scripted(*rounds), **settings.pop("trainer", {})}
         defaults = {**common, "data": tiny_data(rows=2), "max_steps": len(rounds)}
-        with trl_ext.enable(look, *also, hdpo={**counted, **(options or {})}):
+        with trl_ext.enable({"hdpo": {**counted, **(options or {})}}, look, *also):
             trainer = build(trainer=given, **defaults | settings)
             trainer.train()
             return trainer, trainer._trl_ext.plugins["look"].rounds

@@ -11,8 +11,10 @@ import torch
 
 import trl_ext
 from tests.refusals import refused
-from trl_ext.testing import Scripted, reported, tiny_data
+from trl_ext.testing import Scripted, reported, tiny_args, tiny_data
+from trl_ext_hooks import Config, Warn
 from trl_ext_plugins.hdpo import (
+    HDPO,
     accuracy_advantages,
 )
 
@@ -168,13 +170,16 @@ def test_evaluation_of_whole_groups(build: Any, look: str, mixed: Any, common: A
 
 
 def test_otc_beside_hdpo_changes_accuracy_only(scripted: Run, mixed: Any) -> None:
-    """HDPO reads correctness before OTC multiplies, in whatever order the two are named."""
+    """HDPO reads correctness before OTC multiplies where it is named first, and warns where it is not."""
     _, (plain,) = scripted(mixed, options={"correct_threshold": 0.9})
     other = {"otc": {"c": 4, "calls_field": "turns"}}
     _, (both,) = scripted(mixed, options={"correct_threshold": 0.9}, also=[other])
     assert (both.rewards[:, 0] < 0.9)[plain.rewards[:, 0] == 1].any()
     assert torch.equal(both.batch["hdpo_tool_advantages"], plain.batch["hdpo_tool_advantages"])
     assert not torch.equal(both.advantages, plain.advantages)
+    config = Config("grpo", tiny_args("grpo", "unused"), None, None, (), rewriters=("otc", "hdpo"))
+    notes = [answer.message for answer in HDPO().configure(config) if isinstance(answer, Warn)]
+    assert any(note.startswith("otc rewrites rewards before hdpo judges") for note in notes)
 
 
 def test_truncated_rollouts_can_be_masked(scripted: Run, mixed: Any) -> None:

@@ -183,7 +183,7 @@ def test_refused_before_the_model_is_loaded(build: Any) -> None:
         "needs loss_type='dapo' or 'bnpo' or",
         "needs off_policy_mask_threshold=None, it is 0.5",
         "has no column 'truth'",
-        "'no_such_module:prober' cannot be loaded",
+        "'no_such_module:prober': importing 'no_such_module' failed",
     ):
         assert part in str(caught.value), part
 

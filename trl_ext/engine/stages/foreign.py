@@ -20,9 +20,9 @@ _FIX = (
 def resting_plugins(plan: Plan) -> list[str]:
     """Returns the plugins that need TRL's own loss.
 
-    They replace it, scale it for rows that are left out, give it one advantage per token, or require a `loss_type`.
+    They replace it, leave rows or tokens out of it, give it one advantage per token, or require a `loss_type`.
     """
-    names = [*plan.users("policy_loss", "keep_rows", "token_weights"), *plan.needs.get("token_advantages", ())]
+    names = [*plan.users("policy_loss", "token_weights"), *plan.drops_rows, *plan.needs.get("token_advantages", ())]
     names += [name for name, settings in plan.required.items() if "loss_type" in settings]
     return list(dict.fromkeys(names))
 

