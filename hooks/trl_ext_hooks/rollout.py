@@ -367,35 +367,6 @@ def rollout(prompts: list[Any], generate: Generate, trainer: TrainerView, contex
             hinted = [[*prompts[i], {"role": "user", "content": "Think first."}] for i in empty]
             return result.replaced(empty, generate(hinted, rows=empty))
     ```
-
-    A plugin with the claim `groups` may add rows. Here every prompt gets two, an answer and a criticism of it:
-
-    ```python
-    class Critic(Plugin):
-        name = "critic"
-        trainers = ("grpo",)
-        claims = ("groups",)
-        fields = ("agent",)
-
-        @hookimpl
-        def rollout(self, prompts, generate):
-            answer = generate(prompts)
-            texts = [completion[0]["content"] for completion in answer.completions]
-            asked = [[{"role": "user", "content": f"What is wrong with {text!r}?"}] for text in texts]
-            criticism = generate(asked)
-
-            def turns(first, second):
-                return [value for both in zip(first, second) for value in both]
-
-            return Generation(
-                turns(answer.prompt_ids, criticism.prompt_ids),
-                turns(answer.completion_ids, criticism.completion_ids),
-                turns(answer.completions, criticism.completions),
-                prompts=turns(prompts, asked),
-                source=[row for row in range(len(prompts)) for _ in range(2)],
-                fields={"agent": ["solver", "critic"] * len(prompts)},
-            )
-    ```
     """
 
 

@@ -105,7 +105,7 @@ def test_findings_of_the_doctor(printed: Callable[..., str], monkeypatch: pytest
 
 @pytest.mark.parametrize("passed", [True, False])
 def test_checks_of_a_plugin(passed: bool, printed: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def conformance(*args: Any, progress: Callable[[str], None]) -> list[checks.Check]:
+    def conformance(*args: Any, progress: Callable[[str], None], **settings: Any) -> list[checks.Check]:
         progress(BRACKETS)
         return [checks.Check(BRACKETS, passed, BRACKETS)]
 
@@ -154,7 +154,7 @@ def test_summary_of_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> 
         {name.replace("good", BRACKETS): value for name, value in training(step).items()} for step in range(1, 4)
     ]
     trainer, parsed = finished(tmp_path / BRACKETS.replace("/", "-"), history)
-    summary.write_summary(trainer, Request({}, (), "grpo", None, {}, []), parsed, 3.0)
+    summary.write_summary(trainer, Request({}, (), "grpo", None, {}, []), parsed, 3.0, "finished")
     text = capsys.readouterr().out
     assert BRACKETS in text and BRACKETS.replace("/", "-") in text
 

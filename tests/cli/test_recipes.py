@@ -18,7 +18,7 @@ def test_the_list_holds_what_the_files_say(capsys: pytest.CaptureFixture[str]) -
     entries = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
     assert list(entries) == list(shipped.recipes())
     for entry in entries.values():
-        experiment = yaml.safe_load(Path(entry["path"]).read_text())["experiment"]
+        experiment = yaml.safe_load(Path(entry["path"]).read_text()).get("experiment", {})
         assert entry["about"] == experiment.get("about", experiment.get("claim"))
         assert entry["seconds_per_run"] == experiment.get("seconds_per_run")
     assert entries["gdpo"]["plugins"] == ["gdpo"] and entries["gdpo"]["runs"] == 20 and entries["gdpo"]["held"] is True

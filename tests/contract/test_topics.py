@@ -90,6 +90,22 @@ def test_the_plugin_of_a_page_trains(file: str, tmp_path: Path, train: Any, stoc
     assert weights(trainer).isfinite().all() and not torch.equal(weights(trainer), stock)
 
 
+def test_the_critic_adds_a_row_to_every_prompt(tmp_path: Path, train: Any) -> None:
+    """The second plugin of the page about groups."""
+    (code,) = (code for code in BLOCKS["groups.md"] if code.startswith("# critic.py"))
+    (tmp_path / "critic.py").write_text(code)
+    asked: list[list[Any]] = []
+
+    def length(prompts: list[Any], completions: list[Any], agent: list[str], **columns: Any) -> list[float]:
+        asked.append([who for prompt, who in zip(prompts, agent, strict=True) if "wrong with" in prompt[-1]["content"]])
+        assert len(prompts) == 16
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    with trl_ext.enable(str(tmp_path / "critic.py")):
+        train("grpo", rewards=[length], max_steps=1)
+    assert asked == [["critic"] * 8]
+
+
 def test_a_forward_in_setup_leaves_no_trace(train: Any, plugin: Any, stock: torch.Tensor) -> None:
     """As the page about state says."""
     logits = []

@@ -19,7 +19,7 @@ def test_plugins_come_from_everywhere_and_later_ones_win(config):
     _, request = understood(
         "--learning_rate", "1e-6", "--plugin", "shared-prefix", "--set", "gdpo.group_eps=0.25", "--config", path
     )
-    assert [spec.name for spec in request.specs] == ["shared-prefix", "gdpo"]
+    assert [spec.name for spec in request.specs] == ["gdpo", "shared-prefix"]  # the file comes first
     assert request.plugins["gdpo"] == {"group_eps": 0.25, "batch_eps": 0.5}
     assert request.kind == "grpo"
     assert not {"plugins", "experiment"} & set(request.settings)

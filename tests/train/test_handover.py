@@ -52,8 +52,8 @@ def test_a_worker_gets_the_request_of_the_parent(config, method, tmp_path, monke
     same = handover.read(file)
     assert same == request
     assert (same.inspect, same.save, same.check_rewards) == (3, False, False)
-    assert [spec.cls.name for spec in same.specs] == ["gdpo", "method"]
-    assert same.specs[1].options.inner[0].target == "a"
+    assert [spec.cls.name for spec in same.specs] == ["method", "gdpo"]
+    assert same.specs[0].options.inner[0].target == "a"
 
 
 def test_another_process_loads_the_plugin_file_itself(method, tmp_path):

@@ -42,7 +42,7 @@ def test_a_record_makes_the_same_request(handed, config, tmp_path, capsys):
         *("--reward_weights", "1", "0.5", "--cpu", "--mixed_precision=no", "--num-machines", "1"),
     )
     trainer, parsed = finished(tmp_path / "out", [training(1), training(2)])
-    summary.write_summary(trainer, request, parsed, 1.0)
+    summary.write_summary(trainer, request, parsed, 1.0, "finished")
     text = (tmp_path / "out/trl_ext_run.json").read_text()
     assert "hf_x" not in text and "--hub_token '***'" in text
     content = json.loads(text)

@@ -91,4 +91,5 @@ def _read_number(value: Any) -> float:
 
 Number = Annotated[float, BeforeValidator(_read_number), Field(allow_inf_nan=False)]
 Margin = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_read_number)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_read_number)]
 Count = Annotated[int, Field(ge=1)]

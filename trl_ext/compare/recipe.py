@@ -20,7 +20,7 @@ from ..catalog import find
 from ..catalog import recipes as shipped
 from ..errors import ConfigError, OptionError, counted, near
 from ..train import command_line
-from .blocks import Block, Count, Margin, Number, explain
+from .blocks import Block, Count, Margin, Number, Seconds, explain
 from .measures import KINDS, Direction, Measure
 
 Claim = Literal["better", "not worse", "identical"]
@@ -268,7 +268,7 @@ class Experiment(Block):
     seeds: Annotated[tuple[int, ...], BeforeValidator(_read_seeds, json_schema_input_type=Count | list[int])] = Field(
         default=(1, 2, 3, 4, 5)
     )
-    seconds_per_run: Annotated[Number, Field(gt=0)] | None = None
+    seconds_per_run: Seconds | None = None
     metrics: Annotated[
         list[Metric],
         BeforeValidator(_list_of_one),

@@ -40,13 +40,13 @@ def together(context: Context, check: Callable[[], tuple[Own, Shared]]) -> tuple
     except Exception as error:  # raised below, when the other processes know of it
         failure = error
     complaint = str(failure) if isinstance(failure, PluginError) else f"{type(failure).__name__}: {failure}"
-    answers = context.view.gather_objects([(None if failure is None else complaint, shared)])
+    calls = _exchange(context.view, "the check of a hook's result", shared, None if failure is None else complaint)
     if failure is not None:
         raise failure
-    for process, (told, _) in enumerate(answers):
+    for process, (_, told) in enumerate(calls):
         if told is not None:
             raise PluginError(f"stopped with process {process}, which said: {told}")
-    return own, [known for _, known in answers]
+    return own, [known for known, _ in calls]
 
 
 def check_equal(name: str, hook: str, values: list[torch.Tensor]) -> None:
@@ -87,6 +87,20 @@ def agree(view: View, call: str, fact: Any, problem: str | None = None) -> list[
     Raises:
         PluginError: On every process alike: a process does something else, or has a problem.
     """
+    calls = _exchange(view, call, fact, problem)
+    for rank, (_, reason) in enumerate(calls):
+        if reason is not None:
+            where = f" on process {rank}" if len(calls) > 1 else ""
+            raise PluginError(f"{call}{where}: {reason}")
+    return [known for known, _ in calls]
+
+
+def _exchange(view: View, call: str, fact: Any, problem: str | None) -> list[tuple[Any, str | None]]:
+    """Returns fact and problem of every process, where all of them are at the same call. Collective.
+
+    Raises:
+        PluginError: On every process alike: a process does something else.
+    """
     calls: list[tuple[str, Any, str | None]] = view.gather_objects([(call, fact, problem)])
     for rank, (name, _, _) in enumerate(calls):
         if name != calls[0][0]:
@@ -94,8 +108,4 @@ def agree(view: View, call: str, fact: Any, problem: str | None = None) -> list[
                 f"{calls[0][0]} is under way on process 0, and {name} on process {rank}. Every process must make the "
                 f"same calls in the same order. Call with empty lists where a process has nothing to ask."
             )
-    for rank, (_, _, reason) in enumerate(calls):
-        if reason is not None:
-            where = f" on process {rank}" if len(calls) > 1 else ""
-            raise PluginError(f"{call}{where}: {reason}")
-    return [known for _, known, _ in calls]
+    return [(known, reason) for _, known, reason in calls]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 
 from trl_ext_hooks import Generation, TrainerKind
 
@@ -186,8 +185,14 @@ def record(trainer: Any, recorded: Recorded) -> None:
             add_metric(trainer, name, value)
 
 
-def recorded_of(trainer: Any, generation: Generation) -> Recorded:
-    """Returns what TRL would record of a generation, but for its tools. Collective."""
+def recorded_of(trainer: Any, generation: Generation, gather_objects: Callable[[list[Any]], list[Any]]) -> Recorded:
+    """Returns what TRL would record of a generation, but for its tools. Collective.
+
+    Args:
+        trainer: GRPO or RLOO.
+        generation: The rows of this process. Processes may hold different numbers of them.
+        gather_objects: Returns the objects of all processes.
+    """
     tokenizer = trainer._tokenizer
     ends = {*getattr(trainer, "eos_token_ids", [tokenizer.eos_token_id]), tokenizer.pad_token_id}
     written = generation.tool_mask or [[1] * len(ids) for ids in generation.completion_ids]
@@ -195,8 +200,7 @@ def recorded_of(trainer: Any, generation: Generation) -> Recorded:
         [len(prompt), sum(mask), not ids or ids[-1] not in ends]
         for prompt, mask, ids in zip(generation.prompt_ids, written, generation.completion_ids, strict=True)
     ]
-    # as objects, because processes may hold different numbers of rows
-    prompts, lengths, cut = torch.tensor(gather_object(rows)).reshape(-1, 3).unbind(dim=1)
+    prompts, lengths, cut = torch.tensor(gather_objects(rows)).reshape(-1, 3).unbind(dim=1)
     finished = lengths[cut == 0]
     if not len(finished):
         finished = torch.zeros(1, device=lengths.device)

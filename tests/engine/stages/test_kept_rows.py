@@ -148,7 +148,8 @@ def test_token_wise_advantages_and_tool_results(run: Any) -> None:
 
         @hookimpl
         def rollout(self, prompts: list[Any], generate: Any) -> Any:
-            return dataclasses.replace(generate(prompts), tool_mask=[])
+            result = generate(prompts)
+            return dataclasses.replace(result, tool_mask=[[1] * len(ids) for ids in result.completion_ids])
 
         @hookimpl
         def advantages(self, round: Any) -> torch.Tensor:

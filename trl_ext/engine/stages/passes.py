@@ -63,7 +63,10 @@ class Passes:
         sources = agree(self._context.view, "the end of 'rollout'", self._source(result))
         trainer = self._context.trainer
         whole = sources[0] is not None and len(set(sources)) == 1
-        recorded = self._made[sources[0]][1] if whole else generation.recorded_of(trainer, result)
+        if whole:
+            recorded = self._made[sources[0]][1]
+        else:
+            recorded = generation.recorded_of(trainer, result, self._context.view.gather_objects)
         generation.record(trainer, recorded)
         if self._context.plan.forms_groups:
             result = groups.spread(self._context, self._prompts, result)
