@@ -84,8 +84,8 @@ class Round(Scored):
     Attributes:
         advantages: What the loss would use now: (N,) one per row of all processes, or (b, T) one per local token.
         batch: The tensors that go to the loss, by TRL's names, b rows, still in group order: `prompt_ids` and
-            `prompt_mask` (b, P), `completion_ids` and `completion_mask` (b, T). Where they exist also `tool_mask`, `old_per_token_logps`,
-            `old_entropies` and `ref_per_token_logps` (b, T).
+            `prompt_mask` (b, P), `completion_ids` and `completion_mask` (b, T). Where they exist also `tool_mask`,
+            `old_per_token_logps`, `old_entropies` and `ref_per_token_logps` (b, T).
         hidden_states: By plugin, the hidden states that it named in `hidden_positions`, under the policy that sampled
             the round: (n, H), detached.
         gathered_lengths: What `lengths` returns, where it is known already.
