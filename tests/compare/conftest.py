@@ -121,6 +121,7 @@ def compare(
 ) -> Callable[..., Any]:
     """`compare(*argv)` runs the command and returns exit code, standard output and standard error."""
     monkeypatch.setenv("TRL_EXT_CACHE", cache)
+    monkeypatch.setenv("COLUMNS", "200")  # so that no name is folded
     monkeypatch.chdir(tmp_path)
 
     def run(*argv: Any) -> tuple[int, str, str]:

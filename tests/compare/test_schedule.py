@@ -31,6 +31,7 @@ def done(task: str, cache: str, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("done")
     path = write_recipe(folder / "small.yaml", task, {"claim": "a comparison of a few steps"})
     environment = os.environ | {"TRL_EXT_CACHE": cache, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment["COLUMNS"] = "200"  # so that no name is folded
     command = [sys.executable, "-m", "trl_ext", "compare", path, "--output", str(folder / "out")]
     ran = processes.run(command, env=environment)
     assert ran.returncode == 0, ran.stderr

@@ -39,6 +39,14 @@ class Observer(Plugin):
         return None
 
     @hookimpl
+    def reward_columns(self, names: Any) -> None:
+        return None
+
+    @hookimpl
+    def mix_advantages(self, round: Any, parts: Any) -> None:
+        return None
+
+    @hookimpl
     def setup(self, trainer: Any) -> None:
         torch.randn(100)  # must not move the random stream of training
 

@@ -152,7 +152,9 @@ def stopped_together(reports: list[Report]) -> None:
     ):
         assert failing[where].startswith(own)
         for report in reports[:-1]:
-            assert report[where].startswith(f"PluginError: stopped with process {last}, which said: {own}")
+            assert report[where].startswith(
+                f"PluginError: stopped with process {last}, which said: {own.removeprefix('PluginError: ')}"
+            )
     for where, hook in (("select-differs", "select_rows"), ("rewards-differ", "rewards")):
         for report in reports:
             assert f"from '{hook}' on process {last} than on process 0" in report[where]

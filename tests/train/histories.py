@@ -19,7 +19,7 @@ def finished(folder, history):
     """Returns a trainer after its run, as far as the summary reads it, and its parsed arguments."""
     state = types.SimpleNamespace(log_history=history, global_step=2, max_steps=2)
     accelerator = types.SimpleNamespace(num_processes=1, device="cpu")
-    args = types.SimpleNamespace(output_dir=str(folder))
+    args = types.SimpleNamespace(output_dir=str(folder), seed=3)
     return types.SimpleNamespace(state=state, accelerator=accelerator, args=args), (
         types.SimpleNamespace(dataset_name="data"),
         args,
