@@ -135,7 +135,7 @@ def test_keeping_everything_changes_nothing(run: Any) -> None:
 
     kept, plain = run([All]), run([])
     assert moved(kept, plain) == 0
-    own = [{k: v for k, v in entry.items() if not k.startswith("trl_ext/")} for entry in metrics_of(kept)]
+    own = [{k: v for k, v in entry.items() if not k.startswith("all/")} for entry in metrics_of(kept)]
     assert own == metrics_of(plain)
 
 
