@@ -15,7 +15,9 @@ Own = TypeVar("Own")
 Shared = TypeVar("Shared")
 
 
-def together(context: Context, check: Callable[[], tuple[Own, Shared]]) -> tuple[Own, list[Shared]]:
+def together(
+    context: Context, check: Callable[[], tuple[Own, Shared]], call: str = "the check of a hook's result"
+) -> tuple[Own, list[Shared]]:
     """Checks what a hook returned on every process, and tells all of them. Collective.
 
     A hook with collectives of its own runs before: if it raises, it stops its process at once, because the others may
@@ -24,6 +26,7 @@ def together(context: Context, check: Callable[[], tuple[Own, Shared]]) -> tuple
     Args:
         context: The context.
         check: Returns the result for this process, and what the other processes have to know of it.
+        call: What this process does, for the error where another one does something else.
 
     Returns:
         The result for this process, and what each process has to tell, in order.
@@ -40,7 +43,7 @@ def together(context: Context, check: Callable[[], tuple[Own, Shared]]) -> tuple
     except Exception as error:  # raised below, when the other processes know of it
         failure = error
     complaint = str(failure) if isinstance(failure, PluginError) else f"{type(failure).__name__}: {failure}"
-    calls = _exchange(context.view, "the check of a hook's result", shared, None if failure is None else complaint)
+    calls = _exchange(context.view, call, shared, None if failure is None else complaint)
     if failure is not None:
         raise failure
     for process, (_, told) in enumerate(calls):

@@ -125,7 +125,7 @@ def test_what_a_plugin_asks_for_leaves_no_trace(kind: str, build: Any, plugin: A
         assert ((logps.entropies > 0) == (batch["completion_mask"] == 1)[:, : logps.entropies.shape[1]]).all()
     # TRL's own numbers are those that are computed for mixed rounds
     trainer.model.train()  # it was left after an evaluation
-    first = generation.recorded_of(trainer, seen["result"][0])
+    first = generation.recorded_of(trainer, seen["result"][0], list)
     for name, (value,) in first.metrics.items():
         assert trainer.state.log_history[0][name] == pytest.approx(value, rel=1e-6)
     assert trainer.state.log_history[0]["num_tokens"] == first.tokens

@@ -48,7 +48,7 @@ def test_numbers_by_hand_metrics_and_state(train: Any, look: str, tmp_path: Any)
     with trl_ext.enable("mix", look, mix={"weights": weights}, **TINY_EPS):
         trainer = train(save_strategy="steps", **SMALL)
         (round,) = trainer._trl_ext.plugins["look"].rounds
-        assert list(trainer._trl_ext.plugins) == ["gdpo", "dvao", "mix", "look"]
+        assert list(trainer._trl_ext.plugins) == ["mix", "look", "gdpo", "dvao"]
         assert trainer._trl_ext.calls["gdpo", "advantages"] == trainer._trl_ext.calls["dvao", "advantages"] == 1
     # 0.5 * 1.224745 + 0.3 * 0.707107 + 0.2 * 0.707107 = 0.965926, and 0.3 * -0.424264 + 0.2 * -0.707107 = -0.268701
     assert round.advantages.tolist() == pytest.approx([0.965926, -0.965926, -0.268701, 0.268701], abs=1e-4)
@@ -108,7 +108,7 @@ def test_an_outside_part_per_token_and_its_state(train: Any, plugin: Any, look: 
 def test_options_from_every_place() -> None:
     """A name in `weights` adds its plugin, in any spelling, unless it was asked for with options."""
     specs = compose(find.resolve({"mix": {"weights": {"gdpo": 0.7, "DVAO": "3e-1", "trl": 0}}}))
-    assert [spec.name for spec in specs] == ["gdpo", "dvao", "mix"]
+    assert [spec.name for spec in specs] == ["mix", "gdpo", "dvao"]
     assert specs[-1].options.weights == {"gdpo": 0.7, "dvao": 0.3, "trl": 0.0}
     typed = options.parse_set(["mix.weights={gdpo: 0.7, dvao: 0.3}", "gdpo.batch_norm=false"])
     requests = find.merge(["mix", "gdpo"], {"dvao": {"eps": 0.5}}, typed)

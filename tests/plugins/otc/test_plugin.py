@@ -199,10 +199,10 @@ def test_evaluation_uses_the_memory_and_leaves_it_alone(build: Any, look: str) -
         )
         trainer.train()
         session = trainer._trl_ext
-        before = dict(session.plugins["otc"].memory._numbers)
+        before = dict(session.plugins["otc"].memory._entries)
         trainer.evaluate()
         evaluated = session.plugins["look"].rounds[-1]
-        assert session.plugins["otc"].memory._numbers == before and sorted(before.values()) == [2, 3]
+        assert session.plugins["otc"].memory._entries == before and sorted(before.values()) == [2, 3]
     assert evaluated.mode == "eval"
     # 1 call beats the remembered 3 and is worth everything; a wrong answer with 5 calls is measured with the 2
     assert evaluated.rewards[0, 0] == 1

@@ -46,7 +46,7 @@ def test_executed_calls_set_the_rewards(calling: Any, look: str) -> None:
         before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
         trainer.train()
         rounds = trainer._trl_ext.plugins["look"].rounds
-        remembered = trainer._trl_ext.plugins["otc"].memory._numbers
+        remembered = trainer._trl_ext.plugins["otc"].memory._entries
     known: dict[int, float] = {}
     for round in rounds:
         base = torch.tensor([answered(round.completions), digits(round.completions)]).T

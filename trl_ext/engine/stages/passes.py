@@ -94,7 +94,8 @@ class Passes:
 
         given = {"prompts": request.prompts, "generate": generate, "trainer": self._context.view, "context": context}
         result: Generation = self._context.calls.call(name, "rollout", caller, **given)
-        together(self._context, functools.partial(self._check_result, name, result, len(request.prompts)))
+        check = functools.partial(self._check_result, name, result, len(request.prompts))
+        together(self._context, check, f"the end of 'rollout' of plugin {name!r}")
         return result
 
     def _check_result(self, name: str, result: Any, prompts: int) -> tuple[None, None]:
