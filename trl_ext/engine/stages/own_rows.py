@@ -76,7 +76,8 @@ class OwnRows:
         """Returns (n, F) rewards."""
         context = self._context
         _check_kind(context, "trainer.score")
-        view, trainer, given = context.view, context.trainer, (rows, prompts, completions, completion_ids)
+        view, trainer = context.view, context.trainer
+        given: tuple[list[Any], ...] = (rows, prompts, completions, completion_ids)
         problem = _rows_problem(given)
         if trainer_state.environments(trainer):
             problem = "rollouts use environments, which pay for what was played in them, so other rows have no reward"
