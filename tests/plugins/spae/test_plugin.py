@@ -226,6 +226,7 @@ def test_the_recipe_is_a_trl_file_with_known_options() -> None:
 
     recipe = yaml.safe_load((Path(__file__).parents[3] / "recipes" / "spae.yaml").read_text())
     (spec,) = find.resolve(recipe.pop("plugins"))
+    assert set(recipe.pop("experiment")) == {"about"}  # which trl_ext takes out, too
     assert spec.cls is SPAE
     assert make_parser().set_defaults_with_config(**recipe) == []
 
