@@ -136,4 +136,4 @@ def test_with_shared_prefixes_the_numbers_are_the_same(train: Any, guide: str, l
 
 def test_the_plugin_conforms(guide: str, tmp_path: Path) -> None:
     checks = conformance("tgdpo", tmp_path, {"guide": guide})
-    assert len(checks) == 5 and not [check for check in checks if not check.passed]
+    assert len(checks) > 5 and not [check for check in checks if not check.passed]
