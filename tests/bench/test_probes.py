@@ -2,10 +2,13 @@
 
 import json
 
+import pytest
+
 from trl_ext.bench import probes
 from trl_ext.cli import main
 
 
+@pytest.mark.slow
 def test_probes_are_compared_with_and_without_the_tree(capsys, monkeypatch):
     plain, shared, alone = list(probes.ARMS)[:3]  # the other two draw answers, which is tested with the probes
     monkeypatch.setattr(probes, "ARMS", {name: probes.ARMS[name] for name in (plain, shared, alone)})

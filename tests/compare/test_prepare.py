@@ -107,6 +107,7 @@ def test_a_folder_in_use(recipe: Any, compare: Any, tmp_path: Path) -> None:
     assert code == 2 and "another comparison works in out" in errors
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_comparison_and_keeps_what_there_is(recipe: Any, compare: Any, tmp_path: Path) -> None:
     code, _, errors = compare(recipe(), "--output", "out", "--jobs", 1)
     assert code == 0, errors

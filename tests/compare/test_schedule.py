@@ -80,6 +80,7 @@ def test_numbers_are_those_of_the_runs(done: Path) -> None:
         assert metric["values"][record["arm"]][str(record["seed"])] == pytest.approx(sum(logged) / 3)
 
 
+@pytest.mark.slow
 def test_same_seed_same_numbers_in_other_processes_and_at_another_pace(
     done: Path, compare: Any, tmp_path: Path
 ) -> None:
@@ -188,6 +189,7 @@ class Faulty(Plugin):
 """
 
 
+@pytest.mark.slow
 def test_crashed_arms_are_kept_marked_and_tried_again(recipe: Any, compare: Any, tmp_path: Path) -> None:
     kill = "os.kill(os.getpid(), signal.SIGKILL)"
     for name, action in (("faulty", "raise RuntimeError('the dog ate it')"), ("killed", kill)):
@@ -214,6 +216,7 @@ def test_crashed_arms_are_kept_marked_and_tried_again(recipe: Any, compare: Any,
     assert "crashed: killed, seed 1" in output and "crashed: faulty" not in output
 
 
+@pytest.mark.slow
 def test_a_diverged_arm_is_kept_and_marked(recipe: Any, compare: Any, tmp_path: Path) -> None:
     arms = {"calm": None, "wild": {"settings": {"learning_rate": 1e30}}}
     path = recipe({"arms": arms, "seeds": 1}, max_steps=6)
@@ -227,6 +230,7 @@ def test_a_diverged_arm_is_kept_and_marked(recipe: Any, compare: Any, tmp_path: 
     assert code == 1 and "2 of 2 runs are there already" in errors
 
 
+@pytest.mark.slow
 def test_settings_of_arms_rloo_evaluation_and_identical_curves(recipe: Any, compare: Any, tmp_path: Path) -> None:
     """Two arms that are the same run by another name, and one that is not."""
     same = {"arm": "twice", "is": "identical", "against": "once"}
@@ -264,6 +268,7 @@ def test_dpo(recipe: Any, compare: Any, tmp_path: Path) -> None:
     assert result(tmp_path / "out")["completions"] and "side by side" not in (tmp_path / "out/compare.html").read_text()
 
 
+@pytest.mark.slow
 def test_rounds_of_a_plugin_that_owns_the_run(recipe: Any, compare: Any, tmp_path: Path) -> None:
     arms = {
         "plain": {"plugins": {"apo": {"alpha": 0.0}}},
@@ -286,6 +291,7 @@ def test_rounds_of_a_plugin_that_owns_the_run(recipe: Any, compare: Any, tmp_pat
     assert "apo/reward: steps to the end of plain" in output
 
 
+@pytest.mark.slow
 def test_a_file_of_trl_without_a_task(compare: Any, model: str, tmp_path: Path) -> None:
     """Model, data and rewards as `trl grpo` takes them, and no block `experiment:` at all."""
     from trl_ext.testing import tiny_data

@@ -43,6 +43,7 @@ def test_plugins_conform(name: str, folder: Path) -> None:
     assert not [check for check in checks if not check.passed]
 
 
+@pytest.mark.slow
 def test_the_test_of_the_guide_passes(folder: Path) -> None:
     (test,) = [name for name in FILES if name.startswith("test_")]
     done = processes.run([sys.executable, "-m", "pytest", "-q", test], cwd=folder)

@@ -19,6 +19,7 @@ SCRIPT = Path(__file__).parent / "scripts" / "pairs.py"
 RUNS = ("live", "ahead", "memory", "shared", "resumed")
 
 
+@pytest.mark.slow
 def test_one_and_two_processes_agree(model: str, tmp_path: Path) -> None:
     trained = tiny_trainer("dpo", model, tmp_path / "run", max_steps=4)
     trained.train()

@@ -108,6 +108,7 @@ def test_attached_and_extended_trainers_are_recorded(build: Any) -> None:
         assert file_format.read(file_format.find(trainer.args.output_dir)[0]).advantage_stages == ["TRL", "gdpo"]
 
 
+@pytest.mark.slow
 def test_the_conformance_checks_look_at_the_hook(plugin: Any, tmp_path: Path) -> None:
     class Good(Plugin):
         name = "good"

@@ -13,6 +13,7 @@ README = (Path(lab.__file__).parent / "README.md").read_text()
 SCRIPT, OWN = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_a_task_of_your_own_trains_with_the_script(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

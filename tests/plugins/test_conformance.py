@@ -14,7 +14,8 @@ from trl_ext.trl_internals.seams import trl_version
 
 CLASSES = {name: find.find(name)[0] for name in builtins.BUILTINS}
 EVERY = [
-    (name, kind)
+    # with other trainers than its first one only in `make slow`
+    pytest.param(name, kind, marks=[] if kind == cls.trainers[0] else [pytest.mark.slow])
     for name, cls in CLASSES.items()
     if "run" not in declaration.implemented(cls)  # owns a whole run, which only its own tests can check
     for kind in cls.trainers

@@ -18,6 +18,7 @@ core = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(core)
 
 
+@pytest.mark.slow
 def test_one_and_two_processes_agree(tool_model: str, tmp_path: Path) -> None:
     one = core.here(tool_model, tmp_path, SCRIPT)
     two = core.two_processes(tool_model, tmp_path, SCRIPT)

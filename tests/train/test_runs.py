@@ -128,6 +128,7 @@ def test_rloo_and_bars_where_they_are_asked_for(script, config, record):
     assert "no held-out evaluation" in content["comparison"]["source"]
 
 
+@pytest.mark.slow
 def test_dpo(script, config, record, tmp_path):
     done = script("train", "--trainer", "dpo", "--config", config(kind="dpo"))
     assert done.returncode == 0, done.stderr
@@ -149,6 +150,7 @@ def test_two_processes_with_groups_across_them(script, config, record):
     assert content["processes"] == 2 and content["hooks_fired"]["gdpo"]["advantages"] == 2
 
 
+@pytest.mark.slow
 def test_an_error_in_two_processes_is_told_once(script, config, tmp_path):
     (tmp_path / "counter.py").write_text(PLUGIN.replace("return round.advantages", "return round.advantages[:1]"))
     done = script("train", "--plugin", "counter.py", "--config", config(), *TWO)
@@ -157,6 +159,7 @@ def test_an_error_in_two_processes_is_told_once(script, config, tmp_path):
     assert "plugin 'counter' returned advantages (1,), expected" in done.stderr
 
 
+@pytest.mark.slow
 def test_trl_takes_the_same_file_without_the_plugins(script, config, tmp_path):
     path = config(plugins={"gdpo": {}}, use_cpu=True, bf16=False)
     content = yaml.safe_load(Path(path).read_text())

@@ -154,6 +154,7 @@ def test_replaced_losses(normalisation: str, run: Any) -> None:
     assert_same_training(run([Own, Mask], **settings), run([Own], outer=[ByTools], **settings))
 
 
+@pytest.mark.slow
 def test_beside_losses_of_pairs_and_beside_shared_prefixes(run: Any) -> None:
     """P3O and TRPA add up the log-ratios of the tokens that are left, and pair the rows that are left."""
     pairs = {"num_iterations": 2, "beta": 0.0, "learning_rate": 0.05}

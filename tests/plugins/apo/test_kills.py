@@ -94,6 +94,7 @@ def mortal(model: str, folder: Path, diary: Path, options: dict[str, Any], setti
     )
 
 
+@pytest.mark.slow
 def test_a_kill_anywhere_repeats_nothing(model: str, tmp_path: Path) -> None:
     """SIGKILL before every file gets its name and before every step, one after the other, until the run ends."""
     from trl_ext.compare import child_process

@@ -114,6 +114,7 @@ def test_prompts_of_text_and_a_number_per_round(model: str, tmp_path: Path) -> N
     assert all(isinstance(pair["chosen"], str) for pair in pairs_of(folder, 1))
 
 
+@pytest.mark.slow
 def test_with_shared_prefixes_and_another_method(model: str, tmp_path: Path, plugin: Any) -> None:
     class Halves(Plugin):
         name = "halves"

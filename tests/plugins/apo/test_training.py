@@ -88,6 +88,7 @@ def test_the_first_output_does_not_depend_on_alpha(finished: Path, model: str, t
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("precompute", [False, True])
+@pytest.mark.slow
 def test_every_round_starts_at_its_reference_with_its_beta(
     model: str, tmp_path: Path, watch: str, watched: list[Any], lora: bool, precompute: bool
 ) -> None:
@@ -164,6 +165,7 @@ def test_adapters_extrapolate_the_change_of_the_weights(model: str, tmp_path: Pa
     assert not hasattr(reply, "peft_config") and reply.dtype is torch.float32
 
 
+@pytest.mark.slow
 def test_weights_trained_in_full_beside_an_adapter(model: str, tmp_path: Path) -> None:
     lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["down_proj"])
     folder = go(model, tmp_path / "run", {"rounds": 2}, peft_config=lora, learning_rate=1e-2)
