@@ -9,6 +9,7 @@ from trl_ext.bench import overhead
 from trl_ext.cli import main
 
 
+@pytest.mark.slow
 def test_overhead_compares_every_arm_with_plain_trl(capsys, monkeypatch):
     monkeypatch.setattr(overhead, "ARMS", {"plain TRL": None, "gdpo": "gdpo"})
     assert main.main(["bench", "overhead", "--steps", "2", "--json"]) == 0

@@ -63,6 +63,7 @@ def test_refused_before_the_first_run(
     assert all(word in text for word in words), text
 
 
+@pytest.mark.slow
 def test_an_unknown_metric_stops_early_and_costs_nothing_twice(recipe: Any, compare: Any, tmp_path: Path) -> None:
     wrong = METRIC | {"name": "rewards/digit/mean"}
     code, _, errors = compare(recipe({"metrics": [wrong]}, max_steps=100), "--output", "long")
@@ -126,6 +127,7 @@ def test_a_full_disk_stops_the_comparison_and_keeps_what_there_is(recipe: Any, c
     assert len(records(tmp_path / "out")) == 4
 
 
+@pytest.mark.slow
 def test_a_damaged_record_is_named(recipe: Any, compare: Any, tmp_path: Path) -> None:
     compare(recipe(), "--output", "out", "--seeds", 1)
     (file, *_) = sorted((tmp_path / "out/runs").glob("*.json"))

@@ -95,6 +95,7 @@ def test_same_seed_same_numbers_in_other_processes_and_at_another_pace(
     assert result(done / "out")["curves"] == result(tmp_path / "again")["curves"]
 
 
+@pytest.mark.slow
 def test_ended_runs_are_not_repeated(done: Path, compare: Any, recipe: Any, tmp_path: Path) -> None:
     out = done / "out"
     before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in (out / "runs").glob("*.json")}

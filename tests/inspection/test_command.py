@@ -213,6 +213,7 @@ def test_settings_of_the_user_win(launched: Any, inspect: Any, tmp_path: Path) -
     assert settings["max_steps"] == 7 and settings["output_dir"] == str(tmp_path)
 
 
+@pytest.mark.slow
 def test_it_records_and_shows_one_round(model: str, rounds: Any, tmp_path: Path) -> None:
     """As a user starts it, with a plugin from a file and a YAML file whose output folder is a real run's."""
     (tmp_path / "steps.py").write_text(Path(rounds.__file__).read_text())

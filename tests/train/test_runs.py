@@ -140,6 +140,7 @@ def test_dpo(script, config, record, tmp_path):
 TWO = ("--num_processes", "2", "--cpu", "--main_process_port", "0")
 
 
+@pytest.mark.slow
 def test_two_processes_with_groups_across_them(script, config, record):
     """Two rows a process and groups of four: valid only in two processes."""
     path = config(plugins={"gdpo": {}}, per_device_train_batch_size=2)

@@ -60,6 +60,7 @@ def test_samples_come_from_the_start_and_pairs_from_their_scores(finished: Path,
         assert again([entry["prompt"] for entry in entries[:2]], seed) == [e["completions"] for e in entries[:2]]
 
 
+@pytest.mark.slow
 def test_alpha_zero_is_iterative_dpo(model: str, tmp_path: Path) -> None:
     """Against rounds by hand with TRL alone, on the same pairs: bit for bit."""
     from trl import DPOTrainer
@@ -139,6 +140,7 @@ def changes(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_adapters_extrapolate_the_change_of_the_weights(model: str, tmp_path: Path) -> None:
     lora = LoraConfig(r=2, lora_alpha=8, target_modules="all-linear")
     folder = go(model, tmp_path / "run", {"alpha": 0.5}, peft_config=lora, learning_rate=1e-2)
