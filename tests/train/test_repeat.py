@@ -46,15 +46,15 @@ def test_a_record_makes_the_same_request(handed, config, tmp_path, capsys):
     text = (tmp_path / "out/trl_ext_run.json").read_text()
     assert "hf_x" not in text and "--hub_token '***'" in text
     content = json.loads(text)
-    assert content["config"]["experiment"] == {"trainer": "grpo"}
+    assert content["config"]["trainer"] == "grpo"
     assert content["config"]["plugins"] == {"gdpo": {"group_eps": 0.01, "batch_norm": False}, "otc": {}}
     assert content["config"]["learning_rate"] == 1e-5 and content["config"]["reward_weights"] == [1.0, 0.5]
     assert content["filled_in"] == {"use_cpu": True, "bf16": False}
     capsys.readouterr()
-    again_launcher, again = handed("--config", tmp_path / "out/trl_ext_run.json")
+    again_launcher, again = handed("--config", tmp_path / "out/trl_ext_run.json", "--output_dir", tmp_path / "again")
     assert "the recorded run used" not in capsys.readouterr().err
     assert again.specs == request.specs and again.kind == request.kind and again.task == request.task
-    asked, repeated = (content["config"], again.config_to_repeat)
+    asked, repeated = (content["config"] | {"output_dir": str(tmp_path / "again")}, again.config_to_repeat)
     assert {name: str(value) for name, value in repeated.items()} == {name: str(v) for name, v in asked.items()}
     for setting in ("num_processes", "cpu", "mixed_precision", "main_process_port", "num_machines", "multi_gpu"):
         assert getattr(again_launcher, setting) == getattr(launcher, setting), setting

@@ -99,7 +99,7 @@ def launch(
         arguments=[*divided.trl, *as_arguments(for_cpu | defaults), *([] if request.save else NO_CHECKPOINTS)],
         bars=given.get("disable_tqdm") is False,
         command=shlex.join(repeat.without_secrets(command)),
-        config_to_repeat=repeat.published(written_run.content(request, divided)),
+        config_to_repeat=repeat.published(written_run.content(request, divided) | {"trainer": request.kind}),
         filled_in=for_cpu | defaults,
         started=datetime.datetime.now().astimezone().isoformat(),
     )
