@@ -7,7 +7,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 NOT_SHIPPED = shutil.ignore_patterns("__pycache__", "*.png", "table.py")
-"""What only the repository needs: pictures of its pages, and the script that writes its tables."""
+"""Files that only the repository needs: pictures of its pages, and the script that writes its tables."""
 
 
 class BuildWithRecipes(build_py):

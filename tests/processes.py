@@ -74,7 +74,8 @@ def launch(number: int, script: Path, *arguments: str) -> subprocess.CompletedPr
         "1",
     ]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     return run([sys.executable, *launcher, str(script), *arguments], env=environment, check=True)
 
 

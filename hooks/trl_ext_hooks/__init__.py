@@ -9,7 +9,7 @@ under one short name. Both import torch, so this package does not import them. E
 
 from .basics import Logps, TrainerKind
 from .campaign import Job
-from .loss import LogpsCall, Loss, PolicyLoss, SideBatch, SideRows, StepBatch
+from .loss import LogpsCall, Loss, PolicyLoss, StepBatch
 from .pairs import PairLogps, Pairs, ScoredPairs
 from .plugin import (
     CLAIMS,
@@ -27,6 +27,7 @@ from .plugin import (
 from .rollout import Generate, Generation, Rollout, RolloutContext, SelectedRows, Turns
 from .scoring import Rewards, Round, Scored
 from .setup import Config, Need, Recommend, Refuse, Require, Requirement, Warn
+from .side_rows import SideBatch, SideRows
 from .trainer import TrainerView
 from .views import Curve, Span, Views
 

@@ -12,6 +12,7 @@ from . import pairs as _pairs
 from . import rollout as _rollout
 from . import scoring as _scoring
 from . import setup as _setup
+from . import side_rows as _side_rows
 from . import views as _views
 
 configure = _setup.configure
@@ -32,7 +33,7 @@ batch_fields = _scoring.batch_fields
 hidden_positions = _loss.hidden_positions
 logps = _loss.logps
 loss_inputs = _loss.loss_inputs
-side_batch = _loss.side_batch
+side_batch = _side_rows.side_batch
 step_statistics = _loss.step_statistics
 policy_loss = _loss.policy_loss
 loss_terms = _loss.loss_terms

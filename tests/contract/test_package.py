@@ -19,7 +19,7 @@ NOT_SHIPPED = {"table.py", "tiny/results/gdpo.png"}
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a wheel holds, built by the step of setuptools that every kind of install but an editable one makes."""
+    """Builds the package as every install but an editable one does, and returns the folder with what a wheel holds."""
     folder = tmp_path_factory.mktemp("build")
     command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(folder), "build_py", "--build-lib"]
     processes.run([*command, str(folder / "lib")], cwd=ROOT, check=True)

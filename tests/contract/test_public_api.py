@@ -1,4 +1,4 @@
-"""What others import changes by decision only, and the page of promises says how stable each part is."""
+"""Public names change by decision only, and the page of promises says how stable each part is."""
 
 from __future__ import annotations
 

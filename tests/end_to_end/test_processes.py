@@ -30,7 +30,7 @@ def here(model: str, folder: Path, script: Path = SCRIPT, *only: str) -> Report:
 
 
 def two_processes(model: str, folder: Path, script: Path = SCRIPT, *only: str, count: int = 2) -> list[Report]:
-    """What each of two processes, or of `count`, wrote down; they really run, under accelerate's launcher with gloo."""
+    """Runs a script on two processes, or on `count`, with gloo, and returns what each of them wrote down."""
     processes.launch(count, script, model, str(folder), *only)
     return [json.loads((folder / f"report-{count}-{rank}.json").read_text()) for rank in range(count)]
 
@@ -143,7 +143,7 @@ def same_rows(name: str, one: Report, two: list[Report]) -> None:
 
 
 def stopped_together(reports: list[Report]) -> None:
-    """What is wrong on the last process stops all of them, and names plugin, hook and process."""
+    """Checks that a wrong answer of the last process stops all of them, and names plugin, hook and process."""
     last, failing = len(reports) - 1, reports[-1]
     for where, own in (
         ("select-type", "PluginError: plugin 'one-differs' returned int from 'select_rows', expected a list"),

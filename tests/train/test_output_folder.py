@@ -75,9 +75,10 @@ def test_the_model_of_the_run_itself_is_never_removed(folder):
 
 
 def test_clearing_leaves_other_files(folder):
-    place = folder("finished", "model.safetensors", "checkpoint-5", "notes.txt")
+    place = folder("finished", "model.safetensors", "model-00001-of-2.safetensors", "checkpoint-5", "notes.txt")
+    (place / "my-rewards.safetensors").write_text("of the user")
     output_folder.clear(place)
-    assert [path.name for path in place.iterdir()] == ["notes.txt"]
+    assert sorted(path.name for path in place.iterdir()) == ["my-rewards.safetensors", "notes.txt"]
 
 
 def test_the_command_goes_on_from_the_last_complete_checkpoint(folder):

@@ -16,7 +16,8 @@ from ..trl_internals.arguments import resume_value
 from .command_line import Request
 
 RECORD, PICTURE = "trl_ext_run.json", "trl_ext_curves.png"
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "adapter_model.bin")
+_WEIGHTS = ("model.safetensors*", "model-*.safetensors", "pytorch_model*.bin*", "adapter_model.*")
+"""Names under which transformers and PEFT save a model. Other files of such types may be the user's."""
 
 
 @dataclasses.dataclass(frozen=True)

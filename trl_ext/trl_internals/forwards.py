@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from trl_ext_hooks import Logps, LogpsCall
@@ -144,35 +145,24 @@ def scores(
 def padded_rows(
     prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Returns rows of token ids as TRL's batches hold them: prompts padded left, completions padded right."""
+    """Returns rows of token ids as TRL's batches hold them: prompts padded left, completions padded right.
+
+    There is at least one column of completions.
+    """
     padded: dict[str, torch.Tensor] = {}
     for kind, rows, side in (("prompt", prompt_ids, "left"), ("completion", completion_ids, "right")):
-        ids = [torch.tensor(row, device=device) for row in rows]
+        ids = [torch.tensor(row, dtype=torch.long, device=device) for row in rows]
         ones = [torch.ones_like(row) for row in ids]
         padded[f"{kind}_ids"] = pad_sequence(ids, batch_first=True, padding_side=side)
         padded[f"{kind}_mask"] = pad_sequence(ones, batch_first=True, padding_side=side)
+    if not padded["completion_ids"].shape[1]:
+        padded |= {name: pad(padded[name], (0, 1)) for name in ("completion_ids", "completion_mask")}
     return padded
 
 
 def vocabulary_size(trainer: Any) -> int:
     """Returns the number of tokens that the policy knows."""
     return int(trainer.accelerator.unwrap_model(trainer.model).config.get_text_config().vocab_size)
-
-
-def padded(
-    trainer: Any, prompt_ids: list[list[int]], completion_ids: list[list[int]]
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Returns ids and attention mask (n, P + T) as TRL lays rows out, and T, which is at least 1."""
-    width = max(1, *map(len, completion_ids))
-    left = max(map(len, prompt_ids))
-    pad, device = trainer._tokenizer.pad_token_id, trainer.accelerator.device
-    ids = torch.full((len(prompt_ids), left + width), pad, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
-        where = slice(left - len(prompt), left + len(completion))
-        ids[row, where] = torch.tensor([*prompt, *completion], dtype=torch.long)
-        mask[row, where] = 1
-    return ids.to(device), mask.to(device), width
 
 
 def rows_at_once(trainer: Any) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from trl_ext_hooks import Logps, LogpsCall, TrainerKind
 from trl_ext_hooks.basics import Role
 
@@ -121,9 +123,18 @@ class RoundMixin(TrainerMixin):
         return self._trl_ext.loss(inputs, lambda batch: stock(model, batch))
 
 
-def behind(trainer: Any, name: str) -> Any:
-    """Returns a method of a trainer of rounds as it is without plugins."""
-    return getattr(super(RoundMixin, trainer), name)
+def scores_without_plugins(trainer: Any, *columns: list[Any]) -> torch.Tensor:
+    """Returns what the trainer's reward functions give for rows, prompts, completions and their ids: (N, F).
+
+    Collective, with as many rows on every process.
+    """
+    scores: torch.Tensor = super(RoundMixin, trainer)._calculate_rewards(*columns)
+    return scores
+
+
+def logps_without_plugins(trainer: Any, *arguments: Any, **sizes: Any) -> Logps:
+    """Runs TRL's log-probability method with its own arguments."""
+    return Logps(*super(RoundMixin, trainer)._get_per_token_logps_and_entropies(*arguments, **sizes))
 
 
 class OwnLossMixin(_Base):

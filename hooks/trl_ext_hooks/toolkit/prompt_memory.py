@@ -42,7 +42,7 @@ def _as_json(value: Any) -> Any:
 
 
 Entry = float | list[float]
-"""What a memory holds of a task: a number, or a list of numbers of any length."""
+"""An entry of a memory: a number, or a list of numbers of any length."""
 
 
 class PromptMemory:

@@ -46,7 +46,7 @@ class Ranks:
 
 
 class RankView:
-    """What stages use of a trainer's view, for one process of `Ranks`."""
+    """Offers what stages use of a trainer's view, for one process of `Ranks`."""
 
     device = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from trl_ext_hooks import Logps, LogpsCall, UsageError
 from ...errors import PluginError
 from ...support.reward_functions import infinite_rewards
 from ...trl_internals import forwards, rewards, steps, trainer_state
-from ...trl_internals.mixins import behind
+from ...trl_internals.mixins import logps_without_plugins, scores_without_plugins
 from ..agreement import agree
 from ..context import Context
 from . import forward
@@ -92,7 +92,7 @@ class OwnRows:
             example = next(row for row in view.gather_objects([example]) if row is not None)
         filled = [[*values, *[extra] * (width - count)] for values, extra in zip(given, example, strict=True)]
         with rewards.unlogged(trainer, columns):
-            scores: torch.Tensor = behind(trainer, "_calculate_rewards")(*filled)
+            scores = scores_without_plugins(trainer, *filled)
         expected = (width * view.num_processes, len(names))
         if tuple(scores.shape) != expected:
             raise PluginError(
@@ -121,8 +121,11 @@ class OwnRows:
         if not width:
             empty = torch.zeros(0, 0, device=view.device)
             return Logps(empty, empty if entropy else None)
-        filling = [[trainer._tokenizer.eos_token_id]] * (width - count)
-        ids, mask, tokens = forwards.padded(trainer, [*prompt_ids, *filling], [*completion_ids, *filling])
+        filling = [[view.tokenizer.eos_token_id]] * (width - count)
+        rows = forwards.padded_rows([*prompt_ids, *filling], [*completion_ids, *filling], view.device)
+        ids = torch.cat([rows["prompt_ids"], rows["completion_ids"]], dim=1)
+        mask = torch.cat([rows["prompt_mask"], rows["completion_mask"]], dim=1)
+        tokens = rows["completion_ids"].shape[1]
         call = LogpsCall(
             kind=context.kind,
             role="policy" if grad else "old",
@@ -138,9 +141,8 @@ class OwnRows:
         )
 
         def dense() -> Logps:
-            run = behind(trainer, "_get_per_token_logps_and_entropies")
             sizes = {"batch_size": call.batch_size, "compute_entropy": call.compute_entropy}
-            return Logps(*run(call.model, ids, mask, tokens, **sizes))
+            return logps_without_plugins(trainer, call.model, ids, mask, tokens, **sizes)
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.enable_grad() if grad else forwards.scoring(trainer))
