@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -146,16 +147,9 @@ def _annotate(context: Context, rollout: Rollout) -> tuple[dict[str, Any], dict[
 def _rewrite(context: Context, scored: Scored) -> Scored:
     for name, caller in context.calls.chain("rewards"):
         planned = context.plan.reward_columns.get(name, scored.reward_names)
-        result: Rewards | None = None
-
-        def run(name: str = name, caller: Any = caller, scored: Scored = scored, planned: Any = planned) -> Any:
-            nonlocal result
-            result = _rewards_of(name, context.calls.call(name, "rewards", caller, scored=scored), scored, planned)
-            if result is None:
-                return None, None
-            return None, torch.cat([result.values.cpu(), result.weights.cpu().unsqueeze(0)])
-
-        _, answers = together(context, run)
+        # not inside `together`: the hook may gather, and others may wait for it there
+        returned = context.calls.call(name, "rewards", caller, scored=scored)
+        result, answers = together(context, functools.partial(_shared, name, returned, scored, planned))
         if any((answer is None) != (answers[0] is None) for answer in answers):
             raise PluginError(
                 f"plugin {name!r} returned None from 'rewards' on some processes and rewards on others, expected the "
@@ -163,8 +157,9 @@ def _rewrite(context: Context, scored: Scored) -> Scored:
             )
         if result is None:
             continue
+        known = [answer for answer in answers if answer is not None]
         for column in range(len(result.names)):
-            check_equal(name, "rewards", [answer[:, column] for answer in answers])
+            check_equal(name, "rewards", [answer[:, column] for answer in known])
         _check_finite(result.values, [f"plugin {name!r}, reward {reward!r}," for reward in result.names], PluginError)
         scored = _without_padding(
             dataclasses.replace(
@@ -176,6 +171,16 @@ def _rewrite(context: Context, scored: Scored) -> Scored:
         )
         context.show(name, scored)
     return scored
+
+
+def _shared(
+    name: str, returned: Any, scored: Scored, planned: tuple[str, ...]
+) -> tuple[Rewards | None, torch.Tensor | None]:
+    """Returns the rewards that a plugin made on this process, and their values and weights in one tensor (N + 1, F)."""
+    result = _rewards_of(name, returned, scored, planned)
+    if result is None:
+        return None, None
+    return result, torch.cat([result.values.cpu(), result.weights.cpu().unsqueeze(0)])
 
 
 def _rewards_of(name: str, result: Any, scored: Scored, planned: tuple[str, ...]) -> Rewards | None:
