@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from tests import processes
 from trl_ext.shared_prefix import (
     RefusedError,
     dense_scores,
@@ -182,25 +184,37 @@ def test_accelerate_wrapped_forward(tiny: Any, groups: Any, compare: Any, add_fu
         AcceleratorState._reset_state(True)
 
 
-def test_distributed_data_parallel(tiny: Any, groups: Any, compare: Any, tmp_path: Any, add_fused_head: Any) -> None:
-    from torch import distributed
+UNDER_DDP = """
+import sys
+import torch
+from torch import distributed, nn
+from trl.trainer.utils import add_fused_lm_head
+from trl_ext.shared_prefix import shared_prefix_logps
 
-    model = tiny()
+folder = sys.argv[1]
+model, groups, expected = torch.load(f"{folder}/case.pt", weights_only=False)
+add_fused_lm_head(model)
+distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+parallel = nn.parallel.DistributedDataParallel(model)
+for _ in range(2):  # the second step fails if the wrapper's reducer missed the first
+    model.zero_grad(set_to_none=True)
+    logps, _, report = shared_prefix_logps(parallel, *groups)
+    assert report.packed
+    logps.sum().backward()
+    for parameter, grad in zip(model.parameters(), expected, strict=True):
+        assert torch.allclose(parameter.grad, grad, atol=1e-6)
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_distributed_data_parallel(tiny: Any, groups: Any, tmp_path: Path, add_fused_head: Any) -> None:
+    model, plain = tiny(), tiny()
     add_fused_head(model)
-    alone = shared_prefix_logps(model, *groups)[0]
-    expected = torch.autograd.grad(alone.sum(), list(model.parameters()))
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        parallel = nn.parallel.DistributedDataParallel(model)
-        for _ in range(2):  # the second step fails if the wrapper's reducer missed the first
-            model.zero_grad(set_to_none=True)
-            logps, _, report = shared_prefix_logps(parallel, *groups)
-            assert report.packed
-            logps.sum().backward()
-            for parameter, grad in zip(model.parameters(), expected, strict=True):
-                assert torch.allclose(parameter.grad, grad, atol=1e-6)
-    finally:
-        distributed.destroy_process_group()
+    expected = torch.autograd.grad(shared_prefix_logps(model, *groups)[0].sum(), list(model.parameters()))
+    torch.save((plain, groups, expected), tmp_path / "case.pt")
+    # A process of its own: gloo's last thread may wait for the interpreter while the interpreter waits for that thread.
+    processes.run_python(UNDER_DDP, str(tmp_path), check=True)
 
 
 def test_preference_pairs(tiny: Any, add_fused_head: Any) -> None:
