@@ -256,3 +256,16 @@ def test_tests_start_programs_with_a_limit() -> None:
     unlimited = re.compile(r"subprocess\.(run|call|check_call|check_output)\(")
     found = [str(file.relative_to(ROOT)) for file in sources(ROOT / "tests") if unlimited.search(file.read_text())]
     assert not found, f"{found}: use tests/processes.py"
+
+
+def test_no_test_joins_a_process_group_itself() -> None:
+    """Gloo ends by waiting for its thread with the interpreter in its hands, which that thread may be waiting for."""
+    found = [
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for file in sources(ROOT / "tests")
+        if "scripts" not in file.parts
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute | ast.Name)
+        and (getattr(node, "attr", None) or getattr(node, "id", None)) == "init_process_group"
+    ]
+    assert not found, f"{found}: use a process of its own, see tests/processes.py"
