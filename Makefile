@@ -38,7 +38,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Rewrites the hook reference, the grid of pairs and the tables of options from the code.
+# Rewrites the hook reference, the list of pairs and the tables of options from the code.
 docs: setup
 	$(BIN)/python hooks/reference.py
 	$(BIN)/python plugins/pairs.py
