@@ -34,6 +34,7 @@ TRIGGERS = {
     "hdpo": ("hdpo/signal", 0.0, math.inf),
     "otc": ("otc/r_tool_mean", -1.0, 1.0),
     "p3o": ("p3o/pairs", 0.0, math.inf),
+    "reg-grpo": ("reg-grpo/log_ratio_std", 1e-9, math.inf),
     "shared-prefix": ("shared-prefix/token_ratio", 1.0, math.inf),
     "spae": ("spae/probes", 0.0, math.inf),
     "tgdpo": ("tgdpo/factor/chosen", 1.0, math.inf),
