@@ -38,7 +38,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Rewrites the hook reference, the grid of pairs and the tables of options from the code.
+# Rewrites the hook reference, the list of pairs and the tables of options from the code.
 docs: setup
 	$(BIN)/python hooks/reference.py
 	$(BIN)/python plugins/pairs.py
@@ -56,7 +56,8 @@ matrix: setup
 	done
 
 # Every tiny recipe, about ten minutes each, then the tables of results in plugins/ and the tests marked slow.
-# Runs that have ended are not repeated. An expectation that is not met shows in the table and fails the target.
+# Runs that have ended are not repeated. An expectation that is not met shows in the table. It fails the target, unless its
+# recipe states it as not met.
 experiments: setup
 	@failed=; for recipe in recipes/tiny/*.yaml; do \
 		$(BIN)/trl_ext compare $$recipe --record recipes/tiny/results/$$(basename $$recipe .yaml).json \

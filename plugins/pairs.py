@@ -1,9 +1,11 @@
-"""Grid of pairs in plugins/README.md, from the declarations of the built-in plugins: `make docs`."""
+"""List of pairs in plugins/README.md, from the declarations of the built-in plugins: `make docs`."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
+import textwrap
 from pathlib import Path
 
 from trl_ext.catalog import builtins, declaration, find
@@ -12,30 +14,44 @@ from trl_ext.plan import compose
 README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- pairs: written by `make docs` -->\n", "<!-- end of pairs -->\n"
 WORDS = ("one plugin", "the other")
+WIDTH = 80
 
 
+@functools.cache
 def pairs() -> list[tuple[declaration.PluginSpec, declaration.PluginSpec, str | None]]:
     """Returns every pair of built-ins with the reason why they exclude each other, or None."""
     specs = find.resolve({name: None for name in sorted(builtins.BUILTINS)})
     return [(left, right, compose.why_apart(left, right)) for left, right in itertools.combinations(specs, 2)]
 
 
-def table() -> str:
-    """Returns the grid: trainers where a pair works, else the number of a reason below the grid."""
-    names, cells, reasons = sorted(builtins.BUILTINS), {}, list[str]()
+def listing() -> str:
+    """Returns a list of all plugins with those that each cannot join, and the reasons below it.
+
+    Plugins without a trainer in common are left out, since the list names the trainers of each.
+    """
+    partners: dict[str, dict[int, list[str]]] = {name: {} for name in sorted(builtins.BUILTINS)}
+    trainers, reasons = dict[str, str](), list[str]()
     for left, right, reason in pairs():
-        if reason is None:
-            cell = ", ".join(kind.upper() for kind in compose.common_trainers([left, right]))
-        else:
-            text = without_names(reason, left.name, right.name)
-            if text not in reasons:
-                reasons.append(text)
-            cell = f"({reasons.index(text) + 1})"
-        cells[left.name, right.name] = cells[right.name, left.name] = cell
-    lines = [f"| | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
-    lines += [f"| **{row}** | {' | '.join(cells.get((row, column), '') for column in names)} |" for row in names]
-    lines += ["", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))]
+        for spec in (left, right):
+            trainers[spec.name] = ", ".join(kind.upper() for kind in spec.cls.trainers)
+        if reason is None or not set(left.cls.trainers) & set(right.cls.trainers):
+            continue
+        text = without_names(reason, left.name, right.name)
+        if text not in reasons:
+            reasons.append(text)
+        for one, other in ((left.name, right.name), (right.name, left.name)):
+            partners[one].setdefault(reasons.index(text) + 1, []).append(other)
+    lines = []
+    for name, by_reason in partners.items():
+        listed = "; ".join(f"{', '.join(by_reason[number])} ({number})" for number in sorted(by_reason))
+        lines.append(_folded(f"- **{name}** ({trainers[name]}): {listed or 'none'}", "  "))
+    lines += ["", *(_folded(f"{number}. {reason}", "   ") for number, reason in enumerate(reasons, 1))]
     return "\n".join(lines) + "\n"
+
+
+def _folded(text: str, indent: str) -> str:
+    """Folds an entry of a list at the width of a terminal."""
+    return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def without_names(reason: str, left: str, right: str) -> str:
@@ -49,4 +65,4 @@ def without_names(reason: str, left: str, right: str) -> str:
 
 if __name__ == "__main__":
     head, rest = README.read_text().split(BEGIN)
-    README.write_text(head + BEGIN + table() + END + rest.split(END)[1])
+    README.write_text(head + BEGIN + listing() + END + rest.split(END)[1])

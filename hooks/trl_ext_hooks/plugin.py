@@ -24,6 +24,8 @@ CLAIMS: dict[str, str] = {
     "logps": "owns the log-probability forward (implied by the hook `logps`)",
     "no_advantages": "replaces the policy loss by one that uses no advantages, so no plugin of the run may compute or "
     "adjust them",
+    "row_advantages": "replaces the policy loss by one that uses one advantage per row, so no plugin of the run may "
+    "make one per token",
     "reward_labels": "reads rewards as labels, such as right or wrong, and not as amounts, so no other plugin of the "
     "run may rewrite them",
     "groups": "forms groups of its own: `SelectedRows` of `select_rows`, or rows that `rollout` adds",

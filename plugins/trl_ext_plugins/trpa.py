@@ -22,7 +22,7 @@ from torch.nn.functional import logsigmoid
 
 from trl_ext_hooks import Config, Loss, Need, Plugin, PolicyLoss, Requirement, Round, UsageError, Warn, hookimpl, option
 from trl_ext_hooks.toolkit.groups import group_pairs
-from trl_ext_hooks.toolkit.losses import masked_mean, scale_gradient
+from trl_ext_hooks.toolkit.losses import scale_gradient, sequence_log_ratio
 
 KL_CLAMP = 10.0
 
@@ -59,15 +59,6 @@ def given_levels(rewards: torch.Tensor, name: str) -> torch.Tensor:
             f"2, 3, ... for worse ones, or None to leave the completion out."
         )
     return rewards.clone()
-
-
-def log_ratio(
-    logps: torch.Tensor, ref_logps: torch.Tensor, mask: torch.Tensor, reduction: Literal["mean", "sum"] = "mean"
-) -> torch.Tensor:
-    """Returns rho = mean (or sum) over the tokens of log pi - log pi_ref; all (N, T) -> (N,). 0 without a token."""
-    if reduction == "mean":
-        return masked_mean(logps - ref_logps, mask, dim=1)
-    return ((logps - ref_logps) * mask).sum(dim=1)
 
 
 def preference_pairs(levels: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
@@ -202,7 +193,8 @@ class TRPA(Plugin):
         options, batch, mask = self.options, loss.batch, loss.mask
         logps, old = loss.per_token_logps.double(), loss.old_per_token_logps.double()
         reference, levels = batch["ref_per_token_logps"].double(), batch["preference_level"]
-        rho = log_ratio(scale_gradient(logps, loss.sampling_ratio), reference, mask, options.ratio_reduction)  # (m,)
+        weighed = scale_gradient(logps, loss.sampling_ratio)
+        rho = sequence_log_ratio(weighed, reference, mask, options.ratio_reduction)  # (m,)
         pairs, round_pairs = preference_pairs(levels, loss.group_ids), batch["trpa_pairs"]
         if round_pairs:
             factors = pair_factors(levels, pairs, options.beta, options.anisotropy)

@@ -15,7 +15,7 @@ from tests import processes
 SCRIPT = Path(__file__).parent / "scripts" / "processes.py"
 STRADDLING = ("asks", "gdpo", "gdpo-tokens", "shared-prefix", "token-wise", "rloo", "thinkless", "resumed", "formed")
 STEPS = ("steps", "steps-shared")
-LOSSES = ("p3o", "p3o-rloo", "trpa")
+LOSSES = ("p3o", "p3o-rloo", "trpa", "reg-grpo")
 WHOLE = ("whole-grpo", "whole-rloo", *LOSSES)
 Report = dict[str, Any]
 

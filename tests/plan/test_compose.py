@@ -108,6 +108,14 @@ def test_weights_of_tokens_beside_a_replaced_loss(plugin: Callable[[type], str])
         trl_ext.enable(weighs, unused)
 
 
+def test_advantages_of_tokens_beside_a_loss_of_rows(plugin: Callable[[type], str]) -> None:
+    rows = plugin(claiming("rows", claims=("row_advantages",)))
+    with refused(ConfigError, "'decs' makes an advantage per token, and the loss of 'rows' uses one per row"):
+        trl_ext.enable("decs", rows)
+    with trl_ext.enable("gdpo", rows):
+        pass
+
+
 def test_no_trainer_is_served_by_all(plugin: Callable[[type], str]) -> None:
     pairs = plugin(claiming("pairs", trainers=("dpo",)))
     with refused(ConfigError, "no trainer is served by all plugins (gdpo: grpo; pairs: dpo). Leave one out."):

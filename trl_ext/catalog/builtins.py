@@ -13,6 +13,7 @@ BUILTINS: dict[str, str] = {
     "mix": "trl_ext_plugins.mix:Mix",
     "otc": "trl_ext_plugins.otc:OTC",
     "p3o": "trl_ext_plugins.p3o:P3O",
+    "reg-grpo": "trl_ext_plugins.reg_grpo:RegGRPO",
     "shared-prefix": "trl_ext_plugins.shared_prefix:SharedPrefix",
     "spae": "trl_ext_plugins.spae:SPAE",
     "tgdpo": "trl_ext_plugins.tgdpo:TGDPO",

@@ -99,6 +99,11 @@ def compose(specs: Sequence[PluginSpec]) -> tuple[PluginSpec, ...]:
             "{other!r} makes advantages, and the loss of {owner!r} uses none",
         ),
         (
+            "row_advantages",
+            lambda spec: "token_advantages" in spec.cls.needs,
+            "{other!r} makes an advantage per token, and the loss of {owner!r} uses one per row",
+        ),
+        (
             "reward_labels",
             lambda spec: "rewards" in spec.hooks,
             "{other!r} rewrites rewards, and {owner!r} reads them as labels, not as amounts",

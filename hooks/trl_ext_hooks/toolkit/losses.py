@@ -19,6 +19,17 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor, dim: int | None = None
     return (values * mask).sum(dims) / mask.sum(dims).clamp(min=1)
 
 
+def sequence_log_ratio(
+    logps: torch.Tensor, other_logps: torch.Tensor, mask: torch.Tensor, reduction: str = "mean"
+) -> torch.Tensor:
+    """Returns log pi - log pi_other of completions, the mean over their counted tokens: (m, T) each -> (m,).
+
+    With the reduction `"sum"` it is their sum. A completion without a token gives 0.
+    """
+    difference = logps - other_logps
+    return masked_mean(difference, mask, dim=1) if reduction == "mean" else (difference * mask).sum(dim=1)
+
+
 def importance_ratio(
     per_token_logps: torch.Tensor, old_per_token_logps: torch.Tensor, mask: torch.Tensor, level: str = "token"
 ) -> torch.Tensor:

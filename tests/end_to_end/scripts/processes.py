@@ -87,6 +87,7 @@ WHOLE_RUNS: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
         [WHOLE, {"trpa": {"levels": [{"spread": 1.0}, {"spread": 0.4}], "tr_kl_coef": 1.0}}],
         {"num_iterations": 2, "max_steps": 4},
     ),
+    "reg-grpo": ("grpo", [WHOLE, "reg-grpo"], {"num_iterations": 2, "max_steps": 4, "beta": 0.1}),
 }
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from trl_ext_hooks.toolkit.losses import sequence_log_ratio
 from trl_ext_plugins.trpa import (
     KL_CLAMP,
     TRPA,
-    log_ratio,
     pair_factors,
     penalty,
     preference_losses,
@@ -33,7 +33,7 @@ def compare(case: dict[str, Any]) -> None:
     TRPA.Options(**settings)
     inputs = {name: _tensor(values) for name, values in case["inputs"].items()}
     logps, mask, levels = inputs["log_prob"].requires_grad_(), inputs["mask"], inputs["preference_levels"]
-    rho = log_ratio(logps, inputs["ref_log_prob"], mask)  # (N,)
+    rho = sequence_log_ratio(logps, inputs["ref_log_prob"], mask)  # (N,)
     empty = mask.sum(dim=1) == 0
     assert (rho[empty] == 0).all()
     _close(rho.masked_fill(empty, math.nan), outputs["seq_log_ratio"], "seq_log_ratio")

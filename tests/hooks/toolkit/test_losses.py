@@ -7,7 +7,13 @@ import math
 import pytest
 import torch
 
-from trl_ext_hooks.toolkit.losses import clipped_surrogate, importance_ratio, masked_mean, scale_gradient
+from trl_ext_hooks.toolkit.losses import (
+    clipped_surrogate,
+    importance_ratio,
+    masked_mean,
+    scale_gradient,
+    sequence_log_ratio,
+)
 
 
 def test_masked_mean_is_a_loop_and_0_where_nothing_counts() -> None:
@@ -61,3 +67,11 @@ def test_importance_ratio_per_token_and_per_row() -> None:
     mask = torch.tensor([[1, 1, 0]])
     torch.testing.assert_close(importance_ratio(new, old, mask)[0, :2], torch.tensor([1.0, math.e]))
     torch.testing.assert_close(importance_ratio(new, old, mask, "sequence"), torch.tensor([[math.exp(0.5)]]))
+
+
+def test_log_ratios_of_completions() -> None:
+    """Of 3, 1 and no token; what is masked does not count."""
+    logps = torch.tensor([[-1.0, -2.0, -0.5], [-1.0, 9.0, 9.0], [9.0, 9.0, 9.0]])
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]])
+    assert sequence_log_ratio(logps, logps - 0.5, mask).tolist() == [0.5, 0.5, 0.0]
+    assert sequence_log_ratio(logps, logps - 0.5, mask, "sum").tolist() == [1.5, 0.5, 0.0]

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_ext_hooks import Loss
+from trl_ext_hooks.toolkit.losses import sequence_log_ratio
 from trl_ext_plugins.trpa import (
     TRPA,
-    log_ratio,
     pair_factors,
     preference_losses,
     preference_pairs,
@@ -98,7 +98,7 @@ def test_only_the_order_of_levels_matters(seed: int, others: list[int]) -> None:
 
 def test_two_rows_of_one_token_are_dpo() -> None:
     policy, reference = torch.tensor([[-1.0], [-2.0]]), torch.tensor([[-1.5], [-1.2]])
-    rho = log_ratio(policy, reference, torch.ones(2, 1))
+    rho = sequence_log_ratio(policy, reference, torch.ones(2, 1))
     pairs = torch.tensor([[0, 1]])
     found = preference_losses(rho, pairs, torch.tensor([0.1]))
     margin = (policy - reference)[0, 0] - (policy - reference)[1, 0]
@@ -132,8 +132,8 @@ def test_longer_completions_of_equal_ratios_weigh_the_same_per_token_and_more_in
     logps, reference = torch.randn(2, 3, 4, generator=generator)
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
     twice = [value.repeat(1, 2) for value in (logps, reference, mask)]
-    torch.testing.assert_close(log_ratio(*twice), log_ratio(logps, reference, mask))
-    torch.testing.assert_close(log_ratio(*twice, "sum"), 2 * log_ratio(logps, reference, mask, "sum"))
+    torch.testing.assert_close(sequence_log_ratio(*twice), sequence_log_ratio(logps, reference, mask))
+    torch.testing.assert_close(sequence_log_ratio(*twice, "sum"), 2 * sequence_log_ratio(logps, reference, mask, "sum"))
 
 
 def test_the_trust_region_is_exactly_0_on_policy_and_clamped() -> None:

@@ -11,7 +11,8 @@ import torch
 import trl_ext
 from trl_ext.testing import digits
 from trl_ext_hooks import Loss
-from trl_ext_plugins.trpa import TRPA, log_ratio, preference_pairs, unary_losses
+from trl_ext_hooks.toolkit.losses import sequence_log_ratio
+from trl_ext_plugins.trpa import TRPA, preference_pairs, unary_losses
 
 NAN = math.nan
 
@@ -62,7 +63,7 @@ def test_an_empty_completion_is_left_out() -> None:
 def test_without_any_pair_rows_go_up_or_down_or_nowhere(level: float, sign: int) -> None:
     loss = micro_batch([level] * 3)
     value, found = gradient(loss)
-    rho = log_ratio(loss.per_token_logps, loss.batch["ref_per_token_logps"], loss.mask)
+    rho = sequence_log_ratio(loss.per_token_logps, loss.batch["ref_per_token_logps"], loss.mask)
     torch.testing.assert_close(value, unary_losses(rho, loss.batch["preference_level"]).mean())
     assert value.item() == pytest.approx(sum(-math.log(sigmoid(-sign * r)) for r in rho.tolist()) / 3)
     assert (sign * found > 0).all()  # a positive gradient lowers the log-probability

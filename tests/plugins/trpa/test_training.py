@@ -12,7 +12,7 @@ import torch
 import trl_ext
 from trl_ext.testing import brevity, digits, tiny_data
 from trl_ext_hooks import Plugin, hookimpl
-from trl_ext_plugins.trpa import log_ratio
+from trl_ext_hooks.toolkit.losses import sequence_log_ratio
 
 LN2 = math.log(2)
 
@@ -71,7 +71,7 @@ class Exact(Plugin):
     @hookimpl
     def advantages(self, round: Any) -> torch.Tensor:
         old, reference = (round.batch[f"{name}_per_token_logps"] for name in ("old", "ref"))
-        rho = round.trainer.gather(log_ratio(old, reference, round.loss_mask)).tolist()
+        rho = round.trainer.gather(sequence_log_ratio(old, reference, round.loss_mask)).tolist()
         return torch.tensor(exact_advantages(rho, round.rewards[:, 0].tolist(), round.group_ids.tolist()))
 
 
