@@ -28,6 +28,8 @@ _spec.loader.exec_module(pairs)
 
 TRIGGERS = {
     "decs": ("decs/redundant_tokens", 0.0, 1.0),
+    "disco": ("disco/mixed_prompts", 0.0, math.inf),
+    "drpo": ("drpo/mixed_prompts", 0.0, math.inf),
     "dvao": ("dvao/advantage_change", 0.0, math.inf),
     "gdpo": ("gdpo/advantage_change", 0.0, math.inf),
     "hdpo": ("hdpo/signal", 0.0, math.inf),
@@ -79,8 +81,9 @@ def parameters(trainer: Any) -> torch.Tensor:
 
 
 TRAINED = [
-    # every fourth pair in each run of the suite, and all of them with `make slow`. `dvao` acts where `gdpo` does
-    pytest.param(*case, marks=[pytest.mark.slow] if "dvao" in case or number % 4 else [])
+    # every fourth pair in each run of the suite, and all of them with `make slow`. `dvao` acts where `gdpo` does, and
+    # `disco` where `drpo` does
+    pytest.param(*case, marks=[pytest.mark.slow] if {"disco", "dvao"} & set(case) or number % 4 else [])
     for number, case in enumerate(ALLOWED)
     if not {"apo", "mix"} & set(case)  # the parts of a mix decide what it does, and it has tests of its own
 ]
