@@ -91,11 +91,13 @@ class Loss(Logs):
         """Returns group ids (m,): rows of one prompt have the same number.
 
         Raises:
-            AttributeError: No plugin of the run has the need `whole_groups` or `grouped_order`.
+            AttributeError: No plugin of the run has the need `whole_groups`, `grouped_steps` or
+                `grouped_order`.
         """
         ids: torch.Tensor | None = self.batch.get("trl_ext_group_ids")
         if ids is None:
-            raise AttributeError("no plugin of this run needs `whole_groups` or `grouped_order`; declare the need")
+            needs = "`whole_groups`, `grouped_steps` or `grouped_order`"
+            raise AttributeError(f"no plugin of this run needs {needs}; declare the need")
         return ids
 
     @property

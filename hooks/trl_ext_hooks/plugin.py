@@ -35,6 +35,8 @@ CLAIMS: dict[str, str] = {
 
 NEEDS: dict[str, str] = {
     "whole_groups": "every micro-batch holds whole groups. A batch size that would split one is refused",
+    "grouped_steps": "every optimizer step holds whole groups, spread in any way over its micro-batches and "
+    "processes. Batch sizes with which a step would take a part of one are refused",
     "whole_parameters": "every process holds all parameters, so that it may call the policy alone, as it likes. "
     "FSDP, DeepSpeed stage 3 and tensor parallelism are refused",
     "grouped_order": "rows of a group stay next to each other in the micro-batches, as far as the sizes allow",

@@ -99,8 +99,14 @@ def test_methods_that_did_not_run_on_two_processes_are_named() -> None:
     missing = {name for name in builtins.BUILTINS if f'"{name}"' not in scripts}
     (cell,) = [cell for where, cell in rows("What was run where") if where.startswith("DDP, 2")]
     long = {path.stem for path in (ROOT / "tests").glob("*/test_*_processes.py") if "mark.slow" in path.read_text()}
-    of_methods = {"test_credit_processes", "test_tool_processes", "test_pairs_processes", "test_vl_dac_processes"}
+    of_methods = {
+        "test_credit_processes",
+        "test_drpo_processes",
+        "test_tool_processes",
+        "test_pairs_processes",
+        "test_vl_dac_processes",
+    }
     assert long == of_methods
     slow, _, not_run = cell.partition("Not run:")
-    assert re.findall(r"`([a-z-]+)`", slow) == ["decs", "hdpo", "otc", "spae", "tgdpo", "vl-dac"]
+    assert re.findall(r"`([a-z-]+)`", slow) == ["decs", "disco", "drpo", "hdpo", "otc", "spae", "tgdpo", "vl-dac"]
     assert set(re.findall(r"`([a-z-]+)`", not_run)) == missing

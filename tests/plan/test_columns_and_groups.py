@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,3 +147,47 @@ def test_groups_of_any_size_and_whole_ones_exclude_each_other(plan: Any) -> None
     other = type("Other", (former,), {"name": "other"})
     with refused(ConfigError, "both claim groups"):
         plan(former, other)
+
+
+PER_STEP = checking(needs=("grouped_steps",), trainers=("grpo", "rloo"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "accumulated", "slices", "iterations", "fits"),
+    [
+        (2, 4, 4, 1, True),  # a step takes the whole round, so groups of 4 may lie on several processes
+        (3, 1, 1, 2, True),
+        (2, 2, 1, 2, True),  # twice
+        (4, 1, 4, 1, True),
+        (2, 2, 4, 1, True),  # two micro-batches hold a group
+        (2, 1, 4, 1, False),
+        (3, 2, 4, 1, False),
+        (4, 2, 3, 2, True),  # the second step goes round the end of the round
+        (2, 2, 3, 2, False),
+    ],
+)
+def test_steps_that_split_groups(
+    rows: int, accumulated: int, slices: int, iterations: int, fits: bool, plugin: Any, tmp_path: Path
+) -> None:
+    settings = {"gradient_accumulation_steps": accumulated, "steps_per_generation": slices}
+    args = tiny_args("grpo", tmp_path, num_iterations=iterations, per_device_train_batch_size=4, **settings)
+    args.per_device_train_batch_size = rows  # TRL takes any where the rows of all processes are whole groups
+    text = f"it takes {rows * math.gcd(accumulated, slices)} rows in a row of each process"
+    with contextlib.nullcontext() if fits else refused(ConfigError, text, "splits groups of num_generations=4; make"):
+        make_plan(resolve({plugin(PER_STEP): {}}), Config("grpo", args, NAMES, ("prompt",), ()))
+
+
+def test_the_ways_out_of_a_step_that_splits_groups(plan: Any) -> None:
+    split = {"per_device_train_batch_size": 2, "steps_per_generation": 4}
+    with refused(ConfigError, "make that number a multiple of 4, or set steps_per_generation=1 and num_iterations=4"):
+        plan(PER_STEP, **split)
+    plan(PER_STEP, **split | {"per_device_train_batch_size": 4})
+    plan(PER_STEP, per_device_train_batch_size=4, steps_per_generation=1, num_iterations=4)
+
+
+def test_groups_of_any_size_fit_into_steps_that_take_the_whole_round(plan: Any) -> None:
+    former = type("Former", (checking(**FORMS),), {"name": "former"})
+    plan(former, PER_STEP, steps_per_generation=1, num_iterations=2)
+    text = "checking: every optimizer step must hold whole groups, and former forms groups of any size; set"
+    with refused(ConfigError, text, "steps_per_generation=1, so that every step takes the whole round"):
+        plan(former, PER_STEP, steps_per_generation=2)

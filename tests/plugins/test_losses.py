@@ -13,12 +13,20 @@ import trl_ext
 from trl_ext_hooks import Plugin, PolicyLoss, hookimpl
 from trl_ext_hooks.toolkit.losses import masked_mean
 
-METHODS = [("thinkless", "grpo"), ("p3o", "grpo"), ("p3o", "rloo"), ("trpa", "grpo"), ("reg-grpo", "grpo")]
+METHODS = [
+    ("thinkless", "grpo"),
+    ("p3o", "grpo"),
+    ("p3o", "rloo"),
+    ("trpa", "grpo"),
+    ("reg-grpo", "grpo"),
+    ("drpo", "grpo"),
+]
 OPTIONS: dict[str, dict[str, Any]] = {
     "thinkless": {"alpha": 0.3, "think": "T", "short": "S", "close": "E"},
     "p3o": {"reward_scale": "running_diff"},
     "trpa": {"tr_kl_coef": 1.0},
     "reg-grpo": {},
+    "drpo": {"correct_threshold": 2.5},
 }
 
 
@@ -76,6 +84,8 @@ def test_completions_without_a_token(name: str, kind: str, build: Any, plugin: A
             assert not torch.isnan(batch["p3o_rewards"]).any()
         elif name == "reg-grpo":
             assert batch["reg_grpo_rows"].all()
+        elif name == "drpo":
+            assert batch["contrast_counted"].all()
         else:
             assert torch.equal(torch.isnan(batch["preference_level"]), empty)
 

@@ -29,6 +29,8 @@ _spec.loader.exec_module(pairs)
 
 TRIGGERS = {
     "decs": ("decs/redundant_tokens", 0.0, 1.0),
+    "disco": ("disco/mixed_prompts", 0.0, math.inf),
+    "drpo": ("drpo/mixed_prompts", 0.0, math.inf),
     "dvao": ("dvao/advantage_change", 0.0, math.inf),
     "gdpo": ("gdpo/advantage_change", 0.0, math.inf),
     "hdpo": ("hdpo/signal", 0.0, math.inf),

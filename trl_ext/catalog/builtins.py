@@ -7,6 +7,8 @@ GROUP = "trl_ext"
 BUILTINS: dict[str, str] = {
     "apo": "trl_ext_plugins.apo:APO",
     "decs": "trl_ext_plugins.decs:DECS",
+    "disco": "trl_ext_plugins.drpo:DisCO",
+    "drpo": "trl_ext_plugins.drpo:DRPO",
     "dvao": "trl_ext_plugins.dvao:DVAO",
     "gdpo": "trl_ext_plugins.gdpo:GDPO",
     "hdpo": "trl_ext_plugins.hdpo:HDPO",

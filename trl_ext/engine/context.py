@@ -174,7 +174,7 @@ class Context:
         self.recorder: Recorder | None = None
         self.columns: list[str] = []
         self.undo: list[Callable[[], None]] = []
-        self.keeps_groups = bool({"whole_groups", "grouped_order"} & set(plan.needs))
+        self.keeps_groups = bool({"whole_groups", "grouped_steps", "grouped_order"} & set(plan.needs))
         self.wants_loss = self.calls.has("policy_loss", "loss_terms", "loss_metrics")
         needs_logps = bool({"old_logps", "old_entropies", "ref_logps"} & set(plan.needs))
         # the KL term of RLOO is part of the rewards, which groups of a plugin divide anew

@@ -281,6 +281,8 @@ def _check_need(need: str, names: list[str], config: Config) -> list[str]:
             for size, group in phases
             if getattr(args, size) % getattr(args, group)
         ]
+    if need == "grouped_steps":
+        return _split_by_steps(who, args)
     return []
 
 
@@ -293,6 +295,13 @@ def _check_groups(specs: Sequence[PluginSpec], needs: Mapping[str, Sequence[str]
     if former and "whole_groups" in needs:
         who = " and ".join(needs["whole_groups"])
         refusals.append(f"{who}: groups must stay whole, and {former} forms groups of any size; leave one of them out")
+    if former and "grouped_steps" in needs:
+        who, accumulated = " and ".join(needs["grouped_steps"]), config.args.gradient_accumulation_steps
+        if accumulated % config.args.steps_per_generation:  # else a step takes all rows of a round
+            refusals.append(
+                f"{who}: every optimizer step must hold whole groups, and {former} forms groups of any size; set "
+                f"steps_per_generation={accumulated}, so that every step takes the whole round"
+            )
     counts = {need: names for need, names in needs.items() if need.startswith("prompts:")}
     if len(counts) > 1:
         asked = ", ".join(f"{' and '.join(names)} {need.partition(':')[2]}" for need, names in counts.items())
@@ -321,6 +330,27 @@ def _check_steps(who: str, config: Config) -> list[str]:
         f"gradient_accumulation_steps={args.gradient_accumulation_steps} a step takes rows of several rounds of "
         f"steps_per_generation={args.steps_per_generation} and num_iterations={args.num_iterations}; make "
         f"steps_per_generation * num_iterations a multiple of gradient_accumulation_steps"
+    ]
+
+
+def _split_by_steps(who: str, args: Any) -> list[str]:
+    """Returns the refusal of settings with which an optimizer step takes a part of a group, if they do.
+
+    A process has consecutive rows of a round and takes them in slices. A step that takes all slices of every process
+    holds whole groups, on however many processes they lie. One that takes some of them holds whole groups only where
+    its slices on each process do.
+    """
+    rows, group = int(args.per_device_train_batch_size), int(args.num_generations)
+    accumulated, slices = int(args.gradient_accumulation_steps), int(args.steps_per_generation)
+    # a step may begin at any multiple of this many slices
+    taken = math.gcd(accumulated, slices)
+    if taken == slices or rows * taken % group == 0:
+        return []
+    return [
+        f"{who}: every optimizer step must hold whole groups, and with steps_per_generation={slices} it takes "
+        f"{rows * taken} rows in a row of each process (per_device_train_batch_size={rows} * {taken}), which splits "
+        f"groups of num_generations={group}; make that number a multiple of {group}, or set steps_per_generation="
+        f"{accumulated} and num_iterations={max(2, slices // accumulated)}, so that every step takes the whole round"
     ]
 
 

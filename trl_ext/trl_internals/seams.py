@@ -61,6 +61,7 @@ _SCORING = frozenset(
     }
 )
 _LOSS = frozenset({"policy_loss", "loss_terms", "loss_metrics", "side_batch", "step_statistics"})
+_GROUPED = frozenset({"grouped_order", "whole_groups", "grouped_steps"})
 _PAIR_FORWARDS = frozenset({"logps", "pair_logps", "pair_metrics"})
 
 SEAMS: tuple[Seam, ...] = (
@@ -77,11 +78,9 @@ SEAMS: tuple[Seam, ...] = (
         "_prepare_inputs",
         _ROUND,
         ("generation_batch",),
-        frozenset({"grouped_order", "whole_groups", "step_statistics"}),
+        _GROUPED | {"step_statistics"},
     ),
-    Seam(
-        "shuffle_sequence_dict", _ROUND, ("seq_dict",), frozenset({"grouped_order", "whole_groups"}), module_level=True
-    ),
+    Seam("shuffle_sequence_dict", _ROUND, ("seq_dict",), _GROUPED, module_level=True),
     Seam(
         "_get_per_token_logps_and_entropies",
         _ROUND,
