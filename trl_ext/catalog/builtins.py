@@ -6,6 +6,7 @@ GROUP = "trl_ext"
 """Group of the entry points with which packages offer plugins."""
 BUILTINS: dict[str, str] = {
     "apo": "trl_ext_plugins.apo:APO",
+    "constrained": "trl_ext_plugins.constrained:Constrained",
     "decs": "trl_ext_plugins.decs:DECS",
     "dvao": "trl_ext_plugins.dvao:DVAO",
     "gdpo": "trl_ext_plugins.gdpo:GDPO",
@@ -13,6 +14,7 @@ BUILTINS: dict[str, str] = {
     "mix": "trl_ext_plugins.mix:Mix",
     "otc": "trl_ext_plugins.otc:OTC",
     "p3o": "trl_ext_plugins.p3o:P3O",
+    "rm-ensemble": "trl_ext_plugins.rm_ensemble:RewardModelEnsemble",
     "shared-prefix": "trl_ext_plugins.shared_prefix:SharedPrefix",
     "spae": "trl_ext_plugins.spae:SPAE",
     "tgdpo": "trl_ext_plugins.tgdpo:TGDPO",

@@ -12,12 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_ext_hooks import Loss
+from trl_ext_hooks.toolkit.moments import add_to_moments, running_std
 from trl_ext_plugins.p3o import (
     P3O,
-    add_to_moments,
     joint_clipping,
     reward_gap,
-    running_std,
     separate_clipping,
     token_clipping,
 )
