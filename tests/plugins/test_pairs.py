@@ -28,6 +28,7 @@ pairs = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(pairs)
 
 TRIGGERS = {
+    "constrained": ("constrained/advantage_change", 0.0, math.inf),
     "decs": ("decs/redundant_tokens", 0.0, 1.0),
     "disco": ("disco/mixed_prompts", 0.0, math.inf),
     "drpo": ("drpo/mixed_prompts", 0.0, math.inf),
@@ -37,6 +38,7 @@ TRIGGERS = {
     "otc": ("otc/r_tool_mean", -1.0, 1.0),
     "p3o": ("p3o/pairs", 0.0, math.inf),
     "reg-grpo": ("reg-grpo/log_ratio_std", 1e-9, math.inf),
+    "rm-ensemble": ("rm-ensemble/penalty", 0.0, math.inf),
     "shared-prefix": ("shared-prefix/token_ratio", 1.0, math.inf),
     "spae": ("spae/probes", 0.0, math.inf),
     "tgdpo": ("tgdpo/factor/chosen", 1.0, math.inf),

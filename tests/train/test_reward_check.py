@@ -100,6 +100,10 @@ def test_schedules_see_the_state_of_a_run() -> None:
     assert tried(shaped, ROWS[:1], state={"max_steps": 50}) == [] == tried(shaped, ROWS[:1])
 
 
+def test_names_of_reward_models_are_left_to_the_trainer() -> None:
+    assert tried("some/reward-model") == []
+
+
 def test_functions_of_what_only_training_has_are_not_called() -> None:
     def by_environment(environments: Any, **columns: Any) -> list[float]:
         raise AssertionError("there is no environment yet")

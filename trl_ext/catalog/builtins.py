@@ -6,6 +6,7 @@ GROUP = "trl_ext"
 """Group of the entry points with which packages offer plugins."""
 BUILTINS: dict[str, str] = {
     "apo": "trl_ext_plugins.apo:APO",
+    "constrained": "trl_ext_plugins.constrained:Constrained",
     "decs": "trl_ext_plugins.decs:DECS",
     "disco": "trl_ext_plugins.drpo:DisCO",
     "drpo": "trl_ext_plugins.drpo:DRPO",
@@ -16,6 +17,7 @@ BUILTINS: dict[str, str] = {
     "otc": "trl_ext_plugins.otc:OTC",
     "p3o": "trl_ext_plugins.p3o:P3O",
     "reg-grpo": "trl_ext_plugins.reg_grpo:RegGRPO",
+    "rm-ensemble": "trl_ext_plugins.rm_ensemble:RewardModelEnsemble",
     "shared-prefix": "trl_ext_plugins.shared_prefix:SharedPrefix",
     "spae": "trl_ext_plugins.spae:SPAE",
     "tgdpo": "trl_ext_plugins.tgdpo:TGDPO",

@@ -177,9 +177,10 @@ def _state(values: Mapping[str, Any]) -> Any:
 
 
 def _is_model(function: Any) -> bool:
+    """Tells whether a reward is a model, or the path or name of one, which the trainer loads."""
     from torch.nn import Module
 
-    return isinstance(function, Module)
+    return isinstance(function, str | Module)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 
 from trl_ext_hooks.toolkit.groups import group_pairs
+from trl_ext_hooks.toolkit.moments import add_to_moments, running_std
 from trl_ext_plugins.p3o import (
     P3O,
-    add_to_moments,
     importance,
     joint_clipping,
     reward_gap,
-    running_std,
     separate_clipping,
     token_clipping,
 )
