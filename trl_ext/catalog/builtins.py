@@ -19,6 +19,7 @@ BUILTINS: dict[str, str] = {
     "thinkless": "trl_ext_plugins.thinkless:Thinkless",
     "tools": "trl_ext_plugins.tools:Tools",
     "trpa": "trl_ext_plugins.trpa:TRPA",
+    "verl-rank": "trl_ext_plugins.verl_rank:VERLRank",
     "vl-dac": "trl_ext_plugins.vl_dac:VLDAC",
 }
 TRL = "trl"
