@@ -8,6 +8,7 @@ BUILTINS: dict[str, str] = {
     "apo": "trl_ext_plugins.apo:APO",
     "decs": "trl_ext_plugins.decs:DECS",
     "dvao": "trl_ext_plugins.dvao:DVAO",
+    "dynamic-weights": "trl_ext_plugins.dynamic_weights:DynamicWeights",
     "gdpo": "trl_ext_plugins.gdpo:GDPO",
     "hdpo": "trl_ext_plugins.hdpo:HDPO",
     "mix": "trl_ext_plugins.mix:Mix",
