@@ -112,7 +112,9 @@ class VERLRank(Plugin):
         gain: float = option(2.0, gt=0, help="how sharply the acceleration decides", source="train.sh")
         kappa: float = option(2.0, gt=0, help="the bonus is at most |advantage| / kappa", source="paper, train.sh")
         ema: float = option(0.3, gt=0, le=1, help="weight of a step in the running averages", source="train.sh")
-        weight: float = option(1.0, ge=0, help="factor of the bonus before it is cut; 0 is the base", source="train.sh")
+        weight: float = option(
+            1.0, ge=0, help="factor of the bonus before it is cut; 0 = measure only", source="train.sh"
+        )
         window: int | None = option(
             512, ge=2, help="last tokens that velocity and acceleration look at; null = all", source="authors' code"
         )

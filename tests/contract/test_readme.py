@@ -100,7 +100,17 @@ def test_methods_that_did_not_run_on_two_processes_are_named() -> None:
     (cell,) = [cell for where, cell in rows("What was run where") if where.startswith("DDP, 2")]
     long = {path.stem for path in (ROOT / "tests").glob("*/test_*_processes.py") if "mark.slow" in path.read_text()}
     of_methods = {"test_credit_processes", "test_tool_processes", "test_pairs_processes", "test_vl_dac_processes"}
+    of_methods.add("test_weights_processes")
     assert long == of_methods
     slow, _, not_run = cell.partition("Not run:")
-    assert re.findall(r"`([a-z-]+)`", slow) == ["decs", "hdpo", "otc", "spae", "tgdpo", "vl-dac"]
+    assert re.findall(r"`([a-z-]+)`", slow) == [
+        "decs",
+        "dynamic-weights",
+        "hdpo",
+        "otc",
+        "spae",
+        "tgdpo",
+        "verl-rank",
+        "vl-dac",
+    ]
     assert set(re.findall(r"`([a-z-]+)`", not_run)) == missing
