@@ -79,6 +79,13 @@ class TrainerView(Protocol):
         """
 
     @property
+    def learning_rate(self) -> float:
+        """Returns the learning rate of the next optimizer step, in the hook `optimizer_step` that of the step itself.
+
+        It is that of the first parameter group. Before training it is the one of `args`.
+        """
+
+    @property
     def reward_names(self) -> tuple[str, ...]:
         """Returns the names of the F reward functions, each of them once. DPO has none."""
 

@@ -33,6 +33,7 @@ TRIGGERS = {
     "disco": ("disco/mixed_prompts", 0.0, math.inf),
     "drpo": ("drpo/mixed_prompts", 0.0, math.inf),
     "dvao": ("dvao/advantage_change", 0.0, math.inf),
+    "dynamic-weights": ("dynamic-weights/advantage_change", 0.0, math.inf),
     "gdpo": ("gdpo/advantage_change", 0.0, math.inf),
     "hdpo": ("hdpo/signal", 0.0, math.inf),
     "otc": ("otc/r_tool_mean", -1.0, 1.0),
@@ -45,6 +46,7 @@ TRIGGERS = {
     "thinkless": ("thinkless/advantage_change", 0.0, math.inf),
     "tools": ("tools/call_frequency", 0.0, math.inf),
     "trpa": ("trpa/pairs", 0.0, math.inf),
+    "verl-rank": ("verl-rank/advantage_change", 0.0, math.inf),
     "vl-dac": ("vl-dac/steps", 1.0, math.inf),
 }
 """The metric of each plugin that says it had something to act on in a step: strictly between the two numbers."""

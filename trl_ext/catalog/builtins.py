@@ -11,6 +11,7 @@ BUILTINS: dict[str, str] = {
     "disco": "trl_ext_plugins.drpo:DisCO",
     "drpo": "trl_ext_plugins.drpo:DRPO",
     "dvao": "trl_ext_plugins.dvao:DVAO",
+    "dynamic-weights": "trl_ext_plugins.dynamic_weights:DynamicWeights",
     "gdpo": "trl_ext_plugins.gdpo:GDPO",
     "hdpo": "trl_ext_plugins.hdpo:HDPO",
     "mix": "trl_ext_plugins.mix:Mix",
@@ -24,6 +25,7 @@ BUILTINS: dict[str, str] = {
     "thinkless": "trl_ext_plugins.thinkless:Thinkless",
     "tools": "trl_ext_plugins.tools:Tools",
     "trpa": "trl_ext_plugins.trpa:TRPA",
+    "verl-rank": "trl_ext_plugins.verl_rank:VERLRank",
     "vl-dac": "trl_ext_plugins.vl_dac:VLDAC",
 }
 TRL = "trl"

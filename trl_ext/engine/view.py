@@ -97,6 +97,11 @@ class View:
         return self.own_rows.total_steps()
 
     @property
+    def learning_rate(self) -> float:
+        optimizer = self._trainer.optimizer
+        return float(self.args.learning_rate if optimizer is None else optimizer.param_groups[0]["lr"])
+
+    @property
     def reward_names(self) -> tuple[str, ...]:
         return self.own_rows.reward_names()
 

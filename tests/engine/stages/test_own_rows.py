@@ -234,7 +234,7 @@ def test_data_and_steps(build: Any, plugin: Any) -> None:
 
     view, trainer = known(max_steps=-1, num_train_epochs=3, remove_unused_columns=True)
     assert view.data[3].keys() == {"prompt"} and len(view.data) == 16 and view.data is view.data
-    assert view.total_steps == 24 and view.reward_names == ("digits", "brevity")
+    assert view.total_steps == 24 and view.reward_names == ("digits", "brevity") and view.learning_rate == 1e-2
     trainer.train_dataset = Dataset.from_list([{"prompt": "x"}])
     assert view.data[0] == {"prompt": "x"}
     stream = IterableDataset.from_generator(lambda: iter(tiny_data()))
