@@ -93,7 +93,7 @@ class DrMAS(Plugin):
         trajectory_column: str = option(
             "trajectory", help="column or field that numbers rollouts, read for the baseline only", source="ours"
         )
-        scale: bool = option(True, help="divide by the standard deviation", source="paper")
+        scale_by_std: bool = option(True, help="divide by the standard deviation", source="paper")
         eps: float = option(1e-6, gt=0, help="added to the standard deviation", source="authors' code")
         alone: Literal["zero", "reward"] = option(
             "zero", help="advantage of an agent's only row of a prompt: 0, or its reward as it is", source="ours"
@@ -129,7 +129,7 @@ class DrMAS(Plugin):
     @hookimpl
     def advantages(self, round: Round) -> torch.Tensor:
         options, rewards = self.options, round.total_reward
-        settings: dict[str, Any] = {"eps": options.eps, "scale": options.scale, "alone": options.alone}
+        settings: dict[str, Any] = {"eps": options.eps, "scale": options.scale_by_std, "alone": options.alone}
         named, *others = (self.labels(round, name) for name in self.columns)
         agents = label_ids(named).to(rewards.device)
         groups = torch.zeros_like(round.group_ids) if options.normalise == "batch" else round.group_ids

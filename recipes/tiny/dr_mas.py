@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trl_ext import lab
-from trl_ext.lab.builtin.letters import CHOICES, QUESTIONS, right_letter_rows
+from trl_ext.lab.builtin.letters import CHOICES, QUESTIONS, right_letter, right_letter_rows
 from trl_ext.lab.messages import assistant, final_text, user
 from trl_ext_hooks import Generation, Loss, Plugin, Round, hookimpl
 from trl_ext_hooks.basics import Metric
@@ -41,13 +41,16 @@ def filed(prompts: list[Any], completions: list[Any], agent: list[str], **column
 
 
 def traces(size: int, seed: int) -> list[dict[str, Any]]:
-    """Makes answers of any letter, to a question and to a question with a letter behind it."""
+    """Makes answers of both agents, of which three in ten are right and the others any letter."""
     draw = random.Random(f"team {seed}")
-    shown = [draw.choice(["", draw.choice(CHOICES)]) for _ in range(size)]
-    return [
-        {"prompt": user(draw.choice(QUESTIONS) + letter), "completion": assistant(draw.choice(CHOICES))}
-        for letter in shown
-    ]
+
+    def trace() -> dict[str, Any]:
+        question, letter = draw.choice(QUESTIONS), draw.choice(["", draw.choice(CHOICES)])
+        known = partner(letter) if letter else right_letter(question)
+        said = known if draw.random() < 0.3 else draw.choice(CHOICES)
+        return {"prompt": user(question + letter), "completion": assistant(said)}
+
+    return [trace() for _ in range(size)]
 
 
 TASK = dataclasses.replace(
@@ -57,6 +60,7 @@ TASK = dataclasses.replace(
     rows=right_letter_rows,
     rewards=(solved, filed),
     traces=traces,
+    warm_up=dataclasses.replace(lab.task("right-letter").warm_up, steps=300),
 )
 
 
@@ -86,7 +90,7 @@ class Office(Plugin):
         if not loss.per_token_logps.requires_grad:
             return None
         parameters = [value for value in loss.trainer.model.parameters() if value.requires_grad]
-        terms = (loss.advantages.unsqueeze(1) * loss.per_token_logps * loss.mask).sum(dim=1)
+        terms = (loss.advantages * loss.per_token_logps * loss.mask).sum(dim=1)
         norms = []
         for rows in (~loss.batch["is_clerk"], loss.batch["is_clerk"]):
             parts = torch.autograd.grad((terms * rows).mean(), parameters, retain_graph=True, allow_unused=True)

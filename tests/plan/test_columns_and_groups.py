@@ -145,3 +145,19 @@ def test_groups_of_any_size_and_whole_ones_exclude_each_other(plan: Any) -> None
     other = type("Other", (former,), {"name": "other"})
     with refused(ConfigError, "both claim groups"):
         plan(former, other)
+
+
+def test_a_plugin_sees_which_values_the_plugins_of_the_run_may_add(plan: Any) -> None:
+    seen = []
+
+    class Asks(Plugin):
+        name = "asks"
+        trainers = ("grpo", "rloo")
+        fields = ("own",)
+
+        @hookimpl
+        def configure(self, config: Any) -> None:
+            seen.append(config.fields)
+
+    plan(Asks, checking(fields=("agent", "turn"), trainers=("grpo", "rloo")))
+    assert seen == [("own", "agent", "turn")]

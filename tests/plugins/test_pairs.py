@@ -28,11 +28,13 @@ _spec.loader.exec_module(pairs)
 
 TRIGGERS = {
     "decs": ("decs/redundant_tokens", 0.0, 1.0),
+    "dr-mas": ("dr-mas/advantage_change", 0.0, math.inf),
     "dvao": ("dvao/advantage_change", 0.0, math.inf),
     "gdpo": ("gdpo/advantage_change", 0.0, math.inf),
     "hdpo": ("hdpo/signal", 0.0, math.inf),
     "otc": ("otc/r_tool_mean", -1.0, 1.0),
     "p3o": ("p3o/pairs", 0.0, math.inf),
+    "polychromic": ("polychromic/advantage_change", 0.0, math.inf),
     "shared-prefix": ("shared-prefix/token_ratio", 1.0, math.inf),
     "spae": ("spae/probes", 0.0, math.inf),
     "tgdpo": ("tgdpo/factor/chosen", 1.0, math.inf),
@@ -42,6 +44,8 @@ TRIGGERS = {
     "vl-dac": ("vl-dac/steps", 1.0, math.inf),
 }
 """The metric of each plugin that says it had something to act on in a step: strictly between the two numbers."""
+LIKE_GDPO = {"dr-mas", "dvao", "polychromic"}
+"""Estimators that act where `gdpo` does, and nowhere else."""
 EXACT = "shared-prefix"
 """Changes no number. Without it a run is the same up to rounding."""
 GIVES = "tools"
@@ -79,8 +83,8 @@ def parameters(trainer: Any) -> torch.Tensor:
 
 
 TRAINED = [
-    # every fourth pair in each run of the suite, and all of them with `make slow`. `dvao` acts where `gdpo` does
-    pytest.param(*case, marks=[pytest.mark.slow] if "dvao" in case or number % 4 else [])
+    # every fourth pair in each run of the suite, and all of them with `make slow`
+    pytest.param(*case, marks=[pytest.mark.slow] if LIKE_GDPO & set(case) or number % 4 else [])
     for number, case in enumerate(ALLOWED)
     if not {"apo", "mix"} & set(case)  # the parts of a mix decide what it does, and it has tests of its own
 ]

@@ -14,6 +14,14 @@ def last_text(completions: list[Any], **columns: Any) -> list[str | None]:
     return [text.strip() or None for text in texts]
 
 
+def known_answer(completions: list[Any], answers: list[Any], **columns: Any) -> list[str | None]:
+    """Takes the last message for the strategy where it is in the row's list `answers`, a column of right answers.
+
+    Wrong answers have no strategy then, so that only right ones make a set diverse.
+    """
+    return [text if text in known else None for text, known in zip(last_text(completions), answers, strict=True)]
+
+
 def tools_called(completions: list[Any], **columns: Any) -> list[frozenset[str]]:
     """Takes the names of the tools that a completion calls, whatever their order, for the strategy."""
     calls = [

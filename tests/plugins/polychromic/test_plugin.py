@@ -14,7 +14,7 @@ import trl_ext
 from tests.engine.stages.ranks import Ranks, RankView
 from tests.refusals import refused, unloadable
 from trl_ext_hooks import UsageError
-from trl_ext_plugins.polychromic import Polychromic
+from trl_ext_plugins.polychromic import Polychromic, strategies
 
 
 @pytest.fixture
@@ -126,3 +126,15 @@ def test_results_of_the_wrong_form(result: Any, text: str, strategy: Any) -> Non
     round, _ = made_round(RankView(Ranks(1), 0), REWARDS)
     with pytest.raises(UsageError, match=text):
         Polychromic(Polychromic.Options(strategy=path, set_size=2)).advantages(round)
+
+
+def test_strategies_that_are_there_already() -> None:
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "search"}}]}
+    other = {"role": "assistant", "tool_calls": [{"function": {"name": "add"}}, {"function": {"name": "search"}}]}
+    said = [{"role": "assistant", "content": " 7 "}]
+    completions: list[Any] = [[call, other, *said], said, "7", "", [call]]
+    assert strategies.last_text(completions=completions, index=[0]) == ["7", "7", "7", None, None]
+    answers = [["7", "8"], ["8"], ["7"], [""], ["7"]]
+    assert strategies.known_answer(completions=completions, answers=answers) == ["7", None, "7", None, None]
+    called = strategies.tools_called(completions=completions)
+    assert called == [{"search", "add"}, frozenset(), frozenset(), frozenset(), {"search"}]
