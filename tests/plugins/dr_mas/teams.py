@@ -9,12 +9,14 @@ from trl_ext_hooks.toolkit import teams
 
 
 class Pair(Plugin):
-    """A solver answers, a verifier looks at the answer, and the solver corrects every second one."""
+    """A solver answers, a verifier looks at the answer, and the solver corrects some of them."""
 
     name = "pair"
     trainers = ("grpo", "rloo")
     claims = ("groups",)
     fields = teams.FIELDS
+    corrected: frozenset[int] = frozenset({1, 3, 5, 7})
+    """Numbers of the rows that the solver corrects."""
 
     @hookimpl
     def rollout(self, prompts: list[Any], generate: Any, context: Any) -> Generation:
@@ -25,7 +27,7 @@ class Pair(Plugin):
             for prompt, text in zip(prompts, answers, strict=True)
         ]
         self.verdicts = team.ask("verifier", checks)
-        again = [row for row, number in enumerate(context.row_numbers) if number % 2]
+        again = [row for row, number in enumerate(context.row_numbers) if number in self.corrected]
         team.ask("solver", [[{"role": "user", "content": f"Correct {answers[row]}"}] for row in again], rows=again)
         return team.generation()
 
