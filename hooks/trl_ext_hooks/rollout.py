@@ -101,21 +101,33 @@ class Generation:
             )
         if not rows:
             return self
-        if (self.logprobs is None) != (by.logprobs is None):
-            raise ValueError(
-                "Generation.replaced got two generations of which one has `logprobs`. Both must come from the same "
-                "sampler, or set `logprobs` to None in both."
-            )
         # the order in which the rows of both stand behind each other
         order = list(range(count))
         for i, row in enumerate(rows):
             order[row] = count + i
-        own, other = (_with_tool_mask(part, self.tool_mask, by.tool_mask) for part in (self, by))
-        sizes = (count, len(rows))
-        joined = {
-            entry.name: _joined(getattr(own, entry.name), getattr(other, entry.name), sizes) for entry in fields(self)
-        }
-        return Generation(**joined).select(order)
+        return self.joined(by).select(order)
+
+    def joined(self, other: Generation) -> Generation:
+        """Returns the rows of this generation, and behind them those of another one.
+
+        Raises:
+            ValueError: Only one of the two generations has log-probabilities of the sampler.
+        """
+        sizes = (len(self.completion_ids), len(other.completion_ids))
+        if not all(sizes):
+            return other if sizes[1] else self
+        if (self.logprobs is None) != (other.logprobs is None):
+            raise ValueError(
+                "two generations of which one has `logprobs` cannot become one. Both must come from the same sampler, "
+                "or set `logprobs` to None in both."
+            )
+        first, second = (_with_tool_mask(part, self.tool_mask, other.tool_mask) for part in (self, other))
+        return Generation(
+            **{
+                entry.name: _joined(getattr(first, entry.name), getattr(second, entry.name), sizes)
+                for entry in fields(self)
+            }
+        )
 
 
 def _with_tool_mask(generation: Generation, *masks: Any) -> Generation:

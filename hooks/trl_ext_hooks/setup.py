@@ -29,6 +29,7 @@ class Config:
         tool_sources: What lets rollouts call tools: those of `tools`, `environment_factory` and `rollout_func` that
             the trainer receives.
         estimators: Names of the plugins that claim `estimator`, in the same order.
+        fields: Names of the values per row that plugins of the run may add (`Plugin.fields`), in the same order.
         data: The training data. None where their rows cannot be read before training, as in a stream.
         rewriters: Names of the plugins that rewrite rewards (hook `rewards`), in the same order.
     """
@@ -41,6 +42,7 @@ class Config:
     tool_sources: tuple[str, ...] = ()
     rewriters: tuple[str, ...] = ()
     estimators: tuple[str, ...] = field(default=(), kw_only=True)
+    fields: tuple[str, ...] = field(default=(), kw_only=True)
     data: Any = field(default=None, kw_only=True, repr=False, compare=False)
 
     def first_rows(self, *columns: str, count: int = 1000) -> list[dict[str, Any]]:

@@ -94,3 +94,14 @@ def test_rows_of_another_generation_in_their_places() -> None:
             own.replaced(rows, by)
     with pytest.raises(ValueError, match="two generations of which one has `logprobs`"):
         own.replaced([0, 1], generation("b", 2, logprobs=[[0.1], [0.2]]))
+
+
+def test_rows_of_another_generation_behind_its_own() -> None:
+    own = generation("a", 2, source=[0, 1], fields={"who": ["x", "y"]})
+    other = generation("b", 1, tool_mask=[[1, 0]], source=[1], fields={"who": ["z"]})
+    both = own.joined(other)
+    assert both.completions == ["a0", "a1", "b0"] and both.tool_mask == [[1, 1], [1, 1], [1, 0]]
+    assert both.source == [0, 1, 1] and both.fields == {"who": ["x", "y", "z"]}
+    assert own.joined(Generation([], [], [])) is own and Generation([], [], []).joined(own) is own
+    with pytest.raises(ValueError, match="two generations of which one has `logprobs` cannot become one"):
+        own.joined(generation("b", 1, logprobs=[[0.1]]))

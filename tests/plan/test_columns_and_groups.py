@@ -191,3 +191,19 @@ def test_groups_of_any_size_fit_into_steps_that_take_the_whole_round(plan: Any) 
     text = "checking: every optimizer step must hold whole groups, and former forms groups of any size; set"
     with refused(ConfigError, text, "steps_per_generation=1, so that every step takes the whole round"):
         plan(former, PER_STEP, steps_per_generation=2)
+
+
+def test_a_plugin_sees_which_values_the_plugins_of_the_run_may_add(plan: Any) -> None:
+    seen = []
+
+    class Asks(Plugin):
+        name = "asks"
+        trainers = ("grpo", "rloo")
+        fields = ("own",)
+
+        @hookimpl
+        def configure(self, config: Any) -> None:
+            seen.append(config.fields)
+
+    plan(Asks, checking(fields=("agent", "turn"), trainers=("grpo", "rloo")))
+    assert seen == [("own", "agent", "turn")]

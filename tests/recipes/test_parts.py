@@ -86,3 +86,25 @@ def test_reinforce_is_its_policy_gradient(build: Any) -> None:
     (chosen * batch["completion_mask"]).sum(1).mean().backward()
     for (name, value), parameter in zip(trainer.model.named_parameters(), fresh.parameters(), strict=True):
         torch.testing.assert_close(value, before[name] + 0.1 * parameter.grad, atol=1e-5, rtol=0)
+
+
+def test_different_right_letters_are_counted_by_group() -> None:
+    task = lab.task(f"{TINY / 'polychromic.py'}:TASK")
+    (right,), (row,) = task.rewards, task.rows("train", 1, 0)
+    first, second, *_ = row["answers"]
+    wrong = next(letter for letter in "abcdwxyzklmn" if letter not in row["answers"])
+    texts = [first, first, second, wrong, first + second, "", first, second] + [first] * 8
+    columns = {"completions": [assistant(text) for text in texts], "answers": [row["answers"]] * 16}
+    assert right(**columns) == [1, 1, 1, 0, 0, 0, 1, 1] + [1] * 8
+    assert task.behaviour(**columns) == {"different": [2.0] * 8 + [1.0] * 8}
+
+
+def test_solver_and_clerk_are_paid_for_their_own_answers() -> None:
+    solved, filed = lab.task(f"{TINY / 'dr_mas.py'}:TASK").rewards
+    asked = [[{"role": "user", "content": text}] for text in ("3", "3a", "3ab", "3")]
+    said = [assistant(text) for text in ("a", "y", "y", "b")]
+    columns = {"prompts": asked, "completions": said, "agent": ["solver", "clerk", "clerk", "solver"]}
+    assert solved(**columns, answer=["a"] * 4) == [1.0, None, None, 0.0]
+    assert filed(**columns, answer=["a"] * 4) == [None, 0.0, 0.0, None]
+    columns["completions"] = [assistant(text) for text in ("a", "x", "x", "b")]
+    assert filed(**columns, answer=["a"] * 4) == [None, 1.0, 0.0, None]

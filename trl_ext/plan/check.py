@@ -84,6 +84,7 @@ def make_plan(specs: Sequence[PluginSpec], config: Config, plugins: Mapping[str,
         plugins=tuple(spec.name for spec in ordered),
         rewriters=tuple(spec.name for spec in ordered if "rewards" in spec.hooks),
         estimators=tuple(spec.name for spec in ordered if "estimator" in spec.claims),
+        fields=tuple(name for spec in ordered for name in spec.cls.fields),
     )
     refusals: list[str] = []
     notes: list[str] = []

@@ -6,6 +6,7 @@ computed in float64 and leave NaN entries out.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,3 +109,28 @@ def group_pairs(group_ids: torch.Tensor, keep: torch.Tensor | None = None) -> to
     if keep is not None:
         together = together & keep.unsqueeze(0) & keep.unsqueeze(1)
     return together.triu(diagonal=1).nonzero()
+
+
+def label_ids(labels: Sequence[Hashable | None], *, missing: int = -1) -> torch.Tensor:
+    """Numbers labels, equal ones alike, in the order in which they first come: (N,) int64.
+
+    Args:
+        labels: N labels of all processes, as `trainer.gather_objects` returns them.
+        missing: The number of None.
+    """
+    numbers: dict[Hashable, int] = {}
+    known = [missing if label is None else numbers.setdefault(label, len(numbers)) for label in labels]
+    return torch.tensor(known, dtype=torch.int64)
+
+
+def subgroup_ids(group_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Numbers the parts into which labels divide groups: (N,) int64, equal where group and label are equal.
+
+    Rows of the group -1, which only fill up a process, stay in it.
+
+    Args:
+        group_ids: (N,) integers.
+        labels: (N,) integers.
+    """
+    parts = torch.unique(torch.stack([group_ids, labels.to(group_ids)], dim=1), dim=0, return_inverse=True)[1]
+    return torch.where(group_ids < 0, -1, parts)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_ext_hooks.toolkit.groups import group_normalize, group_pairs, group_stats
+from trl_ext_hooks.toolkit.groups import group_normalize, group_pairs, group_stats, label_ids, subgroup_ids
 
 NAN = math.nan
 VALUES = st.one_of(st.just(NAN), st.integers(-3, 3).map(float), st.floats(-100, 100, allow_nan=False, width=32))
@@ -127,3 +127,12 @@ def test_pairs_are_those_of_two_loops(rows: list[tuple[int, bool]]) -> None:
     found = group_pairs(ids, torch.tensor(keep, dtype=torch.bool))
     assert found.shape == (len(expected), 2) and found.tolist() == expected
     assert group_pairs(ids).tolist() == group_pairs(ids, torch.ones(len(rows), dtype=torch.bool)).tolist()
+
+
+def test_labels_and_the_parts_into_which_they_divide_groups() -> None:
+    labels = label_ids(["b", None, frozenset("xy"), "b", frozenset("yx"), 1, 1.0])
+    assert labels.tolist() == [0, -1, 1, 0, 1, 2, 2] and label_ids([None], missing=7).tolist() == [7]
+    assert label_ids([]).shape == (0,)
+    ids = subgroup_ids(torch.tensor([0, 0, 5, 5, 0, -1, -1]), torch.tensor([1, -1, 1, 1, 1, 1, 2]))
+    assert ids[0] == ids[4] and ids[2] == ids[3] and len({*ids[[0, 1, 2]].tolist()}) == 3
+    assert ids[5:].tolist() == [-1, -1], "rows that fill up a process stay apart from all groups"
