@@ -15,12 +15,16 @@ README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- pairs: written by `make docs` -->\n", "<!-- end of pairs -->\n"
 WORDS = ("one plugin", "the other")
 WIDTH = 80
+GIVEN: dict[str, dict[str, str]] = {
+    "polychromic": {"strategy": "trl_ext_plugins.polychromic.strategies.tools_called"},
+}
+"""Values of options that have no default. They decide no pair."""
 
 
 @functools.cache
 def pairs() -> list[tuple[declaration.PluginSpec, declaration.PluginSpec, str | None]]:
     """Returns every pair of built-ins with the reason why they exclude each other, or None."""
-    specs = find.resolve({name: None for name in sorted(builtins.BUILTINS)})
+    specs = find.resolve({name: GIVEN.get(name) for name in sorted(builtins.BUILTINS)})
     return [(left, right, compose.why_apart(left, right)) for left, right in itertools.combinations(specs, 2)]
 
 
