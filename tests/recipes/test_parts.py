@@ -86,3 +86,15 @@ def test_reinforce_is_its_policy_gradient(build: Any) -> None:
     (chosen * batch["completion_mask"]).sum(1).mean().backward()
     for (name, value), parameter in zip(trainer.model.named_parameters(), fresh.parameters(), strict=True):
         torch.testing.assert_close(value, before[name] + 0.1 * parameter.grad, atol=1e-5, rtol=0)
+
+
+def test_every_judge_of_the_ensemble_has_one_mistake_of_its_own() -> None:
+    true, *judges = lab.task(f"{TINY / 'rm_ensemble.py'}:TASK").rewards
+    texts = ["abcdab", "wwabcd", "xaaaaa", "awwwww", "yyyyyy", ""]
+    completions = [assistant(text) for text in texts]
+    assert true(completions) == [6.0, 2.0, 4.0, -4.0, -6.0, 0.0]
+    scores = torch.tensor([judge(completions) for judge in judges])  # of w, x, y and z
+    overpaid = scores - torch.tensor(true(completions))
+    expected = torch.zeros(4, 6)
+    expected[0, 1], expected[1, 2], expected[2, 4] = 18.0, 9.0, 54.0
+    assert torch.equal(overpaid, expected)
