@@ -84,7 +84,9 @@ class RewardModelEnsemble(Plugin):
         coefficient: float = option(0.1, ge=0, help="factor of the variance in `uwo`; 0.1 .. 1", source="paper, PPO")
         column: str = option("ensemble", min_length=1, help="name of the reward that takes their place", source="ours")
         standardize: bool = option(
-            False, help="bring the models to one scale with the mean and deviation of all scores so far", source="paper"
+            False,
+            help="bring the models to one scale with the mean and deviation of all scores so far",
+            source="authors' code",
         )
 
         def __post_init__(self) -> None:

@@ -108,3 +108,15 @@ def test_solver_and_clerk_are_paid_for_their_own_answers() -> None:
     assert filed(**columns, answer=["a"] * 4) == [None, 0.0, 0.0, None]
     columns["completions"] = [assistant(text) for text in ("a", "x", "x", "b")]
     assert filed(**columns, answer=["a"] * 4) == [None, 1.0, 0.0, None]
+
+
+def test_every_judge_of_the_ensemble_has_one_mistake_of_its_own() -> None:
+    true, *judges = lab.task(f"{TINY / 'rm_ensemble.py'}:TASK").rewards
+    texts = ["abcdab", "wwabcd", "xaaaaa", "awwwww", "yyyyyy", ""]
+    completions = [assistant(text) for text in texts]
+    assert true(completions) == [6.0, 2.0, 4.0, -4.0, -6.0, 0.0]
+    scores = torch.tensor([judge(completions) for judge in judges])  # of w, x, y and z
+    overpaid = scores - torch.tensor(true(completions))
+    expected = torch.zeros(4, 6)
+    expected[0, 1], expected[1, 2], expected[2, 4] = 18.0, 9.0, 54.0
+    assert torch.equal(overpaid, expected)
