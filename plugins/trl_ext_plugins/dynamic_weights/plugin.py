@@ -213,9 +213,10 @@ class DynamicWeights(Plugin):
         return Rewards(scored.rewards, scored.reward_names, weights.to(scored.reward_weights.dtype))
 
     def _log_weights(self, round: Round) -> None:
-        for values, label in ((self.weights, "weight"), (self.influence, "influence")):
-            for name, value in zip(round.reward_names, values or (), strict=False):
-                round.log(f"{label}/{name}", value)
+        for label, values in (("weight", self.weights), ("influence", self.influence)):
+            if values is not None:
+                for name, value in zip(round.reward_names, values, strict=True):
+                    round.log(f"{label}/{name}", value)
 
     @hookimpl
     def batch_fields(self, round: Round) -> dict[str, torch.Tensor]:
