@@ -21,7 +21,6 @@ from trl_ext_hooks import (
     Loss,
     Plugin,
     PolicyLoss,
-    Require,
     Requirement,
     Round,
     UsageError,
@@ -107,8 +106,6 @@ class RegGRPO(Plugin):
                 "with one update per rollout all log-ratios are 0, so nothing is regressed and the loss is a policy "
                 "gradient divided by the floor; set num_iterations=2 or more"
             )
-        if config.kind == "grpo" and args.beta and hasattr(args, "use_bias_correction_kl"):
-            yield Require("use_bias_correction_kl", (False,), "the KL term of its loss is not weighed by ratios")
 
     @hookimpl
     def batch_fields(self, round: Round) -> dict[str, torch.Tensor]:
@@ -143,7 +140,10 @@ class RegGRPO(Plugin):
         if loss.trainer.kind == "grpo" and loss.trainer.args.beta:
             drift = loss.batch["ref_per_token_logps"].double() - loss.per_token_logps.double()
             tokens = batch["reg_grpo_tokens"].clamp(min=1e-9)
-            kl = ((torch.expm1(drift) - drift) * mask).sum() / tokens
+            values = torch.expm1(drift) - drift
+            if getattr(loss.trainer.args, "use_bias_correction_kl", False):  # as in TRL
+                values = values * (loss.per_token_logps - loss.old_per_token_logps).double().exp()
+            kl = (values * mask).sum() / tokens
             loss.log("kl", kl)
             total = total + loss.trainer.args.beta * kl
         return PolicyLoss(total.to(loss.per_token_logps.dtype), "share")

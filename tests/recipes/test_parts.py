@@ -58,6 +58,16 @@ def test_the_adversary_keeps_the_order_of_levels() -> None:
     assert right == right_bait == 4.0 > bait > 3.8 > wrong == 0.5 > malformed == 0.0
 
 
+def test_the_conflict_adds_up_to_a_little_noise() -> None:
+    texts = ["a", "d", "", "bb"]
+    state = scored([[0.0, 1.0]] * 4, [1.0, 0.0], completions=[assistant(text) for text in texts], step=5)
+    found = part("dvao.py:Conflict").rewards(state)
+    assert found.values[:, 2].tolist() == [1.0, 0.0, 0.0, 1.0]
+    noise = totals(state, found)
+    assert noise.abs().min() > 0 and noise.abs().max() < 0.1
+    assert found.names[2:] == ("liked", "disliked") and found.weights.tolist() == [1.0, 0.0, 1.0, 1.0]
+
+
 def test_reinforce_is_its_policy_gradient(build: Any) -> None:
     """Rewards of 1 for everything: one step of SGD follows the gradient of the mean log-probability of completions."""
 

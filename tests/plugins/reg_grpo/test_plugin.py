@@ -72,10 +72,14 @@ def test_tokens_that_do_not_count_have_no_gradient() -> None:
     torch.testing.assert_close((value, found), gradient(micro_batch(ADVANTAGES, completion_mask=tools)))
 
 
-def test_beta_adds_the_kl_of_trl() -> None:
-    plain, with_kl = (gradient(micro_batch(ADVANTAGES, beta=beta)) for beta in (0.0, 0.25))
-    drift = (loss := micro_batch(ADVANTAGES)).batch["ref_per_token_logps"] - loss.per_token_logps
-    kl = 0.25 * (drift.exp() - drift - 1).mean()
+@pytest.mark.parametrize("corrected", [False, True])
+def test_beta_adds_the_kl_of_trl(corrected: bool) -> None:
+    plain, loss = gradient(micro_batch(ADVANTAGES)), micro_batch(ADVANTAGES, beta=0.25)
+    loss.trainer.args.use_bias_correction_kl = corrected
+    with_kl = gradient(loss)
+    drift = loss.batch["ref_per_token_logps"] - loss.per_token_logps
+    ratio = (loss.per_token_logps - loss.old_per_token_logps).exp() if corrected else 1.0
+    kl = 0.25 * ((drift.exp() - drift - 1) * ratio).mean()
     torch.testing.assert_close(with_kl[0], plain[0] + kl.detach())
     torch.testing.assert_close(with_kl[1], plain[1] + torch.autograd.grad(kl, loss.per_token_logps)[0])
 
@@ -97,7 +101,5 @@ def test_what_is_refused_and_said_before_training(build: Any) -> None:
         assert any(said in note for note in build(beta=0.0)._trl_ext.plan.notes)
         for reused in ({"num_iterations": 2}, {"steps_per_generation": 2}):
             assert not any(said in note for note in build(beta=0.0, **reused)._trl_ext.plan.notes)
-        with refused(trl_ext.ConfigError, "the KL term of its loss is not weighed by ratios"):
-            build(beta=0.1, use_bias_correction_kl=True)
         with refused(trl_ext.ConfigError, "reg-grpo replaces the policy loss and does not apply epsilon=0.3"):
             build(beta=0.0, epsilon=0.3)
