@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext.compare.text_report import interval
+from trl_ext.compare.verdicts import statement
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "tiny" / "results"
@@ -52,7 +53,7 @@ def details(record: Record) -> str:
     for metric in record["metrics"]:
         for entry in metric["expectations"]:
             met = ANSWERS[entry["met"]]
-            lines.append(f"| {metric['label']}: {entry['text']} | {met} | {entry['detail']} |")
+            lines.append(f"| {metric['label']}: {entry['text']} | {met} | {entry['detail']}{statement(entry)} |")
     lines += [f"| {failure} | **no** | |" for failure in _failures(record)]
     return "\n".join([*lines, "", f"In the paper: {record['paper']}."]) + "\n"
 
@@ -81,7 +82,7 @@ def _number(metric: Record, arm: str) -> str:
 def _held(record: Record) -> list[str]:
     """Returns `yes`, or what did not hold."""
     unmet = [
-        f"{ANSWERS[entry['met']]}: {entry['text']} ({entry['detail']})"
+        f"{ANSWERS[entry['met']]}: {entry['text']} ({entry['detail']}){statement(entry)}"
         for metric in record["metrics"]
         for entry in metric["expectations"]
         if not entry["met"]

@@ -10,7 +10,7 @@ import pytest
 
 from trl_ext.compare.recipe import Expectation
 from trl_ext.compare.text_report import rows, sentences
-from trl_ext.compare.verdicts import summarize
+from trl_ext.compare.verdicts import as_stated, summarize
 
 from .typed import HIGH, LOW, SEEDS, expect, metric, recipe, record, records
 
@@ -196,6 +196,20 @@ def test_a_claim_is_the_title_only_if_the_runs_bear_it_out() -> None:
     assert "; 1 not judged of 1 expectations" in titled(LOW, failing, expect=[BETTER])
     both = [BETTER, expect(by=5.0)]
     assert titled(LOW, HIGH, expect=both) == "ours better than plain (reward, mean); 1 not met of 2 expectations"
+
+
+def test_what_a_recipe_states_as_not_met_is_told_with_its_reason() -> None:
+    stated = expect(met=False, reason="both learn it")
+    found = summarize(recipe(metric(expect=[stated])), records(LOW, LOW))
+    assert not found["met"] and as_stated(found)
+    assert found["headline"].endswith("; 1 not met of 1 expectations (both learn it)")
+    (line, *_) = sentences(found)
+    assert line.endswith("better than plain: NO (not distinguishable), recorded as not met: both learn it")
+    unstated = summarize(recipe(metric(expect=[stated, BETTER])), records(LOW, LOW))
+    assert not as_stated(unstated) and unstated["headline"].endswith("2 not met of 2 expectations (both learn it)")
+    met = summarize(recipe(metric(expect=[stated])), records(LOW, HIGH))
+    assert met["met"] and as_stated(met) and met["headline"] == "ours better than plain (reward, mean)"
+    assert sentences(met)[0].endswith("yes (better), recorded as not met, but it is")
 
 
 def test_a_claim_that_nothing_tests_is_no_title() -> None:

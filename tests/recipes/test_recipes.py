@@ -39,7 +39,7 @@ def test_a_tiny_recipe_expects_something_of_a_task_and_has_a_headline(file: Path
 
 @pytest.mark.parametrize("file", TINY, ids=lambda file: file.stem)
 def test_its_result_is_committed_and_of_this_recipe(file: Path) -> None:
-    """Whether or not it is as expected: results that are not stay in the table."""
+    """Whether or not it is as expected: results that are not stay in the table, and their recipe says why."""
     committed = file.parent / "results" / f"{file.stem}.json"
     assert committed.exists(), f"run `make experiments`, or trl_ext compare {file.name} --record {committed}"
     found, asked = json.loads(committed.read_text()), recipes.read(str(file))
@@ -57,8 +57,43 @@ def test_its_result_is_committed_and_of_this_recipe(file: Path) -> None:
     expectations = [entry for metric in found["metrics"] for entry in metric["expectations"]]
     assert [len(metric["expectations"]) for metric in found["metrics"]] == [len(m.expect) for m in asked.metrics]
     assert found["complete"] and found["met"] == all(entry["met"] for entry in expectations)
-    assert None not in [entry["met"] for entry in expectations]
+    stated = [expectation for metric in asked.metrics for expectation in metric.expect]
+    problems = [wrongly_stated(entry, given) for entry, given in zip(expectations, stated, strict=True)]
+    assert not any(problems), [problem for problem in problems if problem]
     assert len(committed.read_text()) < 50_000
+
+
+def wrongly_stated(entry: dict[str, Any], stated: recipes.Expectation) -> str | None:
+    """Says what is wrong with the statement of a recipe about an expectation, or None."""
+    text = entry["text"]
+    if entry["met"] is None:
+        return f"{text}: not judged"
+    if entry["met"]:
+        return None if stated.met else f"{text}: recorded as not met, but it is. Leave out `met: false`."
+    if stated.met:
+        return f"{text}: not met. Add `met: false` and a `reason` to the recipe."
+    same = entry.get("reason") == stated.reason
+    return None if same else f"{text}: the result has another reason. Compare again, which repeats no run."
+
+
+@pytest.mark.parametrize(
+    ("met", "recorded", "stated", "problem"),
+    [
+        (True, None, None, None),
+        (False, "noisy", "noisy", None),
+        (True, "noisy", "noisy", "recorded as not met, but it is"),
+        (False, None, None, "Add `met: false` and a `reason`"),
+        (False, None, "noisy", "another reason"),
+        (None, "noisy", "noisy", "not judged"),
+    ],
+)
+def test_a_result_that_does_not_come_out_is_stated(
+    met: bool | None, recorded: str | None, stated: str | None, problem: str | None
+) -> None:
+    asked = recipes.Expectation(arm="a", claim="better", against="b", met=stated is None, reason=stated)
+    entry = {"text": "a better than b", "met": met} | ({"reason": recorded} if recorded else {})
+    said = wrongly_stated(entry, asked)
+    assert said is None if problem is None else problem in (said or "")
 
 
 def test_every_result_has_a_recipe() -> None:
@@ -76,7 +111,10 @@ def test_the_table_names_what_went_wrong() -> None:
     (result, *_) = table_module().load()
     result["metrics"][0]["expectations"][0]["met"] = False
     result["arms"]["plain"]["failed"] = [{"seed": 2, "status": "crashed", "error": "e"}]
+    result["metrics"][0]["expectations"][0]["reason"] = "too loud"
     text = table_module().table([result])
+    for page in (text, table_module().details(result)):
+        assert ", recorded as not met: too loud" in page
     assert "**no**" in text and "**plain, seed 2: crashed**" in text and result["paper"] in text
     assert "**This did not hold.**" in table_module().details(result)
 

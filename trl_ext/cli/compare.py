@@ -52,9 +52,9 @@ YAML file of TRL with two blocks more:
 The output folder gets compare.html (curves, table, completions side by side,
 settings), compare.png, compare.json, and in runs/ a file per run.
 
-Exit code 0: all runs ended and every expectation was met. 1: a run crashed or
-diverged, or an expectation was not met. 2: something is wrong with the recipe
-or the folder.
+Exit code 0: all runs ended and every expectation was met, apart from those that
+the recipe states as not met. 1: a run crashed or diverged, or an expectation
+was not met. 2: something is wrong with the recipe or the folder.
 """
 
 
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     from ..catalog import recipes
-    from ..compare import html_report, plots, store, text_report
+    from ..compare import html_report, plots, store, text_report, verdicts
     from ..support.console import console, print_line, status
     from ..support.tables import print_table
 
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         for line in text_report.sentences(content):
             print_line(line)
         print_line(f"compare.html, compare.png, compare.json in {folder}")
-    return 0 if content["complete"] and content["met"] else 1
+    return 0 if content["complete"] and verdicts.as_stated(content) else 1
 
 
 def _of_recipe(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:

@@ -26,6 +26,7 @@ def render(content: Mapping[str, Any]) -> str:
         content=content,
         facts=_facts(content),
         headline=verdicts.headline(content),
+        statement=verdicts.statement,
         columns=COLUMNS,
         rows=rows(content),
         remarks=[line for line in sentences(content) if not line.startswith("expected: ")],

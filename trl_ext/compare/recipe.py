@@ -173,6 +173,8 @@ class Expectation(Block):
         by: For `better`: the least relative change of the mean. Its whole interval must reach it.
         apart: For `better`: the intervals of the two arms must not overlap either.
         within: For `not worse`: the largest loss that counts as none. For `identical`: the largest difference.
+        met: False where the recorded runs did not show it. The comparison then does not fail for it.
+        reason: Why it was not met.
     """
 
     arm: ArmName = Field(description=_EXAMPLE)
@@ -181,6 +183,16 @@ class Expectation(Block):
     by: Annotated[Number, AfterValidator(_share)] | None = None
     apart: bool = False
     within: Margin | None = None
+    met: bool = True
+    reason: str | None = None
+
+    @model_validator(mode="after")
+    def _check_reason(self) -> Expectation:
+        if not self.met and not (self.reason or "").strip():
+            raise ConfigError("`met: false` needs a `reason`, as in `reason: both arms learn it before step 20`.")
+        if self.met and self.reason is not None:
+            raise ConfigError("`reason` goes with `met: false`. Add it, or leave out the reason.")
+        return self
 
     @model_validator(mode="after")
     def _check_margins(self) -> Expectation:

@@ -55,7 +55,8 @@ def sentences(summary: Mapping[str, Any]) -> list[str]:
     for metric in summary["metrics"]:
         for entry in metric["expectations"]:
             answer = {True: "yes", False: "NO", None: "UNKNOWN"}[entry["met"]]
-            lines.append(f"expected: {metric['label']}: {entry['text']}: {answer} ({entry['detail']})")
+            told = verdicts.statement(entry)
+            lines.append(f"expected: {metric['label']}: {entry['text']}: {answer} ({entry['detail']}){told}")
     for name, arm in summary["arms"].items():
         lines += [f"{failed['status']}: {name}, seed {failed['seed']}: {failed['error']}" for failed in arm["failed"]]
     return lines + [f"note: {note}" for note in summary["notes"]]

@@ -39,7 +39,8 @@ def summarize(recipe: Recipe, records: Records) -> dict[str, Any]:
 def headline(content: Mapping[str, Any]) -> str:
     """Returns the title of a report: the claim if it was borne out, and otherwise what the runs say about one metric.
 
-    A claim counts as borne out if there are expectations and all were met.
+    A claim counts as borne out if there are expectations and all were met. Where a recipe says why one was not, so does
+    the title.
 
     Args:
         content: As in `compare.json`.
@@ -61,6 +62,8 @@ def headline(content: Mapping[str, Any]) -> str:
     unknown = sum(entry["met"] is None for entry in expectations)
     counts = [f"{missed} not met"] * bool(missed) + [f"{unknown} not judged"] * bool(unknown)
     remark = f"; {' and '.join(counts)} of {len(expectations)} expectations" if counts else ""
+    reasons = [entry["reason"] for entry in expectations if entry["met"] is False and "reason" in entry]
+    remark += f" ({'; '.join(reasons)})" if reasons else ""
     return f"{said} ({metric['name']}, {metric['measure']}){remark}"
 
 
@@ -69,6 +72,21 @@ def say(pair: Mapping[str, Any]) -> str:
     verdict, against = str(pair["verdict"]), pair["against"]
     joint = _DECIDED.get(verdict)
     return f"{verdict} {joint} {against}" if joint else verdict
+
+
+def as_stated(content: Mapping[str, Any]) -> bool:
+    """Returns whether all expectations were met, apart from those that the recipe states as not met."""
+    expectations = [entry for metric in content["metrics"] for entry in metric["expectations"]]
+    return all(entry["met"] or "reason" in entry for entry in expectations)
+
+
+def statement(expectation: Mapping[str, Any]) -> str:
+    """Writes what the recipe says about an expectation that it states as not met, to follow the answer."""
+    if "reason" not in expectation:
+        return ""
+    if expectation["met"]:
+        return ", recorded as not met, but it is"
+    return f", recorded as not met: {expectation['reason']}"
 
 
 def few_seeds(seeds: int) -> str:
@@ -167,7 +185,8 @@ def _judge(metric: Metric, wanted: Expectation, values: Values, records: Records
     text += ", intervals apart" if wanted.apart else ""
 
     def answer(met: bool | None, detail: str) -> dict[str, Any]:
-        return {"text": text, "arm": arm, "against": against, "met": met, "detail": detail}
+        judged = {"text": text, "arm": arm, "against": against, "met": met, "detail": detail}
+        return judged if wanted.reason is None else judged | {"reason": wanted.reason}
 
     needed = (arm, against, metric.measure.arm)
     failed = [
