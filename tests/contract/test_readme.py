@@ -96,11 +96,24 @@ def test_where_it_ran_is_where_the_tests_run() -> None:
 def test_methods_that_did_not_run_on_two_processes_are_named() -> None:
     folders = [ROOT / "tests" / room / "scripts" for room in ("end_to_end", "plugins")]
     scripts = "".join(path.read_text() for folder in folders for path in folder.glob("*.py"))
+    for file in (ROOT / "tests" / "plugins").glob("*/test_training.py"):
+        _, slow, checked = file.read_text().partition("@pytest.mark.slow")
+        scripts += checked if slow and "processes=2" in checked else ""
     missing = {name for name in builtins.BUILTINS if f'"{name}"' not in scripts}
     (cell,) = [cell for where, cell in rows("What was run where") if where.startswith("DDP, 2")]
     long = {path.stem for path in (ROOT / "tests").glob("*/test_*_processes.py") if "mark.slow" in path.read_text()}
     of_methods = {"test_credit_processes", "test_tool_processes", "test_pairs_processes", "test_vl_dac_processes"}
+    of_methods.add("test_team_processes")
     assert long == of_methods
     slow, _, not_run = cell.partition("Not run:")
-    assert re.findall(r"`([a-z-]+)`", slow) == ["decs", "hdpo", "otc", "spae", "tgdpo", "vl-dac"]
+    assert re.findall(r"`([a-z-]+)`", slow) == [
+        "decs",
+        "dr-mas",
+        "hdpo",
+        "otc",
+        "polychromic",
+        "spae",
+        "tgdpo",
+        "vl-dac",
+    ]
     assert set(re.findall(r"`([a-z-]+)`", not_run)) == missing
