@@ -100,7 +100,8 @@ def test_methods_that_ran_on_two_processes_are_named() -> None:
     scripts = builtins_in(path for room in rooms for path in (room / "scripts").glob("*.py"))
     # a method of `make slow` has a script there, or compares in its own test of training
     own = (ROOT / "tests" / "plugins").glob("*/test_training.py")
-    compared = {path.parent.name.replace("_", "-") for path in own if " compare(2, " in path.read_text()}
+    checked = re.compile(r" compare\(2, |processes=2")
+    compared = {path.parent.name.replace("_", "-") for path in own if checked.search(path.read_text())}
     (cell,) = [cell for where, cell in rows("What was run where") if where.startswith("DDP, 2")]
     slow, _, not_run = cell.partition("Not run:")
     assert re.findall(r"`([a-z-]+)`", slow) == sorted((scripts | compared) - fast - {"tools"})

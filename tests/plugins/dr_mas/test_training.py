@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,23 @@ def test_one_value_is_grpo_and_two_values_of_a_column_are_compared_apart(train: 
     assert sorted(map(len, tasks.values())) == [4, 8]
     assert round.advantages.tolist() == pytest.approx(compared(tasks, 12), abs=1e-4)
     assert moved(plain, by_task) > 1e-4
+
+
+def test_the_team_and_the_reward_of_the_page(train: Any, look: str, tmp_path: Path) -> None:
+    """The verifier of the tiny model says anything, so that some answers are tried again and some are not."""
+    page = (Path(__file__).parents[3] / "plugins" / "docs" / "dr-mas.md").read_text()
+    team, reward = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    (tmp_path / "my_team.py").write_text(team.replace('"no" in', '"e" in'))
+    names: dict[str, Any] = {}
+    exec(reward, names)
+    data = tiny_data().add_column("solution", ["e"] * 16)
+    with trl_ext.enable(str(tmp_path / "my_team.py"), "dr-mas", look):
+        trainer = train(rewards=[names["solved"]], data=data, max_steps=1, max_completion_length=24)
+        (round,) = trainer._trl_ext.plugins["look"].rounds
+    agents, numbers, rewards = round.fields["agent"], round.fields["trajectory"], round.rewards[:, 0].tolist()
+    assert sorted(set(numbers)) == list(range(8)) and agents.count("verifier") == 8 and 8 < agents.count("solver") < 16
+    last = {number: row for row, (who, number) in enumerate(zip(agents, numbers, strict=True)) if who == "solver"}
+    assert rewards == [float("e" in round.completions[last[number]][-1]["content"]) for number in numbers]
 
 
 @pytest.mark.slow

@@ -233,9 +233,10 @@ def _changed(
 ) -> Round:
     """Returns the round with the advantages that a plugin made, and reports how much it changed them."""
     after = dataclasses.replace(round, advantages=values.detach().to(round.advantages))
-    change = _per_row(after) - _per_row(round)
-    metrics[f"{name}/advantage_mean"] = (_per_row(after).sum().item(), len(round.rows))
-    metrics[f"{name}/advantage_change"] = (change.abs().sum().item(), len(round.rows))
+    real = round.group_ids[round.local] != groups.PADDING  # rows that fill up have no part in a metric
+    made, before = _per_row(after)[real], _per_row(round)[real]
+    metrics[f"{name}/advantage_mean"] = (made.sum().item(), len(made))
+    metrics[f"{name}/advantage_change"] = ((made - before).abs().sum().item(), len(made))
     context.show(name, after)
     return after
 
