@@ -25,14 +25,15 @@ IS_GONE = "import os, time; os.fork() or os.kill(os.getppid(), 9); time.sleep(8)
 """The fork keeps the pipe of its worker open, so that nobody sees that the worker is gone."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hang", "workers", "place"),
     [
-        pytest.param(SLEEPS, "0", "in test_that_hangs", marks=pytest.mark.slow),
-        pytest.param(SLEEPS, "1", "in test_that_hangs", marks=pytest.mark.slow),
+        (SLEEPS, "0", "in test_that_hangs"),
+        (SLEEPS, "1", "in test_that_hangs"),
         (HOLDS_THE_INTERPRETER, "1", "in test_that_hangs"),
-        pytest.param(IS_STOPPED, "1", ": stopped ", marks=pytest.mark.slow),
-        pytest.param(IS_GONE, "1", "", marks=pytest.mark.slow),
+        (IS_STOPPED, "1", ": stopped "),
+        (IS_GONE, "1", ""),
     ],
     ids=["sleeps, alone", "sleeps", "holds the interpreter", "is stopped", "is gone"],
 )

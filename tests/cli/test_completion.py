@@ -40,7 +40,7 @@ def test_options_of_a_file_and_of_a_module(tmp_path: Path, monkeypatch: pytest.M
         ("pl", ["plugins"]),
         ("plugins --s", ["--search"]),
         ("plugins --trainer ", ["grpo", "rloo", "dpo"]),
-        ("show v", ["vl-dac"]),
+        ("show v", ["verl-rank", "vl-dac"]),
         ("train --plugin gd", ["gdpo"]),
         ("train --plugin gdpo otc thi", ["thinkless"]),
         ("train --no_save --trainer d", ["dpo"]),

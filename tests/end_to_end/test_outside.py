@@ -87,6 +87,7 @@ def run(site: Path | None, code: str, *arguments: str) -> subprocess.CompletedPr
     return processes.run([sys.executable, "-c", code, *arguments], env={**os.environ, "PYTHONPATH": path})
 
 
+@pytest.mark.slow
 def test_an_installed_package_trains_by_name(installed: Path, model: str, tmp_path: Path) -> None:
     done = run(installed, TRAIN, model, str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr

@@ -72,7 +72,9 @@ def trainer(families: Any, games: Any, tmp_path: Path) -> Any:
     return make
 
 
-@pytest.mark.parametrize("family", CARRIED)
+@pytest.mark.parametrize(
+    "family", [CARRIED[0], *(pytest.param(family, marks=pytest.mark.slow) for family in CARRIED[1:])]
+)
 def test_families_that_trl_carries_images_for(trainer: Any, families: Any, family: str) -> None:
     """Two steps; the forward of the loss gets the pictures of the prompt and of all tool results, and they matter."""
     made = trainer(family)

@@ -113,8 +113,8 @@ def test_invalid_actions_are_steps_and_no_failed_calls(play: Any, games: Any) ->
     ("game", "seconds", "reason"),
     [
         ("Raising", None, "KeyError: 'a broken wall'"),
-        ("Dying", 20.0, "its process was killed by SIGABRT"),
-        ("Hanging", 1.0, "no answer within 1 s; its process was stopped"),
+        pytest.param("Dying", 20.0, "its process was killed by SIGABRT", marks=pytest.mark.slow),
+        pytest.param("Hanging", 1.0, "no answer within 1 s; its process was stopped", marks=pytest.mark.slow),
         ("NaN", None, "the reward was nan"),
     ],
 )

@@ -88,7 +88,7 @@ def test_a_line_of_numbers() -> None:
     assert set(ends) == {"there", "late"} and 0.2 < ends.count("there") / len(ends) < 0.45
 
 
-@pytest.mark.parametrize("name", ["frozen-lake", "minigrid", "minigrid-view"])
+@pytest.mark.parametrize("name", ["frozen-lake", "minigrid", pytest.param("minigrid-view", marks=pytest.mark.slow)])
 def test_walks_in_real_environments(name: str) -> None:
     task = TASKS[name]
     traces = task.traces(300, 0)

@@ -26,6 +26,7 @@ def folder() -> Path:
     return lab.model_folder(dataclasses.replace(TASK, warm_up=dataclasses.replace(TASK.warm_up, traces=64, steps=2)))
 
 
+@pytest.mark.slow
 def test_tokens_of_traces_are_those_of_the_processor(folder: Path) -> None:
     processor = pictures.processor_of(str(folder), TASK.shape)
     traces = TASK.traces(3, 0)

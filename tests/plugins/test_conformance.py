@@ -13,9 +13,10 @@ from trl_ext.testing import conformance
 from trl_ext.trl_internals.seams import trl_version
 
 CLASSES = {name: find.find(name)[0] for name in builtins.BUILTINS}
+LONG = {"vl-dac", "tools", "spae"}
 EVERY = [
-    # with other trainers than its first one only in `make slow`
-    pytest.param(name, kind, marks=[] if kind == cls.trainers[0] else [pytest.mark.slow])
+    # the long ones, and with other trainers than the first one, only in `make slow`
+    pytest.param(name, kind, marks=[] if kind == cls.trainers[0] and name not in LONG else [pytest.mark.slow])
     for name, cls in CLASSES.items()
     if "run" not in declaration.implemented(cls)  # owns a whole run, which only its own tests can check
     for kind in cls.trainers

@@ -157,7 +157,7 @@ def test_the_sampler_s_ratio_reaches_the_preferences_of_trpa(train: Any, plugin:
     assert logged(trainer, "grad_norm") == [0.0, 0.0] and logged(trainer, "trpa/pairs")[0] > 0
 
 
-@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("adapters", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "kind"), METHODS)
 def test_resuming_between_rounds_of_several_updates_is_bit_exact(
     name: str, kind: str, adapters: bool, build: Any

@@ -135,6 +135,7 @@ def test_a_dropped_group_has_no_gradient_and_no_share_in_the_denominator(run: An
     assert logged(whole, "grad_norm") != pytest.approx(logged(everything, "grad_norm"), rel=1e-2)
 
 
+@pytest.mark.slow
 def test_easy_prompts_are_dosed(run: Any) -> None:
     """Two mixed prompts and kappa = 0.35 leave room for one of the two easy ones, drawn anew each round."""
     trainer = run("easy", kappa_init=0.35, kappa_lr=0.0, max_steps=6)
@@ -148,6 +149,7 @@ def test_easy_prompts_are_dosed(run: Any) -> None:
     assert [groups_kept(round) for round in other.rounds] != kept
 
 
+@pytest.mark.slow
 def test_rounds_too_small_for_an_easy_prompt_add_up(run: Any) -> None:
     """kappa = 0.2 asks for half a prompt a round with two mixed ones: every second round, or never."""
     settings = {"kappa_init": 0.2, "kappa_lr": 0.0, "max_steps": 6}

@@ -297,7 +297,9 @@ def answered(completions: list[Any], **kwargs: Any) -> list[float]:
     return [float(not completion[-1].get("tool_calls")) for completion in completions]
 
 
-@pytest.mark.parametrize("also", [[], ["shared-prefix"]], ids=["dense", "shared-prefix"])
+@pytest.mark.parametrize(
+    "also", [[], pytest.param(["shared-prefix"], marks=pytest.mark.slow)], ids=["dense", "shared-prefix"]
+)
 def test_real_tools_in_trls_own_loop(also: list[str], tool_model: str, tmp_path: Path, look: str) -> None:
     settings: dict[str, Any] = {"max_completion_length": 200, "max_tool_calling_iterations": 2, "max_steps": 3}
     settings["generation_kwargs"] = calls(tool_model, "calculator", likelihood=4.0, expression="6 * 7")

@@ -88,7 +88,7 @@ class Tools(Plugin):
         return dataclasses.replace(result, tool_mask=mask)
 
 
-@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+@pytest.mark.parametrize("kind", ["grpo", pytest.param("rloo", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_accumulation_trains_alike(kind: str, variant: str, train: Any, build: Any, plugin: Any) -> None:
     """Also where micro-batches hold different numbers of pairs and tokens, as some rewards and tokens do not count."""
