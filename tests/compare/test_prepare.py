@@ -81,6 +81,7 @@ def test_an_unknown_metric_stops_early_and_costs_nothing_twice(recipe: Any, comp
     assert code == 0 and "1 of 4 runs are there already" in errors
 
 
+@pytest.mark.slow
 def test_one_seed_runs_without_intervals(recipe: Any, compare: Any) -> None:
     code, output, errors = compare(recipe(), "--output", "out", "--seeds", 1)
     assert code == 0, errors

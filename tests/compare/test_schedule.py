@@ -255,6 +255,7 @@ def test_settings_of_arms_rloo_evaluation_and_identical_curves(recipe: Any, comp
     assert steps == [2, 3]  # and once more after the last step
 
 
+@pytest.mark.slow
 def test_dpo(recipe: Any, compare: Any, tmp_path: Path) -> None:
     arms = {"low": None, "high": {"settings": {"beta": 0.5}}}
     path = recipe(

@@ -153,7 +153,7 @@ def test_an_environment_without_a_picture(games: Any) -> None:
         gym(lambda: gymnasium.make("FrozenLake-v1"), render="image")().reset(seed=0)
 
 
-@pytest.mark.parametrize("seconds", [None, 20.0])
+@pytest.mark.parametrize("seconds", [None, pytest.param(20.0, marks=pytest.mark.slow)])
 def test_equal_seeds_are_equal_episodes(seconds: float | None) -> None:
     kind = gym("minigrid:MiniGrid-Empty-Random-6x6-v0", observe=minigrid_text, step_seconds=seconds)
     moves = ["forward", "left", "forward", "right", "forward"]

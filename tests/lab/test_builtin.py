@@ -24,7 +24,14 @@ from trl_ext.lab.tokenizer import Vocabulary
 from trl_ext.lab.trace_tokens import tokenized
 
 TASKS = lab.tasks()
-every_task = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+every_task = pytest.mark.parametrize(
+    "task",
+    [
+        # pictures take long
+        pytest.param(task, id=name, marks=[pytest.mark.slow] if name == "minigrid-view" else [])
+        for name, task in TASKS.items()
+    ],
+)
 HELD_OUT = {  # what of a prompt never occurs in training, where something is held out
     "loud-quiet": lambda row: True,
     "modes": lambda row: row["kind"] == "hard",

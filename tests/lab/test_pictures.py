@@ -50,6 +50,7 @@ def test_tokens_of_traces_are_those_of_the_processor(folder: Path) -> None:
         assert torch.allclose(batch["pixel_values"], torch.as_tensor(whole["pixel_values"]))
 
 
+@pytest.mark.slow
 def test_the_model_sees(folder: Path) -> None:
     """Another picture gives other probabilities, also behind tokens that come later."""
     from transformers import AutoModelForImageTextToText

@@ -18,7 +18,12 @@ from trl_ext.lab.messages import calls_made
 from trl_ext.testing import tiny_args
 from trl_ext.trl_internals.seams import trainer_class
 
-PAIRS = [(name, kind) for name, task in lab.tasks().items() for kind in task.trainers]
+PAIRS = [
+    # with its first trainer in each run of the suite, and with all of them in `make slow`
+    pytest.param(name, kind, marks=[] if kind == task.trainers[0] else [pytest.mark.slow])
+    for name, task in lab.tasks().items()
+    for kind in task.trainers
+]
 
 
 def trainer_of(task: lab.Task, kind: Any, output: Path, **settings: Any) -> Any:
