@@ -290,10 +290,10 @@ def test_the_conformance_checks_bring_tools_along(plugin: Any, tmp_path: Path) -
             return scored.rewards / (1 + calls.unsqueeze(1))
 
     checks = conformance(plugin(Economy), tmp_path / "needs")
-    assert len(checks) == 6 and not [check for check in checks if not check.passed]
+    assert len(checks) >= 6 and not [check for check in checks if not check.passed]
     assert Economy.called > 0
     checks = conformance("tools", tmp_path / "gives", {"functions": ["trl_ext.tools.calculator"]})
-    assert len(checks) == 5 and not [check for check in checks if not check.passed]
+    assert len(checks) >= 5 and not [check for check in checks if not check.passed]
 
 
 def test_the_reward_reads_the_answer_and_no_tool_s_result(monkeypatch: pytest.MonkeyPatch) -> None:

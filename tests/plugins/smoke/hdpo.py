@@ -1,4 +1,7 @@
-"""HDPO needs tools, and a model whose template can call them. Calls are counted in the text, where a letter is one."""
+"""HDPO needs tools, and a model whose template can call them. Calls are counted in the text, where a letter is one.
+
+Rewards keep their weights, so that other plugins may add some.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 from trl_ext.testing import tiny_model
 from trl_ext.tools import calculator
 
-OPTIONS = {"call_tag": "e", "correct_threshold": -1.0}
+OPTIONS = {"call_tag": "e", "correct_threshold": -1.0, "w_ans": 1.0, "w_fmt": 0.0}
 
 
 def settings(kind: str, folder: Path) -> dict[str, Any]:
