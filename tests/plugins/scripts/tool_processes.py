@@ -159,8 +159,9 @@ def main(model: str, folder: Path) -> dict[str, Any]:
             made = trainer._trl_ext.plugins
             report[name] = {**made["scripted"].seen, "metrics": metrics_of(trainer)}
             if "otc" in made:
-                numbers = made["otc"].memory._numbers
-                report[name]["memory"] = {str(key): numbers[key] for key in sorted(numbers)}
+                memory = made["otc"].memory
+                keys = sorted(memory.state_dict()["keys"].tolist())
+                report[name]["memory"] = {str(key): memory.get(key) for key in keys}
 
     for name, (plugins, settings) in RUNS.items():
         train(name, plugins, **settings)
