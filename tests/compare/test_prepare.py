@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from trl_ext.compare import prepare
+from trl_ext.compare.recipe import read
+
 from .conftest import METRIC, file_size_limit, records
 
 
@@ -135,3 +138,19 @@ def test_a_damaged_record_is_named(recipe: Any, compare: Any, tmp_path: Path) ->
     file.write_text("{")
     code, _, errors = compare(recipe(), "--output", "out", "--seeds", 1)
     assert code == 2 and f"{file.name} is not a record of a run" in errors and "Remove it" in errors
+
+
+def test_a_plugin_beside_the_recipe_is_recorded_without_the_folders_of_the_machine(
+    recipe: Any, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRL_EXT_CACHE", cache)
+    (tmp_path / "mine.py").write_text(
+        "from trl_ext_hooks import Plugin, hookimpl\n\n\n"
+        "class Mine(Plugin):\n    name, trainers = 'mine', ('grpo',)\n\n"
+        "    @hookimpl\n    def advantages(self, round):\n        return None\n"
+    )
+    path = recipe(two(plugins=["mine.py"]))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    prepared = prepare.prepare(read(path), lambda said: None)
+    assert prepared.identities["other"]["plugins"][0]["origin"] == "mine.py"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,11 @@ def test_a_result_that_does_not_come_out_is_stated(
     entry = {"text": "a better than b", "met": met} | ({"reason": recorded} if recorded else {})
     said = wrongly_stated(entry, asked)
     assert said is None if problem is None else problem in (said or "")
+
+
+def test_results_name_no_folder_of_the_machine_that_made_them() -> None:
+    for file in (ROOT / "recipes" / "tiny" / "results").glob("*.json"):
+        assert not re.findall(r'"/[^"]*"', file.read_text()), file.name
 
 
 def test_every_result_has_a_recipe() -> None:

@@ -56,7 +56,7 @@ def prepare(recipe: Recipe, tell: Tell) -> Prepared:
                 parsed, rewards = _try(recipe, arm, specs[name], kind, given, tell)
             except ConfigError as error:
                 raise ConfigError(f"arm {name!r}: {error}") from error
-            resolved[name] = [_options(specs[name]), json.dumps(_values(parsed), default=repr, sort_keys=True)]
+            resolved[name] = [_options(specs[name], recipe), json.dumps(_values(parsed), default=repr, sort_keys=True)]
     for one, other in itertools.combinations(recipe.arms, 2):
         if resolved[one] == resolved[other]:
             raise ConfigError(
@@ -70,7 +70,7 @@ def prepare(recipe: Recipe, tell: Tell) -> Prepared:
             "task": recipe.task,
             "sizes": recipe.sizes,
             "settings": settings[name],
-            "plugins": _options(specs[name]),
+            "plugins": _options(specs[name], recipe),
             "code": code,
             "plugin_code": _digest(file for spec in specs[name] for file in _module_files(spec.cls)),
             "versions": versions.versions(),
@@ -155,17 +155,23 @@ def _values(parsed: arguments.Parsed) -> list[dict[str, Any]]:
     return [{k: v for k, v in group.items() if k not in ("output_dir", "logging_dir", "run_name")} for group in values]
 
 
-def _options(specs: Sequence[declaration.PluginSpec]) -> list[dict[str, Any]]:
+def _options(specs: Sequence[declaration.PluginSpec], recipe: Recipe) -> list[dict[str, Any]]:
     """Returns name, version, origin and options of plugins as JSON can hold them."""
     return [
         {
             "name": spec.name,
             "version": spec.version,
-            "origin": spec.origin,
+            "origin": _told(spec.origin, Path(recipe.path).absolute().parent),
             "options": store.plain(spec.option_values),
         }
         for spec in specs
     ]
+
+
+def _told(origin: str, folder: Path) -> str:
+    """Returns where a plugin is from, a file beside the recipe without the folders of this machine."""
+    file = Path(origin)
+    return str(file.relative_to(folder)) if file.is_absolute() and file.is_relative_to(folder) else origin
 
 
 def _sources(recipe: Recipe, settings: Iterable[Mapping[str, Any]]) -> set[Path]:
