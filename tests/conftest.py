@@ -37,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def small_heap() -> None:
     """Takes what lives on by now out of the garbage collector's sight.
 
-    A trainer collects garbage when it is made. That would walk through all modules and all collected tests each time,
+    A training collects garbage when it begins. That would walk through all modules and all collected tests each time,
     which took a third of a short run.
     """
     gc.collect()

@@ -5,9 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from ..plugin import UsageError
+from ..trainer import TrainerView
+
+_Result = TypeVar("_Result")
 
 
 def load(path: str, method: str = "__call__") -> Any:
@@ -38,3 +42,29 @@ def load(path: str, method: str = "__call__") -> Any:
         known = ", ".join(sorted(key for key in defined if not key.startswith("_"))) or "none"
         raise UsageError(f"{path!r}: {module!r} has no function {name!r}; it has {known}")
     return target
+
+
+def call_together(
+    trainer: TrainerView, function: Callable[[], _Result], stopped: type[Exception] = UsageError
+) -> _Result:
+    """Calls a function on every process at the same point, and returns what it gave on this one. Collective.
+
+    An error on one process stops all of them. Otherwise the others would wait for it for ever.
+
+    Args:
+        trainer: The trainer.
+        function: The function. It makes no collective call.
+        stopped: Type of the error on the processes where the function did not fail. On the others it keeps its type.
+    """
+    failure: Exception | None = None
+    result: _Result
+    try:
+        result = function()
+    except Exception as error:  # raised below, when the other processes know of it
+        failure = error
+    failures = trainer.gather_objects([None if failure is None else f"{type(failure).__name__}: {failure}"])
+    if failure is not None:
+        raise failure
+    if any(failures):
+        raise stopped(f"stopped with another process: {next(text for text in failures if text)}")
+    return result

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from ..plugin import UsageError
 from ..trainer import TrainerView
-from .callables import load
+from .callables import call_together, load
 
 
 @dataclass(frozen=True)
@@ -116,25 +116,19 @@ def ask_together(
     Raises:
         JudgeError: A verdict is missing, or another process failed. Other errors of the judge keep their type.
     """
-    failure: Exception | None = None
-    verdicts: list[bool | None] = []
-    calls = 0
-    try:
+
+    def asked() -> tuple[list[bool | None], int]:
         verdicts, calls = ask(judge, questions)
-    except Exception as error:  # raised below, when the other processes know of it
-        failure = error
-    missing = sum(verdict is None for verdict in verdicts)
-    if missing and unless is not None:
-        reason = getattr(judge, "failure", "") or "it returned None"
-        failure = JudgeError(
-            f"the judge gave no verdict on {missing} of {len(verdicts)} texts: {reason}. Set {unless} to go on without."
-        )
-    failures = trainer.gather_objects([None if failure is None else f"{type(failure).__name__}: {failure}"])
-    if failure is not None:
-        raise failure
-    if any(failures):
-        raise JudgeError(f"stopped with another process: {next(text for text in failures if text)}")
-    return verdicts, calls
+        missing = sum(verdict is None for verdict in verdicts)
+        if missing and unless is not None:
+            reason = getattr(judge, "failure", "") or "it returned None"
+            raise JudgeError(
+                f"the judge gave no verdict on {missing} of {len(verdicts)} texts: {reason}. Set {unless} to go on "
+                f"without."
+            )
+        return verdicts, calls
+
+    return call_together(trainer, asked, JudgeError)
 
 
 def match_judge(questions: Sequence[Question]) -> list[bool | None]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trl_ext_hooks import Config, Plugin, Refuse, Requirement, Round, Span, UsageError, Views, Warn, hookimpl, option
-from trl_ext_hooks.toolkit.callables import load
+from trl_ext_hooks.toolkit.callables import call_together, load
 from trl_ext_hooks.toolkit.groups import label_ids, subgroup_ids
 
 from .maths import UNNAMED, polychromic_advantages, set_scores
@@ -74,19 +74,12 @@ class Polychromic(Plugin):
 
     def name_strategies(self, round: Round) -> list[Any]:
         """Returns the strategies of this process's rows, None for none. An error stops every process. Collective."""
-        failure: Exception | None = None
-        names: list[Any] = []
-        try:
-            given = {"prompts": round.prompts, "completions": round.completions, "completion_ids": round.completion_ids}
-            names = checked_names(self.strategy(**given, **round.columns), len(round.rows), self.options.strategy)
-        except Exception as error:  # raised below, when the other processes know of it
-            failure = error
-        failures = round.trainer.gather_objects([None if failure is None else f"{type(failure).__name__}: {failure}"])
-        if failure is not None:
-            raise failure
-        if any(failures):
-            raise UsageError(f"stopped with another process: {next(text for text in failures if text)}")
-        return names
+        given = {"prompts": round.prompts, "completions": round.completions, "completion_ids": round.completion_ids}
+
+        def named() -> list[Any]:
+            return checked_names(self.strategy(**given, **round.columns), len(round.rows), self.options.strategy)
+
+        return call_together(round.trainer, named)
 
     @hookimpl
     def inspect(self, round: Round) -> Views:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from trl_ext_hooks.toolkit.callables import load
+from trl_ext_hooks import UsageError
+from trl_ext_hooks.toolkit.callables import call_together, load
 
 
 @pytest.fixture
@@ -51,3 +53,23 @@ def test_an_object_with_a_method_of_another_name(module: str) -> None:
 def test_what_cannot_be_loaded(module: str, path: str, expected: Any) -> None:
     with pytest.raises(ValueError, match=re.escape(expected.format(module=module))):
         load(path.format(module=module))
+
+
+def test_an_error_of_one_process_stops_all() -> None:
+    exchanged: list[Any] = []
+
+    def beside(other: str | None) -> Any:
+        """The trainer of process 0, beside a process 1 with that failure."""
+        return types.SimpleNamespace(gather_objects=lambda own: exchanged.append(own) or [*own, other])
+
+    def fails() -> str:
+        raise ValueError("no name")
+
+    assert call_together(beside(None), lambda: "a name") == "a name"
+    with pytest.raises(ValueError, match=r"^no name$"):
+        call_together(beside(None), fails)
+    with pytest.raises(UsageError, match=r"^stopped with another process: OSError: gone$"):
+        call_together(beside("OSError: gone"), lambda: "a name")
+    with pytest.raises(LookupError, match="OSError: gone"):
+        call_together(beside("OSError: gone"), lambda: "a name", LookupError)
+    assert exchanged == [[None], ["ValueError: no name"], [None], [None]]  # whatever happens, once
